@@ -1,0 +1,1 @@
+"""codetr: Co-DETR and Group DETR."""

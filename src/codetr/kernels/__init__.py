@@ -1,0 +1,1 @@
+"""Mount point of the top-level `kernels/` folder (see setup.py)."""

@@ -1,0 +1,236 @@
+"""The data that the parts of a detector hand to one another.
+
+Shape letters, here and in every docstring: B images, N queries or candidates, L levels, P points, H heads,
+C width, S memory tokens, M objects (padded), K classes.
+
+Boxes are normalised `cxcywh` of the image without its padding inside the model, and absolute `xyxy` pixels of
+the network input wherever a name ends in `_xyxy`. Masks named `padding` are True on padding; masks named
+`valid` are True on real entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+
+class _Movable:
+    """`.to(device)` and `.pin_memory()` for a dataclass of tensors, so that Lightning moves it like a tensor."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self)(**{f.name: _apply(getattr(self, f.name), "to", args, kwargs) for f in fields(self)})
+
+    def pin_memory(self) -> Any:
+        return type(self)(**{f.name: _apply(getattr(self, f.name), "pin_memory", (), {}) for f in fields(self)})
+
+
+def _apply(value: Any, method: str, args: tuple, kwargs: dict) -> Any:
+    return getattr(value, method)(*args, **kwargs) if isinstance(value, (Tensor, _Movable)) else value
+
+
+@dataclass
+class Targets(_Movable):
+    """The objects of a batch, padded to the same number M >= 1 so that every step runs the same graph.
+
+    boxes: [B, M, 4] normalised cxcywh; padded rows hold a valid dummy box. labels: [B, M] int64, padded rows 0.
+    valid: [B, M] bool. sizes: [B, 2] (height, width) of each image in network pixels, without padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    sizes: Tensor
+
+    @property
+    def boxes_xyxy(self) -> Tensor:
+        """[B, M, 4] absolute xyxy in network pixels."""
+        return box_convert(self.boxes, "cxcywh", "xyxy") * box_scale(self.sizes)[:, None]
+
+    @property
+    def counts(self) -> Tensor:
+        """[B] number of objects per image."""
+        return self.valid.sum(1)
+
+
+@dataclass
+class Batch(_Movable):
+    """What the data loader yields.
+
+    images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
+    truth: per image, what the evaluator needs and the model must not see: `boxes` [n, 4] xyxy in pixels of the
+    original file, `labels` [n], `iscrowd` [n], `area` [n] (crowds included), all on the CPU.
+    """
+
+    images: Tensor
+    padding: Tensor
+    targets: Targets
+    image_ids: Tensor
+    original_sizes: Tensor
+    truth: list[dict[str, Tensor]]
+
+
+@dataclass
+class Memory:
+    """The encoder's output, or its input: all levels flattened, finest first.
+
+    tokens: [B, S, C]. position: [B, S, C]. padding: [B, S]. spatial_shapes: (height, width) per level, plain
+    integers. valid_ratios: [B, L, 2] (width, height), the share of each level that is not padding.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    padding: Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+    valid_ratios: Tensor
+
+    def levels(self) -> list[Tensor]:
+        """The tokens as feature maps: [B, C, H_l, W_l] per level."""
+        sizes = [h * w for h, w in self.spatial_shapes]
+        return [
+            tokens.transpose(1, 2).unflatten(2, shape)
+            for tokens, shape in zip(self.tokens.split(sizes, 1), self.spatial_shapes, strict=True)
+        ]
+
+
+@dataclass
+class Pyramid:
+    """{F_1..F_J} of the Co-DETR paper, section 3.2. levels: [B, C, H_j, W_j]; strides: network pixels per cell."""
+
+    levels: list[Tensor]
+    strides: tuple[int, ...]
+
+
+@dataclass
+class Prediction:
+    """logits: [..., N, K] before the sigmoid. boxes: [..., N, 4] normalised cxcywh."""
+
+    logits: Tensor
+    boxes: Tensor
+
+
+@dataclass
+class Proposals:
+    """First-stage predictions of a query source, and whether they only tell object from background."""
+
+    prediction: Prediction
+    class_agnostic: bool = False
+
+
+@dataclass
+class Positives:
+    """What an auxiliary head hands to the collaborative queries: its candidates with their assignment.
+
+    boxes_xyxy: [B, N, 4] candidate boxes (anchors, points, RoIs). features: [B, N, C]. labels: [B, N], -1 where
+    the candidate is not positive. target_boxes_xyxy: [B, N, 4], meaningful on positives. positive, negative:
+    [B, N] bool; a candidate that is neither (ignored, padding) is never used.
+    """
+
+    boxes_xyxy: Tensor
+    features: Tensor
+    labels: Tensor
+    target_boxes_xyxy: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+@dataclass
+class HeadOutput:
+    """losses: term -> scalar, weighted inside the head but not yet by lambda_2."""
+
+    losses: dict[str, Tensor]
+    positives: Positives
+
+
+@dataclass
+class Known:
+    """Targets that come with the queries (denoising, collaborative).
+
+    labels: [B, N], -1 for background. boxes: [B, N, 4] normalised cxcywh, meaningful where labels >= 0.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+
+
+@dataclass
+class Matching:
+    """Targets found by one-to-one matching against every object repeated `repeats` times."""
+
+    repeats: int = 1
+
+
+@dataclass
+class QueryGroup:
+    """A group of decoder queries with its own way of getting targets (DESIGN: one idea, query groups).
+
+    content: [B, N, C]. reference: [B, N, 2 or 4] normalised, after the sigmoid. position: [B, N, C], or None when
+    the decoder derives it from the reference. valid: [B, N] or None for all. sees: names of further groups whose
+    queries it may attend to. blocks: the group falls into this many equal parts that do not see each other.
+    weight: factor of its losses (lambda_1 for collaborative groups).
+    """
+
+    name: str
+    content: Tensor
+    reference: Tensor
+    targets: Matching | Known = field(default_factory=Matching)
+    position: Tensor | None = None
+    valid: Tensor | None = None
+    sees: tuple[str, ...] = ()
+    blocks: int = 1
+    weight: float = 1.0
+    proposals: Proposals | None = None
+
+
+@dataclass
+class QueryContext:
+    """What a query source may look at. targets and positives are None and empty at inference."""
+
+    memory: Memory
+    targets: Targets | None = None
+    positives: dict[str, Positives] = field(default_factory=dict)
+
+
+@dataclass
+class Output:
+    """The result of a detector: per group, the stacked layers ([layers, B, N, ...]); and the heads' losses."""
+
+    groups: list[QueryGroup]
+    predictions: dict[str, Prediction]
+    head_losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Detections:
+    """Of one image, best first. scores: [n]. labels: [n]. boxes_xyxy: [n, 4] in pixels of the original image."""
+
+    scores: Tensor
+    labels: Tensor
+    boxes_xyxy: Tensor
+
+
+class QuerySource(Protocol):
+    """Makes query groups. `training_only` sources are neither called nor exported at inference."""
+
+    training_only: bool
+
+    def __call__(self, context: QueryContext) -> list[QueryGroup]: ...
+
+
+class AuxiliaryHead(Protocol):
+    """A head with one-to-many assignment on the pyramid."""
+
+    def __call__(self, pyramid: Pyramid, targets: Targets) -> HeadOutput: ...
+
+    def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]: ...
+
+
+NormKind = Literal["frozen", "batch", "group"]
+
+
+def box_scale(sizes: Tensor) -> Tensor:
+    """[B, 2] (height, width) -> [B, 4] (width, height, width, height)."""
+    return torch.stack([sizes[:, 1], sizes[:, 0], sizes[:, 1], sizes[:, 0]], 1)
