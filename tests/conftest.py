@@ -1,0 +1,24 @@
+"""Shared fixtures."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "official"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def official() -> Path:
+    """Golden tensors computed with the official Co-DETR code; not part of the repository."""
+    if not OFFICIAL.is_dir():
+        pytest.skip("the golden tensors (../shared/official) are not here")
+    return OFFICIAL
