@@ -1,0 +1,32 @@
+"""Necks: backbone features -> levels of one width."""
+
+from torch import Tensor, nn
+
+
+class ChannelMapper(nn.Module):
+    """A 1x1 convolution per feature map, and further levels by strided 3x3 convolutions (Deformable DETR, fig. 4).
+
+    The first extra level reads the last backbone feature, the next ones read the level before.
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], width: int, num_levels: int, num_groups: int) -> None:
+        super().__init__()
+        extra = num_levels - len(in_channels)
+        if extra < 0:
+            raise ValueError(f"{len(in_channels)} feature maps do not fit into num_levels={num_levels}")
+
+        def block(channels: int, kernel: int, stride: int) -> nn.Sequential:
+            conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+            nn.init.xavier_uniform_(conv.weight)
+            return nn.Sequential(conv, nn.GroupNorm(num_groups, width))
+
+        self.lateral = nn.ModuleList(block(c, 1, 1) for c in in_channels)
+        self.extra = nn.ModuleList(block(width if i else in_channels[-1], 3, 2) for i in range(extra))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        levels = [conv(x) for conv, x in zip(self.lateral, features, strict=True)]
+        source = features[-1]
+        for conv in self.extra:
+            source = conv(source)
+            levels.append(source)
+        return levels

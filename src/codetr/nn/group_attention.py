@@ -1,0 +1,110 @@
+"""Self-attention among the queries of a group, for all groups of a decoder pass at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codetr.types import QueryGroup
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Queries [start, stop) attend within `blocks` equal parts, and to the spans named in `sees`."""
+
+    start: int
+    stop: int
+    blocks: int
+    sees: tuple[tuple[int, int], ...]
+
+    @property
+    def block_size(self) -> int:
+        return (self.stop - self.start) // self.blocks
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Spans of one shape, attended to in one call. keys: [B, keys] bool over their own queries, None for all."""
+
+    spans: tuple[_Span, ...]
+    valid: Tensor | None
+
+
+def attention_plan(groups: list[QueryGroup]) -> list[Bucket]:
+    """Sort groups into calls of scaled-dot-product attention: equal groups without a mask share one."""
+    ends: dict[str, tuple[int, int]] = {}
+    start = 0
+    for group in groups:
+        ends[group.name] = (start, start + group.content.shape[1])
+        start = ends[group.name][1]
+    folded: dict[tuple, list[_Span]] = defaultdict(list)
+    buckets = []
+    for group in groups:
+        span = _Span(*ends[group.name], group.blocks, tuple(ends[name] for name in group.sees))
+        if group.valid is None:
+            folded[(span.block_size, span.sees)].append(span)
+        else:
+            buckets.append(Bucket((span,), group.valid))
+    return [Bucket(tuple(spans), None) for spans in folded.values()] + buckets
+
+
+class GroupSelfAttention(nn.Module):
+    """Multi-head self-attention that never crosses from one query group into another.
+
+    The cost is the sum of the squares of the group sizes, not the square of their sum, and no mask of the size
+    of all queries exists, so fused kernels stay usable.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key = nn.Linear(width, 2 * width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        for linear in (self.query_key, self.value, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, content: Tensor, position: Tensor, plan: list[Bucket]) -> Tensor:
+        """content, position: [B, N, C]. Returns [B, N, C]."""
+        query, key = self.query_key(content + position).chunk(2, -1)
+        value = self.value(content)
+        pieces = {}
+        for bucket in plan:
+            for span, piece in zip(bucket.spans, self._attend(query, key, value, bucket), strict=True):
+                pieces[span.start] = piece
+        return self.output(torch.cat([pieces[start] for start in sorted(pieces)], 1))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> list[Tensor]:
+        first = bucket.spans[0]
+        blocks = [span.blocks for span in bucket.spans]
+        q, k, v = (self._fold(x, bucket) for x in (query, key, value))
+        if first.sees:
+            k, v = (self._append_seen(own, x, first, sum(blocks)) for own, x in ((k, key), (v, value)))
+        mask = None if bucket.valid is None else _key_mask(bucket.valid, first, k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = out.transpose(1, 2).flatten(2).unflatten(0, (-1, sum(blocks)))  # [B, blocks, n, C]
+        return [piece.flatten(1, 2) for piece in out.split(blocks, 1)]
+
+    def _fold(self, x: Tensor, bucket: Bucket) -> Tensor:
+        """[B, N, C] -> [B * blocks, H, n, C / H], the queries of the bucket's blocks."""
+        parts = [x[:, s.start : s.stop].unflatten(1, (s.blocks, s.block_size)) for s in bucket.spans]
+        folded = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return folded.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _append_seen(self, own: Tensor, x: Tensor, span: _Span, blocks: int) -> Tensor:
+        seen = torch.cat([x[:, start:stop] for start, stop in span.sees], 1)
+        seen = seen.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return torch.cat([own, seen.repeat_interleave(blocks, 0)], 2)
+
+
+def _key_mask(valid: Tensor, span: _Span, num_keys: int) -> Tensor:
+    """[B * blocks, 1, 1, keys] bool, True = attend; a block without any valid query attends to all of its own."""
+    own = valid.unflatten(1, (span.blocks, span.block_size)).flatten(0, 1)
+    own = own | ~own.any(1, keepdim=True)
+    seen = own.new_ones(own.shape[0], num_keys - own.shape[1])
+    return torch.cat([own, seen], 1)[:, None, None]

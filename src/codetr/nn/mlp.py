@@ -1,0 +1,49 @@
+"""Small building blocks shared by encoder, decoder and query sources."""
+
+import math
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
+        widths = [in_features, *[hidden] * (num_layers - 1), out_features]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
+class FFN(nn.Module):
+    """The feed-forward half of a post-norm transformer layer, residual and norm included."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.activation = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(self.activation(self.linear1(x)))
+        return self.norm(x + self.dropout(self.linear2(hidden)))
+
+
+def class_head(width: int, num_classes: int, prior: float = 0.01) -> nn.Linear:
+    """A linear classifier whose sigmoid starts at `prior` (RetinaNet, sec. 4.1)."""
+    head = nn.Linear(width, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
+    return head
+
+
+def box_head(width: int) -> MLP:
+    """The three-layer box regressor of DETR; its last layer starts at zero, so the first boxes are the references."""
+    head = MLP(width, width, 4, 3)
+    nn.init.zeros_(head[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(head[-1].bias)  # type: ignore[arg-type]
+    return head

@@ -1,0 +1,95 @@
+"""Customised positive queries from an auxiliary head (Co-DETR, sec. 3.3, eq. 4)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from codetr.assign.sampling import sample
+from codetr.nn.position import sine_reference
+from codetr.types import Known, Positives, QueryContext, QueryGroup, box_scale
+
+
+class CollaborativeQueries(nn.Module):
+    """One group of queries at the positive coordinates of the head named `head`.
+
+    All images get as many queries as the image with most positives has, at least `min_queries` and at most
+    `max_queries`; what an image lacks is filled with the head's negatives as background (`fill: negatives`, the
+    official code) or stays empty (`fill: none`, the paper). use_features: add the head's features at these places.
+    embed_position: positions from the coordinates, computed once; otherwise the decoder derives them in every
+    layer. weight: lambda_1 of eq. 6.
+    """
+
+    training_only = True
+
+    def __init__(
+        self,
+        head: str,
+        width: int,
+        min_queries: int,
+        max_queries: int,
+        fill: Literal["negatives", "none"],
+        use_features: bool,
+        embed_position: bool,
+        temperature: float,
+        weight: float,
+    ) -> None:
+        super().__init__()
+        self.head, self.min_queries, self.max_queries = head, min_queries, max_queries
+        self.fill, self.temperature, self.weight = fill, temperature, weight
+        self.width = width
+        out = 2 * width if embed_position else width
+        self.coordinates = nn.Sequential(nn.Linear(2 * width, out), nn.LayerNorm(out))
+        self.features = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) if use_features else None
+        self.head_embedding = nn.Parameter(torch.zeros(width)) if embed_position else None
+
+    def forward(self, context: QueryContext) -> list[QueryGroup]:
+        assert context.targets is not None
+        positives = context.positives[self.head]
+        chosen, valid = self._choose(positives)
+        scale = box_scale(context.targets.sizes)[:, None]
+        boxes = box_convert(_take(positives.boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
+        goals = box_convert(_take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
+        labels = positives.labels.gather(1, chosen).masked_fill(~valid, -1)
+        content, position = self._embed(boxes, _take(positives.features, chosen))
+        return [
+            QueryGroup(
+                name=self.head,
+                content=content,
+                reference=boxes,
+                targets=Known(labels, goals),
+                position=position,
+                valid=valid,
+                weight=self.weight,
+            )
+        ]
+
+    def _choose(self, positives: Positives) -> tuple[Tensor, Tensor]:
+        """Indices [B, n] of the candidates that become queries, and which of them are real."""
+        available = positives.positive.sum(1)
+        wanted = int(available.max().clamp(self.min_queries, self.max_queries))
+        wanted = min(wanted, positives.positive.shape[1])
+        keep = sample(positives.positive, wanted)
+        if self.fill == "negatives":
+            keep = keep | sample(positives.negative, (wanted - keep.sum(1)).clamp(min=0))
+        order = keep.int() * 2 + (keep & positives.positive).int()  # positives first, then their filling
+        chosen = order.topk(wanted, dim=1).indices
+        return chosen, keep.gather(1, chosen)
+
+    def _embed(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        sine = sine_reference(boxes, self.width // 2, self.temperature, "xywh")
+        position, content = None, self.coordinates(sine)
+        if self.head_embedding is not None:
+            position, content = content.chunk(2, -1)
+            position = position + self.head_embedding
+        if self.features is not None:
+            content = content + self.features(features)
+        return content, position
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """[B, M, C], [B, N] -> [B, N, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
