@@ -53,9 +53,7 @@ class Criterion(nn.Module):
                 losses[f"head_{head}/{term}"] = value * (self.lambda_2 * num_layers)
         return losses
 
-    def _assigned(
-        self, output: Output, targets: Targets
-    ) -> list[tuple[QueryGroup, list[str], Prediction, Known]]:
+    def _assigned(self, output: Output, targets: Targets) -> list[tuple[QueryGroup, list[str], Prediction, Known]]:
         """Every (group, layer names, stacked predictions, targets [L, B, N]); first stages count as a group."""
         items: list[tuple[QueryGroup, list[str], Prediction, Known | None]] = []
         problems = []
@@ -103,9 +101,7 @@ class Criterion(nn.Module):
         target = target * (labels >= 0)[..., None]
         if not self.quality:
             return sigmoid_focal_loss(logits, target, self.alpha, self.gamma)
-        return quality_focal_loss(
-            logits, target * _aligned_iou(predicted.detach(), truth)[..., None], self.gamma
-        )
+        return quality_focal_loss(logits, target * _aligned_iou(predicted.detach(), truth)[..., None], self.gamma)
 
 
 def _repeats(group: QueryGroup) -> int:
@@ -114,8 +110,6 @@ def _repeats(group: QueryGroup) -> int:
 
 def _aligned_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of corresponding xyxy boxes: [..., 4], [..., 4] -> [...]."""
-    overlap = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    )
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
     return overlap / union.clamp(min=1e-6)

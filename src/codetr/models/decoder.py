@@ -130,9 +130,7 @@ class Decoder(nn.Module):
 
 def _position(group: QueryGroup) -> Tensor:
     if group.position is None:
-        raise ValueError(
-            f"query group {group.name!r} brings no position, and the decoder has no query_position"
-        )
+        raise ValueError(f"query group {group.name!r} brings no position, and the decoder has no query_position")
     return group.position
 
 

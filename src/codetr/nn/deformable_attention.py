@@ -55,9 +55,7 @@ class DeformableAttention(nn.Module):
         return self.output_proj(sampled)
 
 
-def sampling_locations(
-    reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
-) -> Tensor:
+def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
     """Where to sample: offsets count cells around a point, or half box widths over P around a box.
 
     reference: [B, N, L, 2 or 4]. offsets: [B, N, H, L, P, 2]. Returns [B, N, H, L, P, 2] in [0, 1] of each level,

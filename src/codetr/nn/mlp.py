@@ -1,5 +1,6 @@
 """Small building blocks shared by encoder, decoder and query sources."""
 
+import itertools
 import math
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ class MLP(nn.Sequential):
     def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
         widths = [in_features, *[hidden] * (num_layers - 1), out_features]
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.ReLU()]
         super().__init__(*layers[:-1])
 

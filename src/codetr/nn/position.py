@@ -14,9 +14,7 @@ def _interleave(angles: Tensor) -> Tensor:
 
 
 def _frequencies(num_features: int, temperature: float, device: torch.device) -> Tensor:
-    exponent = (
-        2 * torch.div(torch.arange(num_features, device=device), 2, rounding_mode="floor") / num_features
-    )
+    exponent = 2 * torch.div(torch.arange(num_features, device=device), 2, rounding_mode="floor") / num_features
     return temperature**exponent
 
 

@@ -35,11 +35,13 @@ class CollaborativeQueries(nn.Module):
         use_features: bool,
         embed_position: bool,
         temperature: float,
+        eps: float,
         weight: float,
     ) -> None:
         super().__init__()
         self.head, self.min_queries, self.max_queries = head, min_queries, max_queries
-        self.fill, self.temperature, self.weight = fill, temperature, weight
+        self.fill, self.weight = fill, weight
+        self.temperature, self.eps = temperature, eps
         self.width = width
         out = 2 * width if embed_position else width
         self.coordinates = nn.Sequential(nn.Linear(2 * width, out), nn.LayerNorm(out))
@@ -80,7 +82,8 @@ class CollaborativeQueries(nn.Module):
         return chosen, keep.gather(1, chosen)
 
     def _embed(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        sine = sine_reference(boxes, self.width // 2, self.temperature, "xywh")
+        inside = boxes.clamp(self.eps, 1 - self.eps)  # anchors may stick out of the image; only their embedding is cut
+        sine = sine_reference(inside, self.width // 2, self.temperature, "xywh")
         position, content = None, self.coordinates(sine)
         if self.head_embedding is not None:
             position, content = content.chunk(2, -1)

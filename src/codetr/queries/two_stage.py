@@ -19,7 +19,8 @@ class TwoStageQueries(nn.Module):
     num_classes: of the first-stage classifier. class_agnostic: it only tells object from background, by its first
     logit, and its loss is computed over all tokens (Deformable DETR); otherwise proposals are ranked by their best
     class and only the selected ones have a loss (DINO). embed_position: positions from the proposals' sine
-    encoding, computed once (Deformable-DETR++); otherwise the decoder derives them in every layer (DINO).
+    encoding, computed once (Deformable-DETR++; the half of the embedding that was the content without mixed
+    selection is unused); otherwise the decoder derives them in every layer (DINO).
     """
 
     training_only = False
@@ -41,9 +42,8 @@ class TwoStageQueries(nn.Module):
         self.class_head = class_head(width, num_classes)
         self.box_head = box_head(width)
         self.content = nn.Embedding(num_queries, width)
-        self.position = (
-            nn.Sequential(nn.Linear(2 * width, width), nn.LayerNorm(width)) if embed_position else None
-        )
+        both = 2 * width
+        self.coordinates = nn.Sequential(nn.Linear(both, both), nn.LayerNorm(both)) if embed_position else None
 
     def forward(self, context: QueryContext) -> list[QueryGroup]:
         memory = context.memory
@@ -72,10 +72,11 @@ class TwoStageQueries(nn.Module):
         return [group]
 
     def _embed(self, reference: Tensor) -> Tensor | None:
-        if self.position is None:
+        if self.coordinates is None:
             return None
         width = self.content.embedding_dim
-        return self.position(sine_reference(reference, width // 2, self.temperature, "xywh"))
+        sine = sine_reference(reference, width // 2, self.temperature, "xywh")
+        return self.coordinates(sine)[..., :width]
 
 
 def proposal_anchors(memory: Memory, eps: float) -> tuple[Tensor, Tensor]:
