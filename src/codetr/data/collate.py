@@ -1,0 +1,48 @@
+"""Samples to a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from codetr.data.coco import Sample
+from codetr.types import Batch, Targets, box_scale
+
+
+def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
+    """Pad images right and below to the largest height and width, rounded up to multiples of `size_divisor`.
+
+    Objects are padded to the largest number in the batch, at least 1, with the box (0.5, 0.5, 1, 1) and label 0.
+    """
+    sizes = torch.tensor([s.image.shape[-2:] for s in samples])
+    height, width = (int(-(-side // size_divisor) * size_divisor) for side in sizes.amax(0))
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        h, w = sample.image.shape[-2:]
+        images[i, :, :h, :w] = sample.image
+        padding[i, :h, :w] = False
+    return Batch(
+        images=images,
+        padding=padding,
+        targets=_targets(samples, sizes),
+        image_ids=torch.tensor([s.image_id for s in samples]),
+        original_sizes=torch.tensor([s.original_size for s in samples]),
+        truth=[s.truth for s in samples],
+    )
+
+
+def _targets(samples: Sequence[Sample], sizes: Tensor) -> Targets:
+    counts = torch.tensor([len(s.labels) for s in samples])
+    slots = max(1, int(counts.max()))
+    valid = torch.arange(slots) < counts[:, None]
+    boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(samples), slots, 1)
+    labels = torch.zeros(len(samples), slots, dtype=torch.int64)
+    xyxy = torch.cat([s.boxes.as_subclass(Tensor) for s in samples])
+    scale = box_scale(sizes).repeat_interleave(counts, 0)
+    boxes[valid] = box_convert(xyxy / scale, "xyxy", "cxcywh")
+    labels[valid] = torch.cat([s.labels for s in samples])
+    return Targets(boxes=boxes, labels=labels, valid=valid, sizes=sizes)

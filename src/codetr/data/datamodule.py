@@ -1,0 +1,129 @@
+"""Training and validation data for Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from codetr.data.checks import OnError, Verify, check_same_classes, check_trainable
+from codetr.data.coco import CocoDetection
+from codetr.data.loader import BatchLoader, TrainLoader
+from codetr.data.sampler import EvalSampler, TrainSampler
+from codetr.data.transforms import TransformedDataset
+from codetr.errors import UserError
+
+
+class DetectionDataModule(LightningDataModule):
+    """A training and a validation set in COCO format, with their loaders.
+
+    *_images are folders, *_annotations COCO instances files, relative to `root`. batch_size and eval_batch_size
+    count images per process. classes selects and orders categories by name (None: all, as in the training file).
+    on_error, verify: see `codetr.data.checks`. prepare: called once per node before anything is read, to make or
+    fetch the data.
+
+    The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
+    an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
+
+    Raises UserError from `setup`, for whatever is wrong with the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        train_images: str,
+        train_annotations: str,
+        val_images: str,
+        val_annotations: str,
+        train_transform: Callable[[dict[str, Any]], dict[str, Any]],
+        val_transform: Callable[[dict[str, Any]], dict[str, Any]],
+        batch_size: int,
+        eval_batch_size: int,
+        size_divisor: int,
+        num_workers: int,
+        seed: int,
+        classes: Sequence[str] | None,
+        on_error: OnError,
+        verify: Verify,
+        prepare: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        # A process has no image to evaluate when there are fewer images than processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        folder = Path(root)
+        self.train_paths = (folder / train_images, folder / train_annotations)
+        self.val_paths = (folder / val_images, folder / val_annotations)
+        self.train_transform, self.val_transform = train_transform, val_transform
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
+        self.classes, self.on_error, self.verify = classes, on_error, verify
+        self.prepare = prepare
+        self.train_set: CocoDetection | None = None
+        self.val_set: CocoDetection | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; known after `setup`."""
+        dataset = self.train_set or self.val_set
+        if dataset is None:
+            raise RuntimeError("class_names is known after setup()")
+        return dataset.class_names
+
+    def prepare_data(self) -> None:
+        if self.prepare is not None:
+            self.prepare()
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.train_set is None:
+            self.train_set = self._read(*self.train_paths, self.classes)
+            check_trainable(self.train_set.label_counts, self.train_set.report.source)
+            self.val_set = None
+        if self.val_set is None:
+            self.val_set = self._read_val()
+
+    def train_dataloader(self) -> TrainLoader:
+        assert self.train_set is not None, "setup('fit') comes first"
+        rank, world_size = self._process()
+        sampler = TrainSampler(len(self.train_set), self.batch_size, self.seed, rank, world_size)
+        if not len(sampler):
+            raise UserError(
+                f"{self.train_set.report.source} has {len(self.train_set)} usable images, fewer than one step "
+                f"takes ({self.batch_size} x {world_size} processes): lower data.batch_size"
+            )
+        dataset = TransformedDataset(self.train_set, self.train_transform, self.seed, self.on_error == "skip")
+        return TrainLoader(dataset, sampler, **self._loading())
+
+    def val_dataloader(self) -> BatchLoader:
+        assert self.val_set is not None, "setup() comes first"
+        rank, world_size = self._process()
+        sampler = EvalSampler(len(self.val_set), self.eval_batch_size, rank, world_size)
+        # Nothing takes the place of an unreadable image here: it would be scored twice, the other one never.
+        dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, replace_unreadable=False)
+        return BatchLoader(dataset, sampler, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "size_divisor": self.size_divisor,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _process(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _read_val(self) -> CocoDetection:
+        """Labels follow the training set when that is known, even if this file lists its categories otherwise."""
+        val = self._read(*self.val_paths, self.classes)
+        if self.train_set is None:
+            return val
+        check_same_classes(self.class_names, val.class_names, val.report.source)
+        if val.class_names == self.class_names:
+            return val
+        return self._read(*self.val_paths, self.class_names)
+
+    def _read(self, images: Path, annotations: Path, classes: Sequence[str] | None) -> CocoDetection:
+        return CocoDetection(images, annotations, classes=classes, on_error=self.on_error, verify=self.verify)

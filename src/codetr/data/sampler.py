@@ -1,0 +1,92 @@
+"""Which images make up which batch, on which process. Both samplers yield lists of (epoch, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+Keys = list[tuple[int, int]]
+
+
+def mix_seed(seed: int, epoch: int, index: int = -1) -> int:
+    """A 63-bit seed in which neighbouring arguments share nothing, unlike their sum (SplitMix64's finaliser)."""
+    mask = 2**64 - 1
+    x = (seed * 0x9E3779B97F4A7C15 + (epoch << 32) + index + 1) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return (x ^ (x >> 31)) >> 1
+
+
+class TrainSampler(Sampler[Keys]):
+    """Batches of a permutation that depends on (seed, epoch) alone.
+
+    Step n of all processes together takes the n-th `world_size * batch_size` images of the permutation, so that
+    the split into processes does not change what a step sees. Every process has equally many batches: the
+    remainder of the permutation, fewer images than one step takes, is left out and differs by epoch.
+
+    `resume(epoch, batch)` lets that epoch begin at that batch; other epochs begin at their first.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self._resumed = (0, 0)
+
+    @property
+    def sampler(self) -> TrainSampler:
+        """Lightning calls `set_epoch` on the batch sampler's `sampler`."""
+        return self
+
+    @property
+    def order_key(self) -> dict[str, int]:
+        """Everything but the epoch that decides which images a batch of a process holds."""
+        return {
+            "images": self.length,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "processes": self.world_size,
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def resume(self, epoch: int, batch: int) -> None:
+        self._resumed = (epoch, batch)
+
+    @property
+    def start(self) -> int:
+        """The batch at which the current epoch begins."""
+        epoch, batch = self._resumed
+        return batch if epoch == self.epoch else 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[Keys]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        steps = order[: len(self) * self.batch_size * self.world_size].view(-1, self.world_size, self.batch_size)
+        for batch in steps[self.start :, self.rank].tolist():
+            yield [(self.epoch, index) for index in batch]
+
+
+class EvalSampler(Sampler[Keys]):
+    """Every image exactly once over all processes, in ascending order on each; the last batch may be smaller.
+
+    Processes may have different numbers of batches, or none: nothing is repeated to make them equal.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Keys]:
+        for i in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[i : i + self.batch_size]]
