@@ -1,0 +1,74 @@
+"""Predictions beside ground truth, drawn from what the validation step computed anyway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL.Image import Image
+
+from codetr.types import Batch, Detections, box_scale
+from codetr.visualize import compare, grid
+
+FILE = "predictions.png"
+
+
+class Pictures(Callback):
+    """Draws the first `count` validation images of process 0 into the loggers and into `predictions.png`.
+
+    score_threshold: detections below it are not drawn. The module's validation step returns list[Detections], and
+    its `metrics` knows the class names. The file lies in the trainer's `default_root_dir`.
+    """
+
+    def __init__(self, count: int, score_threshold: float) -> None:
+        self.count, self.score_threshold = count, score_threshold
+        self._pictures: list[Image] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pictures = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: list[Detections],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            names = pl_module.metrics.class_names
+            for i in range(min(self.count - len(self._pictures), len(outputs))):
+                self._pictures.append(draw(batch, i, outputs[i], names, self.score_threshold))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._pictures:
+            grid(self._pictures).save(Path(trainer.default_root_dir) / FILE)
+            for logger in trainer.loggers:
+                send(logger, self._pictures, trainer.global_step)
+            self._pictures = []
+
+
+def draw(batch: Batch, i: int, found: Detections, class_names: list[str], score_threshold: float) -> Image:
+    """Image i of a batch as the network sees it, without its padding; boxes come in pixels of the original."""
+    size, original = batch.targets.sizes[i].cpu(), batch.original_sizes[i].cpu()
+    scale = box_scale(size[None])[0] / box_scale(original[None])[0]
+    image = batch.images[i, :, : int(size[0]), : int(size[1])]
+    truth = {"boxes": batch.truth[i]["boxes"] * scale, "labels": batch.truth[i]["labels"]}
+    seen = Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu() * scale)
+    return compare(image, truth, seen, class_names, score_threshold)
+
+
+def send(logger: Logger, pictures: list[Image], step: int) -> None:
+    """Hand pictures to a logger that shows them; others have nothing to show them with."""
+    if isinstance(logger, TensorBoardLogger):
+        for i, picture in enumerate(pictures):
+            logger.experiment.add_image(f"val/predictions/{i}", np.asarray(picture), step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image("val/predictions", pictures, step=step)
+    elif isinstance(logger, MLFlowLogger):
+        for i, picture in enumerate(pictures):
+            name = f"predictions/{i}_step_{step:08d}.png"
+            logger.experiment.log_image(logger.run_id, picture, artifact_file=name)

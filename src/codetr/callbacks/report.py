@@ -1,0 +1,113 @@
+"""The result of a run: a table on the terminal, numbers and curves in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from rich import get_console
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from codetr.evaluation.metrics import ABSENT, Evaluation
+from codetr.visualize import save_learning_curves, save_precision_recall
+
+SHOWN_CLASSES = 40  # in the table; metrics.json has them all
+BAR_WIDTH = 24
+
+
+class Report(Callback):
+    """Process 0 writes `metrics.json` and `pr_curves.png` after every validation, and shows a table at the end.
+
+    After a fit that logged to CSV also `curves.png`. The module's `metrics` is the `DetectionMetrics` that it has
+    computed; the files lie in the trainer's `default_root_dir`. losses, scores: names in metrics.csv to plot.
+    """
+
+    def __init__(self, losses: list[str], scores: list[str]) -> None:
+        self.losses, self.scores = losses, scores
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        evaluation: Evaluation | None = pl_module.metrics.evaluation
+        if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        folder = Path(trainer.default_root_dir)
+        write_metrics(folder / "metrics.json", evaluation, trainer.current_epoch, trainer.global_step)
+        save_precision_recall(evaluation.precision, evaluation.map_per_class, folder / "pr_curves.png")
+        if trainer.state.fn != "fit":
+            get_console().print(tables(evaluation))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+                log = Path(logger.log_dir) / "metrics.csv"
+                if log.is_file():
+                    path = Path(trainer.default_root_dir) / "curves.png"
+                    save_learning_curves(log, path, self.losses, self.scores)
+        if pl_module.metrics.evaluation is not None:
+            get_console().print(tables(pl_module.metrics.evaluation))
+
+
+def write_metrics(path: Path, evaluation: Evaluation, epoch: int, step: int) -> None:
+    """torchmetrics' keys, `map_per_class` and `objects_per_class` by name, and where the numbers come from."""
+    content: dict[str, Any] = {
+        **evaluation.numbers,
+        "map_per_class": evaluation.map_per_class,
+        "objects_per_class": evaluation.objects_per_class,
+        "images": evaluation.images,
+        "epoch": epoch,
+        "step": step,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def tables(evaluation: Evaluation) -> RenderableType:
+    """COCO's twelve numbers, and AP per class, best first."""
+    return Group(_numbers(evaluation), "", _classes(evaluation))
+
+
+def _numbers(evaluation: Evaluation) -> Table:
+    table = Table(title=f"box AP and AR on {evaluation.images} images", title_style="bold", title_justify="left")
+    ap = {name: value for name, value in evaluation.numbers.items() if name.startswith("map")}
+    ar = {name: value for name, value in evaluation.numbers.items() if name.startswith("mar")}
+    for _ in range(2):
+        table.add_column("metric", style="dim")
+        table.add_column("value", justify="right")
+    for (left, a), (right, b) in zip(ap.items(), ar.items(), strict=True):
+        style = "bold" if left == "map" else ""
+        table.add_row(left, Text(_number(a), style=style), right, _number(b))
+    return table
+
+
+def _classes(evaluation: Evaluation) -> Table:
+    ranked = sorted(evaluation.map_per_class.items(), key=lambda one: -one[1])
+    hidden = max(0, len(ranked) - SHOWN_CLASSES)
+    caption = f"{hidden} classes more in metrics.json" if hidden else None
+    table = Table(title="AP per class", title_style="bold", title_justify="left", caption=caption)
+    table.add_column("class", max_width=28, overflow="ellipsis", no_wrap=True)
+    table.add_column("objects", justify="right", style="dim")
+    table.add_column("AP", justify="right")
+    table.add_column("", width=BAR_WIDTH, no_wrap=True)
+    head = SHOWN_CLASSES // 2 if hidden else len(ranked)
+    for i, (name, ap) in enumerate(ranked):
+        if i < head or i >= len(ranked) - head:
+            table.add_row(name, str(evaluation.objects_per_class[name]), _number(ap), _bar(ap))
+        if hidden and i == head:
+            table.add_row("…", "", "", "")
+    return table
+
+
+def _number(value: float) -> str:
+    return "–" if value == ABSENT else f"{value:.3f}"
+
+
+def _bar(share: float) -> Text:
+    eighths = round(max(share, 0.0) * BAR_WIDTH * 8)
+    text = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    return Text(text, style="green" if share >= 0.5 else "yellow" if share >= 0.25 else "red")
