@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL.Image import Image
 
+from codetr.evaluation.metrics import DetectionMetrics
 from codetr.types import Batch, Detections, box_scale
 from codetr.visualize import compare, grid
 
@@ -33,15 +34,16 @@ class Pictures(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: list[Detections],
+        outputs: list[Detections],  # type: ignore[override]
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            names = pl_module.metrics.class_names
+            metrics = pl_module.metrics
+            assert isinstance(metrics, DetectionMetrics), "the module keeps its DetectionMetrics as `metrics`"
             for i in range(min(self.count - len(self._pictures), len(outputs))):
-                self._pictures.append(draw(batch, i, outputs[i], names, self.score_threshold))
+                self._pictures.append(draw(batch, i, outputs[i], metrics.class_names, self.score_threshold))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures:

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codetr.evaluation.metrics import ABSENT, Evaluation
+from codetr.evaluation.metrics import ABSENT, DetectionMetrics, Evaluation
 from codetr.visualize import save_learning_curves, save_precision_recall
 
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
@@ -31,7 +31,7 @@ class Report(Callback):
         self.losses, self.scores = losses, scores
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        evaluation: Evaluation | None = pl_module.metrics.evaluation
+        evaluation = last_evaluation(pl_module)
         if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
             return
         folder = Path(trainer.default_root_dir)
@@ -50,8 +50,14 @@ class Report(Callback):
                 if log.is_file():
                     path = Path(trainer.default_root_dir) / "curves.png"
                     save_learning_curves(log, path, self.losses, self.scores)
-        if pl_module.metrics.evaluation is not None:
-            get_console().print(tables(pl_module.metrics.evaluation))
+        if (evaluation := last_evaluation(pl_module)) is not None:
+            get_console().print(tables(evaluation))
+
+
+def last_evaluation(pl_module: LightningModule) -> Evaluation | None:
+    metrics = pl_module.metrics
+    assert isinstance(metrics, DetectionMetrics), "the module keeps its DetectionMetrics as `metrics`"
+    return metrics.evaluation
 
 
 def write_metrics(path: Path, evaluation: Evaluation, epoch: int, step: int) -> None:

@@ -133,14 +133,19 @@ def _split(rows: list[Tensor]) -> list[np.ndarray]:
 
 
 def _detections(rows: np.ndarray) -> dict[str, Tensor]:
-    rows = torch.from_numpy(rows)
-    return {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()}
+    columns = torch.from_numpy(rows)
+    return {"boxes": columns[:, :4], "scores": columns[:, 4], "labels": columns[:, 5].long()}
 
 
 def _truth(rows: np.ndarray) -> dict[str, Tensor]:
-    rows = torch.from_numpy(rows)
-    area = rows[:, 6].clamp(min=SMALLEST_AREA)
-    return {"boxes": rows[:, :4], "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long(), "area": area}
+    columns = torch.from_numpy(rows)
+    area = columns[:, 6].clamp(min=SMALLEST_AREA)
+    return {
+        "boxes": columns[:, :4],
+        "labels": columns[:, 4].long(),
+        "iscrowd": columns[:, 5].long(),
+        "area": area,
+    }
 
 
 def _mean(values: np.ndarray) -> float:
@@ -170,7 +175,7 @@ def _on_first_process(records: dict[int, Record], evaluate: Callable[..., Evalua
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return evaluate(records)
     first = dist.get_rank() == 0
-    group = dist.new_group(backend="gloo")
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[assignment]
     parts: list[dict[int, Record]] | None = [{}] * dist.get_world_size() if first else None
     dist.gather_object(records, parts, dst=0, group=group)
     result: list[Evaluation | None] = [None]
