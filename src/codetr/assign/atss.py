@@ -1,0 +1,52 @@
+"""Adaptive training sample selection (ATSS, Zhang et al. 2020, algorithm 1)."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from codetr.assign import BACKGROUND, IGNORED
+
+
+def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, valid: Tensor, topk: int) -> Tensor:
+    """Per object: of the `topk` anchors of each level nearest to its centre, those with an IoU of at least mean +
+    standard deviation of the IoUs of them all, and whose centre lies in the object. Of several objects an anchor
+    takes the one of highest IoU, the first one of equals.
+
+    anchors: per level [N_j, 4], shared by all images. anchor_valid: [B, N]; the others are ignored. boxes:
+    [B, M, 4], M >= 1. valid: [B, M]. All boxes xyxy in pixels. Returns [B, N]: object index, BACKGROUND or IGNORED.
+    """
+    every = torch.cat(anchors)
+    centers = (every[:, :2] + every[:, 2:]) / 2
+    nearest = _nearest(centers, [len(level) for level in anchors], anchor_valid, boxes, topk)
+    usable = anchor_valid[:, None].expand(-1, boxes.shape[1], -1).gather(2, nearest) & valid[:, :, None]
+    iou = box_iou(boxes[:, :, None], every[nearest])[:, :, 0]
+    chosen = usable & (iou >= _threshold(iou, usable)) & _inside(centers[nearest], boxes)
+    quality = iou.new_full((*boxes.shape[:2], len(every)), -1).scatter_(2, nearest, iou.masked_fill(~chosen, -1))
+    best, owner = quality.max(1)
+    return owner.masked_fill(best < 0, BACKGROUND).masked_fill(~anchor_valid, IGNORED)
+
+
+def _nearest(centers: Tensor, sizes: list[int], anchor_valid: Tensor, boxes: Tensor, topk: int) -> Tensor:
+    """Indices [B, M, topk per level] of the valid anchors nearest to each object's centre."""
+    objects = (boxes[..., :2] + boxes[..., 2:]) / 2
+    offset = centers[None, None] - objects[:, :, None]
+    distance = offset.square().sum(-1).sqrt().masked_fill(~anchor_valid[:, None], torch.inf)
+    parts, start = [], 0
+    for level in distance.split(sizes, 2):
+        parts.append(level.topk(min(topk, level.shape[2]), dim=2, largest=False).indices + start)
+        start += level.shape[2]
+    return torch.cat(parts, 2)
+
+
+def _threshold(iou: Tensor, usable: Tensor) -> Tensor:
+    """[B, M, 1] mean plus (unbiased) standard deviation over the usable candidates."""
+    count = usable.sum(2, keepdim=True).clamp(min=1)
+    mean = iou.where(usable, 0).sum(2, keepdim=True) / count
+    variance = (iou - mean).square().where(usable, 0).sum(2, keepdim=True) / (count - 1).clamp(min=1)
+    return mean + variance.sqrt()
+
+
+def _inside(centers: Tensor, boxes: Tensor) -> Tensor:
+    """[B, M, K, 2] points, [B, M, 4] boxes -> [B, M, K]: more than 0.01 pixels from every side."""
+    low, high = centers - boxes[:, :, None, :2], boxes[:, :, None, 2:] - centers
+    return torch.cat([low, high], -1).amin(-1) > 0.01

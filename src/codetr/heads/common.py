@@ -1,0 +1,55 @@
+"""What the auxiliary heads share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from codetr.types import Detections
+
+PRIOR = 0.01  # probability of every class at the start of training (Focal loss, sec. 3.3)
+
+
+def flatten(maps: list[Tensor], per_cell: int) -> Tensor:
+    """Feature maps [B, A * D, H_j, W_j], D values for each of A anchors -> [B, N, D], all levels."""
+    return torch.cat([m.permute(0, 2, 3, 1).reshape(len(m), -1, m.shape[1] // per_cell) for m in maps], 1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """[B, N, D], [B, n] -> [B, n, D]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def assigned_boxes(boxes: Tensor, owner: Tensor) -> Tensor:
+    """The objects' boxes [B, M, 4] for every candidate [B, N, 4]; the first object's where it has none."""
+    return take(boxes, owner.clamp(min=0))
+
+
+def assigned_labels(labels: Tensor, owner: Tensor) -> Tensor:
+    """The objects' labels [B, M] for every candidate [B, N]; -1 where it has none."""
+    return labels.gather(1, owner.clamp(min=0)).masked_fill(owner < 0, -1)
+
+
+def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best of each level. scores: [B, sum(sizes)]. Returns (index, level), both [B, n]."""
+    index, levels, start = [], [], 0
+    for number, level in enumerate(scores.split(sizes, 1)):
+        best = level.topk(min(count, level.shape[1]), dim=1).indices
+        index.append(best + start)
+        levels.append(torch.full_like(best, number))
+        start += level.shape[1]
+    return torch.cat(index, 1), torch.cat(levels, 1)
+
+
+def detections(scores: Tensor, labels: Tensor, boxes: Tensor, valid: Tensor) -> list[Detections]:
+    """The valid ones of each image. scores, labels, valid: [B, n]. boxes: [B, n, 4]."""
+    return [Detections(s[v], k[v], b[v]) for s, k, b, v in zip(scores, labels, boxes, valid, strict=True)]
+
+
+def init_normal(module: nn.Module, std: float) -> None:
+    """Normal weights and zero biases, in all layers of `module` (RetinaNet, sec. 4.1)."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,73 @@
+"""The second stage of Faster R-CNN: features of regions, their classes and boxes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from codetr.heads.common import init_normal
+from codetr.types import Pyramid
+
+
+class RoIPool(nn.Module):
+    """RoIAlign (Mask R-CNN) of every box on the level that fits its size (FPN, eq. 1).
+
+    size: cells per side of the result. num_levels: the pyramid's first ones are used. finest_scale: boxes of less
+    than twice this side, in pixels, use level 0. sampling_ratio: samples per cell and axis, 0: as many as the
+    pixels beneath.
+    """
+
+    def __init__(self, size: int, num_levels: int, finest_scale: float, sampling_ratio: int) -> None:
+        super().__init__()
+        self.size, self.num_levels = size, num_levels
+        self.finest_scale, self.sampling_ratio = finest_scale, sampling_ratio
+
+    def levels(self, boxes: Tensor) -> Tensor:
+        """[..., 4] xyxy -> [...] level of each box."""
+        side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).clamp(min=0).sqrt()
+        level = (side / self.finest_scale + 1e-6).log2().floor()
+        return level.clamp(0, self.num_levels - 1).long()
+
+    def forward(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> Tensor:
+        """boxes: [B, R, 4] xyxy in pixels. valid: [B, R]. Returns [B, R, C, size, size], 0 where not valid."""
+        images = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
+        regions = torch.cat([images.to(boxes), boxes], -1).flatten(0, 1)
+        levels = self.levels(boxes).masked_fill(~valid, -1).flatten()
+        width = pyramid.levels[0].shape[1]
+        pooled = pyramid.levels[0].new_zeros(len(regions), width, self.size, self.size)
+        for number in range(self.num_levels):
+            (members,) = torch.where(levels == number)
+            features, scale = pyramid.levels[number], 1 / pyramid.strides[number]
+            aligned = roi_align(
+                features, regions[members].to(features), self.size, scale, self.sampling_ratio, aligned=True
+            )
+            pooled = pooled.index_copy(0, members, aligned)
+        return pooled.unflatten(0, boxes.shape[:2])
+
+
+class BoxHead(nn.Module):
+    """Two hidden layers, then class logits with background last, and deltas per class."""
+
+    def __init__(self, width: int, size: int, hidden_width: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.hidden = nn.Sequential(
+            nn.Flatten(2),
+            nn.Linear(width * size * size, hidden_width),
+            nn.ReLU(True),
+            nn.Linear(hidden_width, hidden_width),
+            nn.ReLU(True),
+        )
+        self.classes = nn.Linear(hidden_width, num_classes + 1)
+        self.deltas = nn.Linear(hidden_width, num_classes * 4)
+        for layer in (self.hidden[1], self.hidden[3]):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        init_normal(self.classes, 0.01)
+        init_normal(self.deltas, 0.001)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, R, C, size, size] -> logits [B, R, K + 1], deltas [B, R, K, 4], float32."""
+        x = self.hidden(pooled)
+        return self.classes(x).float(), self.deltas(x).unflatten(-1, (self.num_classes, 4)).float()

@@ -1,0 +1,86 @@
+"""Anchors on a pyramid, and the box deltas relative to them (Faster R-CNN, sec. 3.1.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codetr.types import Pyramid, box_scale
+
+MAX_LOG_SCALE = abs(math.log(16 / 1000))  # no decoded side is more than 62.5 times its anchor's
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """The anchors of every cell: one per (ratio, scale), ratio-major.
+
+    scales: side of a square anchor in strides. ratios: height / width at equal area. offset: position of a
+    cell's centre in strides from its top-left corner (0: the corner itself).
+    """
+
+    scales: tuple[float, ...]
+    ratios: tuple[float, ...]
+    offset: float = 0.0
+
+    @property
+    def per_cell(self) -> int:
+        return len(self.scales) * len(self.ratios)
+
+    def __call__(self, pyramid: Pyramid) -> list[Tensor]:
+        """Anchors [H_j * W_j * A, 4] of each level, xyxy in network pixels, row by row, A per cell."""
+        return [
+            self._level(level.shape[-2:], stride, level.device)
+            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+        ]
+
+    def _level(self, shape: Sequence[int], stride: int, device: torch.device) -> Tensor:
+        root = torch.tensor(self.ratios, device=device).sqrt()[:, None]
+        scales = torch.tensor(self.scales, device=device) * stride
+        half = torch.stack([scales / root, scales * root], -1).flatten(0, 1) / 2
+        y, x = ((torch.arange(n, device=device) + self.offset) * stride for n in shape)
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)[:, None]
+        return torch.cat([centers - half, centers + half], -1).flatten(0, 1)
+
+    def valid(self, pyramid: Pyramid, sizes: Tensor) -> Tensor:
+        """[B, N] bool: anchors of all levels whose cell begins inside its image. sizes: [B, 2] (height, width)."""
+        parts = []
+        for level, stride in zip(pyramid.levels, pyramid.strides, strict=True):
+            y, x = (torch.arange(n, device=sizes.device) * stride for n in level.shape[-2:])
+            inside = (y < sizes[:, :1])[:, :, None] & (x < sizes[:, 1:])[:, None, :]
+            parts.append(inside.flatten(1).repeat_interleave(self.per_cell, 1))
+        return torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class BoxCoder:
+    """Deltas (dx, dy, dw, dh) of boxes relative to anchors, divided by `stds`; boxes are xyxy in pixels."""
+
+    stds: tuple[float, float, float, float]
+
+    def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """[..., 4], [..., 4] -> [..., 4]."""
+        (anchor_center, anchor_size), (center, size) = _center_size(anchors), _center_size(boxes)
+        deltas = torch.cat([(center - anchor_center) / anchor_size, (size / anchor_size).log()], -1)
+        return deltas / deltas.new_tensor(self.stds)
+
+    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """[..., 4], [..., 4] -> [..., 4], not clipped to the image."""
+        shift, log_scale = (deltas * deltas.new_tensor(self.stds)).split(2, -1)
+        anchor_center, anchor_size = _center_size(anchors)
+        center = anchor_center + shift * anchor_size
+        half = anchor_size * log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp() / 2
+        return torch.cat([center - half, center + half], -1)
+
+
+def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = boxes.split(2, -1)
+    return (low + high) / 2, high - low
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Clip xyxy boxes [B, N, 4] to their images. sizes: [B, 2] (height, width)."""
+    return boxes.clamp(min=0).minimum(box_scale(sizes)[:, None])
