@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from codetr.assign import BACKGROUND
@@ -58,7 +58,7 @@ class ATSSHead(nn.Module):
         self.weights = {"class": class_weight, "giou": giou_weight, "centerness": centerness_weight}
         self.candidates_per_level, self.nms_iou, self.max_detections = candidates_per_level, nms_iou, max_detections
         self.grid = AnchorGrid((anchor_scale,), (1.0,))
-        self.coder = BoxCoder(tuple(box_stds))
+        self.coder = BoxCoder(box_stds)
         self.class_tower = _tower(width, num_convs, num_groups)
         self.box_tower = _tower(width, num_convs, num_groups)
         self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
@@ -66,6 +66,7 @@ class ATSSHead(nn.Module):
         self.centerness = nn.Conv2d(width, 1, 3, padding=1)
         self.scales = nn.Parameter(torch.ones(num_levels))
         init_normal(self, 0.01)
+        assert self.classes.bias is not None
         nn.init.constant_(self.classes.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +104,8 @@ class ATSSHead(nn.Module):
         positive, goals = assigned.positive, assigned.target_boxes_xyxy
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
         quality = centerness_target(assigned.boxes_xyxy, goals).where(positive, 0)
-        classes = one_hot(assigned.labels + 1, self.num_classes + 1)[..., 1:].to(logits)
+        labels = assigned.labels.clamp(min=0)[..., None]
+        classes = torch.zeros_like(logits).scatter_(-1, labels, positive.to(logits)[..., None])
         focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma).sum(-1)
         giou = generalized_box_iou_loss(self.coder.decode(assigned.boxes_xyxy, deltas), goals)
         entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")

@@ -56,7 +56,7 @@ class FasterRCNNHead(nn.Module):
     ) -> None:
         super().__init__()
         self.rpn, self.proposals, self.pool, self.box_head = rpn, proposals, pool, box_head
-        self.coder = BoxCoder(tuple(box_stds))
+        self.coder = BoxCoder(box_stds)
         self.positive_iou = positive_iou
         self.num_samples, self.most_positive = num_samples, int(num_samples * positive_fraction)
         self.weights = {"class": class_weight, "giou": giou_weight}
@@ -77,7 +77,8 @@ class FasterRCNNHead(nn.Module):
             positive=regions.owner >= 0,
             negative=regions.owner == BACKGROUND,
         )
-        for term, value in self.losses(*self.box_head(pooled), positives).items():
+        logits, deltas = self.box_head(pooled)
+        for term, value in self.losses(logits, deltas, positives).items():
             losses[term] = value * self.weights[term]
         return HeadOutput(losses, positives)
 

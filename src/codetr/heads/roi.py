@@ -61,9 +61,10 @@ class BoxHead(nn.Module):
         )
         self.classes = nn.Linear(hidden_width, num_classes + 1)
         self.deltas = nn.Linear(hidden_width, num_classes * 4)
-        for layer in (self.hidden[1], self.hidden[3]):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in self.hidden:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         init_normal(self.classes, 0.01)
         init_normal(self.deltas, 0.001)
 

@@ -49,7 +49,7 @@ class RPN(nn.Module):
         priority: Priority | None = None,
     ) -> None:
         super().__init__()
-        self.grid = AnchorGrid(tuple(anchor_scales), tuple(anchor_ratios))
+        self.grid = AnchorGrid(anchor_scales, anchor_ratios)
         self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
         self.thresholds = (positive_iou, negative_iou, low_quality_iou)
         self.num_samples, self.most_positive = num_samples, int(num_samples * positive_fraction)

@@ -4,46 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codetr.types import Pyramid, box_scale
 
 MAX_LOG_SCALE = abs(math.log(16 / 1000))  # no decoded side is more than 62.5 times its anchor's
 
 
-@dataclass(frozen=True)
-class AnchorGrid:
+class AnchorGrid(nn.Module):
     """The anchors of every cell: one per (ratio, scale), ratio-major.
 
     scales: side of a square anchor in strides. ratios: height / width at equal area. offset: position of a
     cell's centre in strides from its top-left corner (0: the corner itself).
     """
 
-    scales: tuple[float, ...]
-    ratios: tuple[float, ...]
-    offset: float = 0.0
+    half_sizes: Tensor
 
-    @property
-    def per_cell(self) -> int:
-        return len(self.scales) * len(self.ratios)
+    def __init__(self, scales: Sequence[float], ratios: Sequence[float], offset: float = 0.0) -> None:
+        super().__init__()
+        self.offset = offset
+        self.per_cell = len(scales) * len(ratios)
+        root, side = torch.tensor(tuple(ratios)).sqrt()[:, None], torch.tensor(tuple(scales))
+        half = torch.stack([side / root, side * root], -1).flatten(0, 1) / 2
+        self.register_buffer("half_sizes", half, persistent=False)
 
-    def __call__(self, pyramid: Pyramid) -> list[Tensor]:
+    def forward(self, pyramid: Pyramid) -> list[Tensor]:
         """Anchors [H_j * W_j * A, 4] of each level, xyxy in network pixels, row by row, A per cell."""
         return [
-            self._level(level.shape[-2:], stride, level.device)
-            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+            self._level(level.shape[-2:], stride) for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
         ]
 
-    def _level(self, shape: Sequence[int], stride: int, device: torch.device) -> Tensor:
-        root = torch.tensor(self.ratios, device=device).sqrt()[:, None]
-        scales = torch.tensor(self.scales, device=device) * stride
-        half = torch.stack([scales / root, scales * root], -1).flatten(0, 1) / 2
-        y, x = ((torch.arange(n, device=device) + self.offset) * stride for n in shape)
+    def _level(self, shape: Sequence[int], stride: int) -> Tensor:
+        y, x = ((torch.arange(n, device=self.half_sizes.device) + self.offset) * stride for n in shape)
         centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)[:, None]
-        return torch.cat([centers - half, centers + half], -1).flatten(0, 1)
+        return torch.cat([centers - self.half_sizes * stride, centers + self.half_sizes * stride], -1).flatten(0, 1)
 
     def valid(self, pyramid: Pyramid, sizes: Tensor) -> Tensor:
         """[B, N] bool: anchors of all levels whose cell begins inside its image. sizes: [B, 2] (height, width)."""
@@ -55,21 +51,24 @@ class AnchorGrid:
         return torch.cat(parts, 1)
 
 
-@dataclass(frozen=True)
-class BoxCoder:
+class BoxCoder(nn.Module):
     """Deltas (dx, dy, dw, dh) of boxes relative to anchors, divided by `stds`; boxes are xyxy in pixels."""
 
-    stds: tuple[float, float, float, float]
+    stds: Tensor
+
+    def __init__(self, stds: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("stds", torch.tensor(tuple(stds)), persistent=False)
 
     def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
         """[..., 4], [..., 4] -> [..., 4]."""
         (anchor_center, anchor_size), (center, size) = _center_size(anchors), _center_size(boxes)
         deltas = torch.cat([(center - anchor_center) / anchor_size, (size / anchor_size).log()], -1)
-        return deltas / deltas.new_tensor(self.stds)
+        return deltas / self.stds
 
     def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
         """[..., 4], [..., 4] -> [..., 4], not clipped to the image."""
-        shift, log_scale = (deltas * deltas.new_tensor(self.stds)).split(2, -1)
+        shift, log_scale = (deltas * self.stds).split(2, -1)
         anchor_center, anchor_size = _center_size(anchors)
         center = anchor_center + shift * anchor_size
         half = anchor_size * log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp() / 2
