@@ -1,5 +1,6 @@
 """Both auxiliary heads against the official Co-Deformable-DETR bundle."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,22 @@ from codetr.types import Pyramid, Targets
 
 CLASSES, WIDTH = 6, 64
 FACTOR = 2 * 2  # lambda_2 x decoder layers of the bundle
+NAMES = {
+    "atss_cls": "classes",
+    "atss_reg": "deltas",
+    "atss_centerness": "centerness",
+    "cls_convs.0.conv": "class_tower.0",
+    "cls_convs.0.gn": "class_tower.1",
+    "reg_convs.0.conv": "box_tower.0",
+    "reg_convs.0.gn": "box_tower.1",
+    "rpn_conv": "rpn.conv",
+    "rpn_cls": "rpn.objectness",
+    "rpn_reg": "rpn.deltas",
+    "shared_fcs.0": "box_head.hidden.1",
+    "shared_fcs.1": "box_head.hidden.3",
+    "fc_cls": "box_head.classes",
+    "fc_reg": "box_head.deltas",
+}
 
 
 class Case(NamedTuple):
@@ -43,18 +60,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 def atss_head(weights: dict[str, Tensor]) -> ATSSHead:
     head = ATSSHead(WIDTH, CLASSES, 5, 1, 32, 8, (0.1, 0.1, 0.2, 0.2), 9, 0.25, 2.0, 1, 2, 1, 1000, 0.6, 100)
-    names = {
-        "atss_cls.": "classes.",
-        "atss_reg.": "deltas.",
-        "atss_centerness.": "centerness.",
-        "cls_convs.0.conv.": "class_tower.0.",
-        "cls_convs.0.gn.": "class_tower.1.",
-        "reg_convs.0.conv.": "box_tower.0.",
-        "reg_convs.0.gn.": "box_tower.1.",
-    }
-    state = renamed(weights, "bbox_head.0.", names)
-    state["scales"] = torch.stack([state.pop(f"scales.{i}.scale") for i in range(5)])
-    head.load_state_dict(state)
+    head.load_state_dict(renamed(weights, "bbox_head.0."))
     return head
 
 
@@ -76,25 +82,18 @@ def rcnn_head(weights: dict[str, Tensor]) -> FasterRCNNHead:
         max_detections=100,
         priority=fixed_order,
     )
-    rpn = {"rpn_conv.": "rpn.conv.", "rpn_cls.": "rpn.objectness.", "rpn_reg.": "rpn.deltas."}
-    box = {
-        "shared_fcs.0.": "box_head.hidden.1.",
-        "shared_fcs.1.": "box_head.hidden.3.",
-        "fc_cls.": "box_head.classes.",
-        "fc_reg.": "box_head.deltas.",
-    }
-    head.load_state_dict(renamed(weights, "rpn_head.", rpn) | renamed(weights, "roi_head.0.bbox_head.", box))
+    head.load_state_dict(renamed(weights, "rpn_head.") | renamed(weights, "roi_head.0.bbox_head."))
     return head
 
 
-def renamed(weights: dict[str, Tensor], prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
-    state = {}
-    for key, value in weights.items():
-        if key.startswith(prefix):
-            key = key.removeprefix(prefix)
-            for old, new in names.items():
-                key = key.replace(old, new)
-            state[key] = value.float()
+def renamed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The official head's tensors by our names; the scales of the levels become one vector."""
+    own = {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
+    scales = [own.pop(f"scales.{i}.scale") for i in range(5) if f"scales.{i}.scale" in own]
+    state = {"scales": torch.stack(scales)} if scales else {}
+    for key, value in own.items():
+        module, parameter = key.rsplit(".", 1)
+        state[f"{NAMES[module]}.{parameter}"] = value
     return state
 
 
@@ -259,3 +258,19 @@ def test_detections(case: Case, name: str) -> None:
         close(found.scores, expected["scores"])
         assert torch.equal(found.labels, expected["labels"])
         close(found.boxes_xyxy / case.scales[i], expected["boxes"])
+
+
+@pytest.mark.parametrize("which", EMPTY)
+def test_gradients(case: Case, official: Path, which: str) -> None:
+    """The heads' parameters receive gradients from the heads' losses alone: norms as recorded for the whole step."""
+    file = official / "co_deformable_detr_r50" / "train.json"
+    norms = {k: torch.tensor(v) for k, v in json.loads(file.read_text())["grad_norm"][which].items()}
+    for head, prefixes in ((case.atss, ["bbox_head.0."]), (case.rcnn, ["rpn_head.", "roi_head.0.bbox_head."])):
+        loss = sum(head(case.pyramid, without_objects(case.targets, *EMPTY[which])).losses.values()) * FACTOR
+        names, parameters = zip(*head.named_parameters(), strict=True)
+        gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        expected = {k: v for prefix in prefixes for k, v in renamed(norms, prefix).items()}
+        assert expected.keys() == gradients.keys()
+        for name, norm in expected.items():
+            own = gradients[name].abs() if name == "scales" else gradients[name].norm()
+            torch.testing.assert_close(own, norm, rtol=1e-4, atol=1e-6)

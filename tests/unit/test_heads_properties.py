@@ -1,0 +1,234 @@
+"""What must hold for every auxiliary head, whatever its weights."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou, nms
+
+from codetr.heads.atss import ATSSHead, centerness_target
+from codetr.heads.faster_rcnn import FasterRCNNHead
+from codetr.heads.roi import BoxHead, RoIPool
+from codetr.heads.rpn import RPN, ProposalSelection
+from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
+from codetr.ops.nms import best_after_nms
+from codetr.types import Pyramid, Targets
+
+WIDTH, CLASSES = 16, 3
+
+
+def atss() -> ATSSHead:
+    return ATSSHead(WIDTH, CLASSES, 3, 1, 4, 4, (0.1, 0.1, 0.2, 0.2), 9, 0.25, 2.0, 1, 2, 1, 100, 0.6, 20)
+
+
+def faster_rcnn() -> FasterRCNNHead:
+    return FasterRCNNHead(
+        rpn=RPN(WIDTH, (2.0, 4.0), (0.5, 1.0), 0.7, 0.3, 0.3, 64, 0.5, 1, 1),
+        proposals=ProposalSelection(100, 0.7, 50),
+        pool=RoIPool(3, 2, 16, 2),
+        box_head=BoxHead(WIDTH, 3, 8, CLASSES),
+        box_stds=(0.1, 0.1, 0.2, 0.2),
+        positive_iou=0.5,
+        num_samples=32,
+        positive_fraction=0.25,
+        class_weight=1,
+        giou_weight=10,
+        score_threshold=0.0,
+        nms_iou=0.5,
+        max_detections=20,
+    )
+
+
+both = pytest.mark.parametrize("build", [atss, faster_rcnn])
+
+
+def pyramid(batch: int = 2) -> Pyramid:
+    return Pyramid([torch.randn(batch, WIDTH, 64 // s, 64 // s, requires_grad=True) for s in (4, 8, 16)], (4, 8, 16))
+
+
+def targets(batch: int = 2, objects: int = 3) -> Targets:
+    centers, sides = torch.rand(batch, objects, 2) * 0.5 + 0.25, torch.rand(batch, objects, 2) * 0.3 + 0.15
+    return Targets(
+        torch.cat([centers, sides], -1),
+        torch.randint(0, CLASSES, (batch, objects)),
+        torch.ones(batch, objects).bool(),
+        torch.tensor([[64, 64], [48, 40]])[:batch],
+    )
+
+
+def without_objects(t: Targets) -> Targets:
+    return Targets(t.boxes, t.labels, torch.zeros_like(t.valid), t.sizes)
+
+
+@both
+@pytest.mark.parametrize("empty", [False, True])
+def test_same_graph_with_and_without_objects(build: Callable[[], nn.Module], empty: bool) -> None:
+    """Finite losses, and a gradient for every parameter; without objects the box terms are zero."""
+    head, goal = build(), targets()
+    output = head(pyramid(), without_objects(goal) if empty else goal)
+    assert all(loss.isfinite() and loss.shape == () for loss in output.losses.values())
+    sum(output.losses.values()).backward()
+    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    box_terms = {"giou", "l1", "rpn_l1", "centerness"} & output.losses.keys()
+    assert all((output.losses[term] == 0) == empty for term in box_terms)
+    assert output.positives.positive.any() != empty
+
+
+@both
+def test_gradient_reaches_the_pyramid(build: Callable[[], nn.Module]) -> None:
+    levels, head, goal = pyramid(), build(), targets()
+    sum(head(levels, goal).losses.values()).backward()
+    assert all(level.grad.abs().sum() > 0 for level in levels.levels)
+    levels = pyramid()
+    head(levels, goal).positives.features.square().sum().backward()
+    assert levels.levels[0].grad.abs().sum() > 0
+
+
+@both
+def test_padding_objects_changes_nothing(build: Callable[[], nn.Module]) -> None:
+    head, levels, goal = build(), pyramid(), targets()
+    extra = targets(objects=4)
+    padded = Targets(
+        torch.cat([goal.boxes, extra.boxes], 1),
+        torch.cat([goal.labels, extra.labels], 1),
+        torch.cat([goal.valid, torch.zeros_like(extra.valid)], 1),
+        goal.sizes,
+    )
+    for part in (head, getattr(head, "rpn", head)):
+        part.priority = lambda rank: rank
+    one, other = head(levels, goal), head(levels, padded)
+    for term, value in one.losses.items():
+        torch.testing.assert_close(value, other.losses[term])
+    for name, value in vars(one.positives).items():
+        if name == "target_boxes_xyxy":
+            mask = one.positives.positive
+            assert torch.equal(value[mask], other.positives.target_boxes_xyxy[mask])
+        else:
+            assert torch.equal(value, getattr(other.positives, name))
+
+
+@both
+def test_positives_are_consistent(build: Callable[[], nn.Module]) -> None:
+    goal = targets()
+    found = build()(pyramid(), goal).positives
+    assert not (found.positive & found.negative).any()
+    assert torch.equal(found.labels >= 0, found.positive)
+    assert found.positive.any(1).all()
+    for i in range(2):
+        own = found.positive[i]
+        where = (found.target_boxes_xyxy[i, own][:, None] == goal.boxes_xyxy[i]).all(-1)
+        assert where.any(1).all()
+        assert torch.equal(goal.labels[i][where.long().argmax(1)], found.labels[i, own])
+
+
+def test_cells_in_the_padding_are_never_used() -> None:
+    """Image 1 is 48 x 40 in a 64 x 64 batch."""
+    goal = targets()
+    found = atss().assign(pyramid(), goal)
+    centers = (found.boxes_xyxy[1, :, :2] + found.boxes_xyxy[1, :, 2:]) / 2
+    inside = (centers < goal.sizes[1].flip(0)).all(-1)
+    assert torch.equal(found.positive[1] | found.negative[1], inside)
+    assert (found.positive[0] | found.negative[0]).all()
+
+
+def test_losses_do_not_see_ignored_anchors() -> None:
+    """Predictions in the padding receive no gradient."""
+    head, goal = atss(), targets()
+    found = head.assign(pyramid(), goal)
+    predictions = [p.detach().requires_grad_() for p in head.predict(pyramid())]
+    sum(head.losses(*predictions, found).values()).backward()
+    ignored = ~(found.positive | found.negative)
+    assert ignored.any()
+    assert all((p.grad[ignored] == 0).all() for p in predictions)
+
+
+@both
+def test_detections_are_inside_and_sorted(build: Callable[[], nn.Module]) -> None:
+    sizes = targets().sizes
+    for found, size in zip(build().detect(pyramid(), sizes), sizes, strict=True):
+        assert 0 < len(found.scores) <= 20
+        assert (found.scores.diff() <= 0).all()
+        assert (found.boxes_xyxy >= 0).all()
+        assert (found.boxes_xyxy <= size.flip(0).repeat(2)).all()
+
+
+def test_detections_do_not_depend_on_batch_mates() -> None:
+    for head in (atss(), faster_rcnn()):
+        levels, sizes = pyramid(), targets().sizes
+        together = head.detect(levels, sizes)
+        for i, found in enumerate(together):
+            one = Pyramid([level[i : i + 1] for level in levels.levels], levels.strides)
+            (alone,) = head.detect(one, sizes[i : i + 1])
+            torch.testing.assert_close(alone.boxes_xyxy, found.boxes_xyxy, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_number_of_levels_is_named() -> None:
+    short = pyramid()
+    with pytest.raises(ValueError, match="num_levels=3, the pyramid 2"):
+        atss().predict(Pyramid(short.levels[:2], short.strides[:2]))
+
+
+def boxes(*shape: int) -> Tensor:
+    low = torch.rand(*shape, 2) * 40
+    return torch.cat([low, low + 2 + torch.rand(*shape, 2) * 20], -1)
+
+
+def test_box_coder_is_its_own_inverse() -> None:
+    anchors, goals = boxes(50).double(), boxes(50).double()
+    coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
+    torch.testing.assert_close(coder.decode(anchors, coder.encode(anchors, goals)), goals, rtol=1e-5, atol=1e-5)
+    assert coder.decode(anchors, torch.full((50, 4), 1e4).double()).isfinite().all()
+
+
+def test_anchors_have_the_area_and_ratio_asked_for() -> None:
+    levels = Pyramid([torch.zeros(1, 1, 2, 3)], (8,))
+    (anchors,) = AnchorGrid((2.0, 4.0), (0.5, 2.0), offset=0.5)(levels)
+    sides = (anchors[:, 2:] - anchors[:, :2]).view(6, 4, 2)
+    torch.testing.assert_close(sides.prod(-1), torch.tensor([256.0, 1024, 256, 1024]).expand(6, -1))
+    torch.testing.assert_close(sides[..., 1] / sides[..., 0], torch.tensor([0.5, 0.5, 2, 2]).expand(6, -1))
+    centers = (anchors[::4, :2] + anchors[::4, 2:]) / 2
+    assert centers.tolist() == [[x, y] for y in (4, 12) for x in (4, 12, 20)]
+
+
+def test_clip() -> None:
+    out = clip(torch.tensor([[[-5.0, 3, 50, 70]], [[-5.0, 3, 50, 70]]]), torch.tensor([[60, 40], [80, 45]]))
+    assert out.tolist() == [[[0, 3, 40, 60]], [[0, 3, 45, 70]]]
+
+
+def test_centerness_is_one_in_the_middle_and_zero_outside() -> None:
+    anchors = torch.tensor([[4.0, 4, 6, 6], [1.0, 4, 3, 6], [-3.0, 4, -1, 6]])
+    goals = torch.tensor([0.0, 0, 10, 10]).expand(3, -1)
+    torch.testing.assert_close(centerness_target(anchors, goals), torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_nms_of_a_batch_equals_nms_one_by_one() -> None:
+    candidates, scores = boxes(3, 120), torch.rand(3, 120)
+    groups, valid = torch.randint(0, 4, (3, 120)), torch.rand(3, 120) < 0.8
+    index, kept = best_after_nms(candidates, scores, groups, valid, 0.4, 25)
+    for i in range(3):
+        expected = []
+        for group in range(4):
+            members = (valid[i] & (groups[i] == group)).nonzero()[:, 0]
+            expected += members[nms(candidates[i, members], scores[i, members], 0.4)].tolist()
+        expected.sort(key=lambda n: -scores[i, n].item())
+        assert index[i, kept[i]].tolist() == expected[:25]
+        overlaps = box_iou(candidates[i, expected], candidates[i, expected]).triu(1)
+        same = groups[i, expected][:, None] == groups[i, expected]
+        assert (overlaps[same] <= 0.4).all()
+
+
+def test_nms_of_nothing() -> None:
+    index, kept = best_after_nms(
+        boxes(2, 5), torch.rand(2, 5), torch.zeros(2, 5).long(), torch.zeros(2, 5).bool(), 0.5, 9
+    )
+    assert index.shape == (2, 5)
+    assert not kept.any()
+
+
+def test_regions_of_constant_features_are_constant_and_gaps_are_zero() -> None:
+    levels = Pyramid([torch.full((2, 1, 64 // s, 64 // s), float(s)) for s in (4, 8, 16)], (4, 8, 16))
+    regions = torch.tensor([[20.0, 20, 30, 30], [4.0, 4, 60, 60], [8.0, 8, 16, 16]]).expand(2, -1, -1)
+    valid = torch.tensor([[True, True, False], [True, False, True]])
+    pooled = RoIPool(3, 2, 16, 0)(levels, regions, valid)
+    assert pooled.mean((2, 3, 4)).tolist() == [[4, 8, 0], [4, 0, 4]]
