@@ -1,0 +1,36 @@
+"""Multi-scale deformable attention with `grid_sample`: slow, differentiable, exportable, and right."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def msda_reference(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Weighted sum of bilinear samples over all levels and points (Deformable DETR, sec. 4.1, eq. 3).
+
+    value: [B, S, H, D], the levels flattened and concatenated. spatial_shapes: (height, width) per level, plain
+    integers whose products sum to S. sampling_locations: [B, Q, H, L, P, 2], (x, y) with 0 and 1 at the outer edges
+    of a level (`align_corners=False`); the map is zero outside. attention_weights: [B, Q, H, L, P].
+    Returns [B, Q, H * D] in value's dtype. Computes in the widest of the three dtypes, in float32 at the least.
+
+    A location that is not finite counts as outside: the slot adds nothing and gets no gradient.
+    """
+    dtype = torch.promote_types(torch.promote_types(value.dtype, sampling_locations.dtype), torch.float32)
+    dtype = torch.promote_types(dtype, attention_weights.dtype)
+    grids = sampling_locations.to(dtype)
+    # Beyond one cell outside nothing is seen, at any map size, and grid_sample knows what to do with finite numbers.
+    grids = torch.where(grids.isfinite(), grids, -2.0).clamp(-2, 3) * 2 - 1
+    levels = value.to(dtype).split([height * width for height, width in spatial_shapes], 1)
+    output = grids.new_zeros(())
+    for level, (maps, shape) in enumerate(zip(levels, spatial_shapes, strict=True)):
+        maps = maps.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shape)
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        weights = attention_weights[:, :, :, level].to(dtype).transpose(1, 2).flatten(0, 1)
+        samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        output = output + (samples * weights[:, None]).sum(-1)
+    batch, _, heads, _ = value.shape
+    return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
