@@ -34,16 +34,17 @@ class RoIPool(nn.Module):
         images = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
         regions = torch.cat([images.to(boxes), boxes], -1).flatten(0, 1)
         levels = self.levels(boxes).masked_fill(~valid, -1).flatten()
-        width = pyramid.levels[0].shape[1]
-        pooled = pyramid.levels[0].new_zeros(len(regions), width, self.size, self.size)
+        order, pooled = [], []
         for number in range(self.num_levels):
             (members,) = torch.where(levels == number)
             features, scale = pyramid.levels[number], 1 / pyramid.strides[number]
-            aligned = roi_align(
-                features, regions[members].to(features), self.size, scale, self.sampling_ratio, aligned=True
+            order.append(members)
+            pooled.append(
+                roi_align(features, regions[members].to(features), self.size, scale, self.sampling_ratio, aligned=True)
             )
-            pooled = pooled.index_copy(0, members, aligned)
-        return pooled.unflatten(0, boxes.shape[:2])
+        found = torch.cat(pooled)
+        result = found.new_zeros(len(regions), *found.shape[1:]).index_copy_(0, torch.cat(order), found)
+        return result.unflatten(0, boxes.shape[:2])
 
 
 class BoxHead(nn.Module):
