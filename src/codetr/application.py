@@ -1,0 +1,232 @@
+"""What the entry points share: composing the configuration, the run directory, errors a user can mend.
+
+Everything is decided before Hydra starts, and written into the command line: processes that Lightning launches
+run the same command, and so agree on the directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from codetr.errors import UserError
+
+if TYPE_CHECKING:
+    from codetr.models.detector import Detector
+
+CONFIG_MODULE = "codetr.conf"
+LAST = Path("checkpoints") / "last.ckpt"
+SAVED_CONFIG = Path(".hydra") / "config.yaml"
+OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
+
+
+def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Compose the configuration from the command line, call `application` with it.
+
+    A UserError is printed as it is, without a stack trace; the exit status is 2.
+    """
+
+    def guarded(config: DictConfig) -> Any:
+        if "run_dir" in config:
+            with open_dict(config):
+                config.run_dir = HydraConfig.get().runtime.output_dir
+        try:
+            return application(config)
+        except UserError as error:
+            _fail(error)
+        except HydraException as error:  # Hydra wraps what a constructor raises
+            if isinstance(error.__cause__, UserError):
+                _fail(error.__cause__)
+            raise
+
+    try:
+        sys.argv[1:] = settle(sys.argv[1:], config_name)
+    except UserError as error:
+        _fail(error)
+    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(guarded)()
+
+
+def _fail(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+
+
+def settle(argv: list[str], config_name: str) -> list[str]:
+    """The command line with its run directory decided. Raises UserError for a configuration that is none."""
+    args = get_args_parser().parse_args(argv)
+    informs = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    if informs or args.config_path or args.config_name or args.experimental_rerun:
+        return argv
+    try:
+        overrides = OverridesParser.create().parse_overrides(args.overrides)
+    except HydraException as error:
+        raise UserError(f"{error}\nOverrides look like key=value; quote values with special characters.") from error
+    resume = _value(overrides, "resume")
+    if args.multirun:
+        return _settle_sweep(argv, args, config_name, overrides)
+    if resume not in (None, "auto"):
+        return _with_saved_config(Path(resume), args.overrides)
+    config = compose(config_name, args.overrides, args.config_dir)
+    if "run_dir" not in config:
+        return argv
+    directory = Path(config.run_dir)
+    given = _value(overrides, "run_dir") is not None
+    if resume == "auto" and not given:
+        directory = newest_run(directory.parent) or directory
+    if not given:
+        _refuse_disagreement()
+        argv = [*argv, f"run_dir={_quoted(directory)}"]
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+        _claim(directory, bool(resume), config.overwrite)
+    return argv
+
+
+def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides: list[Override]) -> list[str]:
+    plain = [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
+    config = compose(config_name, plain, args.config_dir)
+    if config.get("resume"):
+        raise UserError("a sweep (-m) cannot be resumed as a whole: resume one of its runs, resume=<its directory>")
+    trainer = config.get("trainer", {})
+    if trainer.get("devices", 1) not in (1, "1") or trainer.get("num_nodes", 1) != 1:
+        raise UserError(
+            f"a sweep (-m) runs on one device, and trainer.devices is {trainer.devices}: each process would start "
+            "the sweep anew. Run the jobs one by one, or set trainer.devices=1"
+        )
+    return argv
+
+
+def _with_saved_config(directory: Path, overrides: list[str]) -> list[str]:
+    """Go on with the run in `directory`, by its own configuration and what is given on top."""
+    for needed in (SAVED_CONFIG, LAST):
+        if not (directory / needed).is_file():
+            raise UserError(f"resume={directory}: there is no {needed} in it; give the directory of a run")
+    folder = (directory / SAVED_CONFIG).resolve().parent
+    value = _quoted(directory)
+    return [
+        f"--config-path={folder}",
+        "--config-name=config",
+        *overrides,
+        f"run_dir={value}",
+        f"hydra.run.dir={value}",
+    ]
+
+
+def compose(config_name: str, overrides: list[str], config_dir: str | None = None) -> DictConfig:
+    """The configuration of an entry point. Raises UserError, with names that were perhaps meant."""
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    try:
+        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return hydra.compose(config_name, [*overrides, *search])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{error}{_suggestion(str(error), config_name)}") from error
+
+
+def _suggestion(message: str, config_name: str) -> str:
+    """Names like the one that Hydra does not know: among the options it lists, or among the keys of the default."""
+    option = re.search(r"Could not find '(.+?)'", message)
+    if option:
+        wanted = option[1].rpartition("/")[2]
+        known = [line.strip() for line in message.partition("Available options")[2].splitlines()[1:]]
+    else:
+        key = re.search(r"Could not override '([^']+)'", message)
+        if not key:
+            return ""
+        wanted = key[1]
+        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            known = list(_keys(hydra.compose(config_name)))
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
+    return f"\nDid you mean {' or '.join(near)}?" if near else ""
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    names = []
+    for key in config:
+        names.append(f"{prefix}{key}")
+        child = config._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
+            names += _keys(child, f"{prefix}{key}.")
+    return names
+
+
+def newest_run(parent: Path) -> Path | None:
+    """The run in `parent` that wrote a checkpoint last."""
+    checkpoints = sorted(parent.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
+    return checkpoints[-1].parents[1] if checkpoints else None
+
+
+def _claim(directory: Path, resume: bool, overwrite: bool) -> None:
+    if not any((directory / name).exists() for name in (LAST, SAVED_CONFIG)) or resume:
+        return
+    if not overwrite:
+        raise UserError(
+            f"run_dir={directory}: there is a run in it already. Go on with it (resume=auto), delete it "
+            "(overwrite=true) or choose another run_dir"
+        )
+    for name in OWN:
+        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def _refuse_disagreement() -> None:
+    """Processes that something else than Lightning starts would each make a directory of their own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "with processes started from outside (torchrun, Slurm) name the directory: run_dir=outputs/mine; "
+            "every process reads its own clock"
+        )
+
+
+def _value(overrides: list[Override], key: str) -> Any:
+    values = [o.value() for o in overrides if o.key_or_group == key]
+    return values[-1] if values else None
+
+
+def _quoted(path: Path) -> str:
+    """As a value in Hydra's grammar."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def resume_from(config: DictConfig) -> Path | None:
+    """The checkpoint to go on with, if there is one."""
+    path = Path(config.run_dir) / LAST
+    return path if config.resume and path.is_file() else None
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Resolved, in containers that any reader of a checkpoint knows."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
+
+
+def load(path: str | Path, average: bool = True) -> Detector:
+    """The detector of a checkpoint of `codetr.train`, in evaluation mode, on the CPU, from the file alone.
+
+    average: with its averaged weights (EMA), if it has them. Raises UserError for other files.
+    """
+    from hydra.utils import instantiate
+
+    from codetr.checkpoint import load_weights
+
+    checkpoint = load_weights(path, average)
+    if checkpoint.config is None:
+        raise UserError(f"{path}: does not say which detector it belongs to; give a checkpoint of codetr.train")
+    model = checkpoint.config["model"]["detector"]
+    model["backbone"]["pretrained"] = False
+    detector: Detector = instantiate(model, _convert_="all")
+    detector.load_state_dict(checkpoint.weights)
+    return detector.eval()

@@ -1,0 +1,225 @@
+"""Reading checkpoints: weights, class names, and a start from a detector of other classes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from codetr.errors import UserError
+from codetr.models.detector import MAIN, Detector
+
+PREFIX = "detector."
+SHOWN_NAMES = 4
+
+# Names of tensors whose rows belong to classes, with their rows per class and the rows that belong to none.
+CLASS_ROWS = (
+    (re.compile(r"(^|\.)(class|label)"), 1, 0),
+    (re.compile(r"(^|\.)class"), 1, 1),  # softmax: the background comes last
+    (re.compile(r"^heads\..*box"), 4, 0),  # one box regressor per class
+)
+
+
+@dataclass
+class Checkpoint:
+    """weights: of the detector. config: plain containers; class_names: of label 0, 1, ...; None when unknown."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    step: int = 0
+
+
+def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
+    """Read a checkpoint of `codetr.train`, or a plain file of named tensors, onto the CPU.
+
+    average: take the averaged weights (EMA) where the file has them, the live ones otherwise. Nothing in the file
+    is executed. Raises UserError for a file that is missing, truncated or something else.
+    """
+    path = Path(path)
+    content = _read(path)
+    state = content.get("state_dict", content.get("model", content))
+    if average and "ema" in content:
+        weights = content["ema"]["weights"]
+    else:
+        weights = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path}: holds no named tensors; give a checkpoint of codetr.train or a converted one")
+    about = content.get("codetr", {})
+    names = about.get("class_names")
+    return Checkpoint(
+        path, weights, about.get("config"), tuple(names) if names else None, int(content.get("global_step", 0))
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: is no checkpoint of codetr, or was written by other code whose objects are not loaded for "
+            f"safety; convert it first ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: is damaged, probably truncated while it was written or copied; take another one "
+            f"({_first_line(error)})"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor, by name. allowed: missing or unexpected, but of parts only training has."""
+
+    source: Path
+    loaded: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+    shared_classes: int | None = None
+
+    def table(self) -> Table:
+        """For `rich.print`."""
+        table = Table(title=f"Weights from {self.source}", title_justify="left")
+        for column in ("tensors", "number", "names"):
+            table.add_column(column, justify="right" if column == "number" else "left")
+        moved = "moved by class name"
+        if self.shared_classes is not None:
+            moved += f" ({self.shared_classes} classes in common)"
+        rows = {
+            "loaded": self.loaded,
+            moved: self.moved,
+            "re-initialised, class names unknown": self.reinitialised,
+            "missing or unexpected, training only": self.allowed,
+            "[red]missing": self.missing,
+            "[red]unexpected": self.unexpected,
+            "[red]misshapen": self.misshapen,
+        }
+        for label, names in rows.items():
+            if names:
+                table.add_row(label, str(len(names)), "" if names is self.loaded else _abridged(names))
+        return table
+
+
+def _abridged(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+@torch.no_grad()
+def initialise_from(
+    detector: Detector, checkpoint: Checkpoint, class_names: Sequence[str], strict: bool = True
+) -> LoadReport:
+    """Copy the checkpoint's weights into `detector`, whose label 0, 1, ... are `class_names`.
+
+    Rows that belong to a class follow its name; classes that the checkpoint does not know keep their fresh
+    initialisation. Where the checkpoint names no classes and their number differs, class rows stay fresh.
+    Raises UserError for what is missing, unexpected or misshapen, except in training-only parts, unless
+    `strict` is false.
+    """
+    report = LoadReport(checkpoint.path)
+    old = checkpoint.class_names
+    if old is not None:
+        report.shared_classes = len(set(old) & set(class_names))
+    own = detector.state_dict()
+    for name in own.keys() & checkpoint.weights.keys():
+        value, target = checkpoint.weights[name], own[name]
+        rows = _class_rows(name, value, target, _number_of_classes(checkpoint), len(class_names))
+        if name.startswith(_class_agnostic_prefixes(detector)) and rows is not None:
+            shared = min(len(value), len(target))
+            target[:shared].copy_(value[:shared])
+            report.loaded.append(name)
+        elif rows is not None and old is not None and old != tuple(class_names):
+            _move_rows(value, target, old, class_names, *rows)
+            report.moved.append(name)
+        elif value.shape == target.shape:
+            target.copy_(value)
+            report.loaded.append(name)
+        else:
+            (report.misshapen if rows is None else report.reinitialised).append(name)
+    _compare_names(report, own, checkpoint.weights, detector.training_only_prefixes())
+    if strict and (report.missing or report.unexpected or report.misshapen):
+        raise UserError(_complaint(report, own, checkpoint.weights))
+    return report
+
+
+def _number_of_classes(checkpoint: Checkpoint) -> int | None:
+    if checkpoint.class_names is not None:
+        return len(checkpoint.class_names)
+    head = checkpoint.weights.get("decoder.class_heads.0.weight")
+    return None if head is None else len(head)
+
+
+def _class_rows(name: str, value: Tensor, target: Tensor, old: int | None, new: int) -> tuple[int, int] | None:
+    """(rows per class, rows of no class at the end), or None where rows do not belong to classes."""
+    if old is None or value.ndim == 0 or value.shape[1:] != target.shape[1:]:
+        return None
+    for pattern, per_class, rest in CLASS_ROWS:
+        sizes = (old * per_class + rest, new * per_class + rest)
+        if pattern.search(name) and (len(value), len(target)) == sizes:
+            return per_class, rest
+    return None
+
+
+def _class_agnostic_prefixes(detector: Detector) -> tuple[str, ...]:
+    """Of parts whose classifier tells only object from background: its first row is no class."""
+    modules = detector.named_modules()
+    return tuple(f"{name}." for name, module in modules if getattr(module, "class_agnostic", False))
+
+
+def _move_rows(
+    value: Tensor, target: Tensor, old: Sequence[str], new: Sequence[str], per_class: int, rest: int
+) -> None:
+    source = {name: label for label, name in enumerate(old)}
+    for label, name in enumerate(new):
+        if name in source:
+            rows = value[source[name] * per_class : (source[name] + 1) * per_class]
+            target[label * per_class : (label + 1) * per_class].copy_(rows)
+    if rest:
+        target[-rest:].copy_(value[-rest:])
+
+
+def _compare_names(
+    report: LoadReport, own: dict[str, Tensor], given: dict[str, Tensor], training_only: tuple[str, ...]
+) -> None:
+    # The checkpoint's own training-only query sources are not known here: every source but the main one may be.
+    tolerated = ("heads.", "adapter.")
+    for name in sorted(own.keys() - given.keys()):
+        (report.allowed if name.startswith(training_only) else report.missing).append(name)
+    for name in sorted(given.keys() - own.keys()):
+        extra = name.startswith(tolerated) or (name.startswith("queries.") and not name.startswith(f"queries.{MAIN}."))
+        (report.allowed if extra else report.unexpected).append(name)
+
+
+def _complaint(report: LoadReport, own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    lines = [f"{report.source}: these weights do not fit the model"]
+    if report.missing:
+        lines.append(f"  missing ({len(report.missing)}): {_abridged(report.missing)}")
+    if report.unexpected:
+        lines.append(f"  unexpected ({len(report.unexpected)}): {_abridged(report.unexpected)}")
+    if report.misshapen:
+        shapes = [f"{n} {list(given[n].shape)} for {list(own[n].shape)}" for n in report.misshapen]
+        lines.append(f"  misshapen ({len(shapes)}): {_abridged(shapes)}")
+    lines.append("Compose the model that they belong to, or load what fits with initialise.strict=false.")
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Which parameter learns how fast, and when."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LambdaLR
+
+# (epochs so far, epochs in all) -> factor of the learning rate
+Decay = Callable[[float, float], float]
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+def parameter_groups(
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    rules: Mapping[str, Mapping[str, Any]],
+    no_decay: Collection[str],
+) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group; as few groups as there are different (lr, weight decay).
+
+    rules: by any name, a regular expression `pattern` that is searched in the parameter's name, and its
+    `lr_multiplier`; the first that is found counts. no_decay: kinds without weight decay, of "norm", "bias",
+    "embedding".
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter, kind in _kinds(module):
+        found = (rule["lr_multiplier"] for rule in rules.values() if re.search(rule["pattern"], name))
+        factor = next(found, 1.0)
+        decay = 0.0 if kind in no_decay else weight_decay
+        group = groups.setdefault((factor, decay), {"params": [], "lr": lr * factor, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _kinds(module: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
+    """(name, parameter, kind) of every trainable parameter; a shared one counts under its first name."""
+    kinds = {}
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(prefix, recurse=False):
+            kinds[name] = (name, parameter, _kind(owner, name.rpartition(".")[2]))
+    return [kinds[name] for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _kind(owner: nn.Module, name: str) -> str:
+    if isinstance(owner, NORMS):
+        return "norm"
+    if isinstance(owner, nn.Embedding) or "embed" in name or "token" in name:
+        return "embedding"
+    return "bias" if name.endswith("bias") else "weight"
+
+
+def adamw(
+    module: nn.Module,
+    fused: bool,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    rules: Mapping[str, Mapping[str, Any]],
+    no_decay: Collection[str],
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over `parameter_groups`. fused: one kernel per step where there is one."""
+    groups = parameter_groups(module, lr, weight_decay, rules, no_decay)
+    return torch.optim.AdamW(groups, betas=tuple(betas), fused=fused)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor of the learning rate that depends on the step alone: linear warm-up times `decay`.
+
+    The factor rises from `warmup_start` at step 0 to 1 at step `warmup_steps`.
+    """
+
+    warmup_steps: int
+    warmup_start: float
+    decay: Decay
+
+    def factor(self, step: int, steps_per_epoch: int, epochs: float) -> float:
+        done = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        warmup = self.warmup_start + (1 - self.warmup_start) * done
+        return warmup * self.decay(step / steps_per_epoch, epochs)
+
+    def attach(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: float) -> LambdaLR:
+        """To be stepped once per optimizer step."""
+        return LambdaLR(optimizer, lambda step: self.factor(step, steps_per_epoch, epochs))
+
+
+def constant(epoch: float, epochs: float) -> float:
+    return 1.0
+
+
+def multistep(epoch: float, epochs: float, milestones: Collection[float], gamma: float) -> float:
+    """Times gamma at each milestone (in epochs)."""
+    return gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+def cosine(epoch: float, epochs: float, final: float) -> float:
+    """Half a cosine from 1 to `final` (Loshchilov and Hutter, 2017, eq. 5, without restarts)."""
+    return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, epoch / epochs))) / 2

@@ -1,0 +1,112 @@
+"""What Lightning calls: a detector with its losses, its evaluation and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from codetr.criterion import Criterion
+from codetr.evaluation.metrics import DetectionMetrics
+from codetr.models.detector import MAIN, Detector
+from codetr.optim import Schedule
+from codetr.postprocess import PostProcess
+from codetr.types import Batch, Detections, Prediction
+
+
+class DetectionTask(LightningModule):
+    """Trains and evaluates `detector`.
+
+    optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
+    Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        criterion: Criterion,
+        postprocess: PostProcess,
+        metrics: DetectionMetrics,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Schedule,
+        settings: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.detector, self.criterion = detector, criterion
+        self.postprocess, self.metrics = postprocess, metrics
+        self.optimizer, self.schedule = optimizer, schedule
+        self.settings = settings
+        self._logged_step = -1
+
+    def configure_model(self) -> None:
+        """Shard (FSDP2) when the strategy has a device mesh: each layer, the backbone, and the rest."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        detector = self.detector
+        for module in (*detector.encoder.layers, *detector.decoder.layers, detector.backbone, detector):
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, mesh=mesh)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trainer = self.trainer
+        # Lightning cannot clip gradients that a fused optimizer unscales by itself.
+        optimizer = self.optimizer(self.detector, fused=trainer.precision != "16-mixed")
+        steps = int(trainer.estimated_stepping_batches)  # also sets up the training data
+        steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        scheduler = self.schedule.attach(optimizer, steps_per_epoch, steps / steps_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output = self.detector(batch.images, batch.padding, batch.targets)
+        losses = self.criterion(output, batch.targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
+        self._log_losses({"loss": loss, **losses})
+        return loss
+
+    def _log_losses(self, losses: dict[str, Tensor]) -> None:
+        """Straight to the loggers: Lightning's own bookkeeping of a hundred names costs more than their losses."""
+        step = self.global_step
+        if step == self._logged_step or step % self.trainer.log_every_n_steps or not self.trainer.is_global_zero:
+            return
+        self._logged_step = step
+        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+        numbers = {f"train/{name}": value for name, value in zip(losses, values, strict=True)}
+        numbers |= {"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"], "epoch": self.current_epoch}
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step)
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
+        prediction = self.detector(batch.images, batch.padding).predictions[MAIN]
+        last = Prediction(prediction.logits[-1], prediction.boxes[-1])
+        detections = self.postprocess(last, batch.original_sizes)
+        self.metrics.update(batch.image_ids, detections, batch.truth)
+        return detections
+
+    def on_validation_epoch_end(self) -> None:
+        numbers = {f"val/{name}": value for name, value in self.metrics.compute().items()}
+        evaluation = self.metrics.evaluation
+        assert evaluation is not None
+        numbers |= {f"val/ap/{name}": value for name, value in evaluation.map_per_class.items()}
+        # The evaluation after a fit is no point of its curves.
+        fitting = self.trainer.state.fn == "fit"
+        self.log("val/map", numbers.pop("val/map"), prog_bar=True, logger=fitting)
+        self.log_dict(numbers, logger=fitting)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["codetr"] = self.settings
+
+    def load_detector(self, weights: dict[str, Tensor]) -> None:
+        """Full weights into the detector, whose own may be shards."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(self.detector, weights, options=StateDictOptions(full_state_dict=True))

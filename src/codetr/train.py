@@ -1,0 +1,79 @@
+"""Training: `python -m codetr.train experiment=...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from codetr import application
+
+if TYPE_CHECKING:
+    from codetr.models.detector import Detector
+
+
+def train(config: DictConfig) -> float | None:
+    """Train, then evaluate the best checkpoint. Returns the best value of `optimized_metric`."""
+    # Imported here, so that --help and --cfg answer at once.
+    from hydra.utils import instantiate
+    from lightning import seed_everything
+
+    from codetr.callbacks.resume import AtomicCheckpointIO
+    from codetr.checkpoint import load_weights
+    from codetr.task import DetectionTask
+
+    checkpoint = application.resume_from(config)
+    if checkpoint is not None:
+        config.resumed_step = load_weights(checkpoint).step
+    seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data)
+    data.prepare_data()
+    data.setup("fit")
+    config.model.num_classes = len(data.class_names)
+    settings = {"config": application.plain(config), "class_names": list(data.class_names)}
+    task = DetectionTask(
+        detector=instantiate(config.model.detector, _convert_="all"),
+        criterion=instantiate(config.criterion, _convert_="all"),
+        postprocess=instantiate(config.postprocess),
+        metrics=instantiate(config.metrics)(data.class_names),
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule),
+        settings=settings,
+    )
+    if checkpoint is None:
+        _initialise(config, task.detector, data.class_names)
+    trainer = instantiate(
+        config.trainer,
+        callbacks=list(instantiate(config.callbacks).values()),
+        logger=list(instantiate(config.logger).values()),
+        plugins=[AtomicCheckpointIO()],
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings["config"])
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+    if not best or trainer.fast_dev_run:
+        return None
+    task.load_detector(load_weights(best).weights)
+    trainer.validate(task, datamodule=data, verbose=False)
+    return float(trainer.callback_metrics[config.optimized_metric])
+
+
+def _initialise(config: DictConfig, detector: Detector, class_names: tuple[str, ...]) -> None:
+    if config.initialise.checkpoint is None:
+        return
+    from rich import print
+
+    from codetr.checkpoint import initialise_from, load_weights
+
+    weights = load_weights(Path(config.initialise.checkpoint), config.initialise.average)
+    print(initialise_from(detector, weights, class_names, config.initialise.strict).table())
+
+
+def main() -> None:
+    application.run(train, config_name="train")
+
+
+if __name__ == "__main__":
+    main()
