@@ -1,0 +1,186 @@
+"""One picture: background, clutter and objects on top of one another, and who owns which pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from codetr.data.shapes.outlines import SHAPES, Outline, Shape, blob, deform, frequencies, strand
+from codetr.data.shapes.textures import background, develop, surface
+
+Window = tuple[slice, slice]
+
+_FINE = 3  # supersampling of the outlines
+_LEAST_SHARE, _LEAST_PIXELS = 0.3, 12  # what stays visible of every object
+_SMALLEST = 8.0  # pixels, longer side of an object
+_TRIES = 6
+
+
+@dataclass
+class Instance:
+    """An object, or a crowd of one class. full: its area in pixels if nothing hid it and the image went on."""
+
+    shape: Shape
+    crowd: bool
+    full: float
+
+
+@dataclass
+class Scene:
+    """canvas: [H, W, 3] float32 in about [0, 1]. owner: [H, W], 1 + index of the instance seen there, 0 for none."""
+
+    canvas: np.ndarray
+    owner: np.ndarray
+    light: np.ndarray
+    shadows: bool
+    instances: list[Instance] = field(default_factory=list)
+
+    def mask(self, index: int) -> np.ndarray:
+        """[H, W] bool: the visible part of one instance."""
+        return self.owner == index + 1
+
+    def hides_too_much(self, window: Window, solid: np.ndarray) -> bool:
+        """Whether something on the pixels `solid` of `window` would leave too little of what is there now."""
+        below = np.bincount(self.owner[window][solid], minlength=len(self.instances) + 1)[1:]
+        touched = below.nonzero()[0]
+        return any(
+            (self.owner == i + 1).sum() - below[i] < max(_LEAST_PIXELS, _LEAST_SHARE * self.instances[i].full)
+            for i in touched
+        )
+
+    def add(self, outline: Outline, shape: Shape | None, rng: np.random.Generator) -> bool:
+        """Paint an outline [pixels] on top; shape None: clutter. False, and nothing painted, where it cannot be."""
+        origin, coverage, rim = rasterise(outline)
+        full = float((coverage >= 0.5).sum())
+        window, inner = clip(origin, coverage.shape, self.owner.shape)
+        coverage, rim = coverage[inner], rim[inner]
+        solid = coverage >= 0.5
+        visible = solid.sum()
+        if shape is not None and visible < max(_LEAST_PIXELS, _LEAST_SHARE * full):
+            return False
+        if not coverage.any() or self.hides_too_much(window, solid):
+            return False
+        if self.shadows:
+            self.cast_shadow(origin, coverage, rng)
+        self.paint(window, coverage, rim, rng)
+        if shape is not None:
+            self.instances.append(Instance(shape, False, full))
+        self.owner[window][solid] = 0 if shape is None else len(self.instances)
+        return True
+
+    def paint(self, window: Window, coverage: np.ndarray, rim: np.ndarray, rng: np.random.Generator) -> None:
+        below = self.canvas[window]
+        height, width = coverage.shape
+        around = (below * coverage[..., None]).sum((0, 1)) / coverage.sum()
+        colours = surface(rng, height, width, pick_colour(rng, around), rng.choice([0.0, 0.25, 0.5]))
+        y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+        shade = 1 + rng.uniform(0, 0.35) * (x * self.light[0] + y * self.light[1])
+        shade -= rng.choice([0, 0.6], p=[0.6, 0.4]) * rim
+        colours = colours * shade[..., None].astype(np.float32)
+        below += (colours - below) * coverage[..., None]
+
+    def cast_shadow(self, origin: tuple[int, int], coverage: np.ndarray, rng: np.random.Generator) -> None:
+        """Darken beside the object, away from the light."""
+        reach = 0.06 * max(coverage.shape) + 1
+        dy, dx = (-self.light[::-1] * reach).round().astype(int)
+        window, inner = clip((max(origin[0], 0) + dy, max(origin[1], 0) + dx), coverage.shape, self.owner.shape)
+        soft = Image.fromarray((coverage * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(reach / 3))
+        dark = np.asarray(soft, np.float32)[inner] / 255 * np.float32(rng.uniform(0.2, 0.5))
+        self.canvas[window] *= 1 - dark[..., None]
+
+
+def pick_colour(rng: np.random.Generator, around: np.ndarray) -> np.ndarray:
+    """[3] a colour that stands out from `around` [3]; once in eight times one that hardly does."""
+    if rng.random() < 0.125:
+        step = rng.standard_normal(3)
+        return (around + step * rng.uniform(0.12, 0.2) / np.linalg.norm(step)).astype(np.float32)
+    candidates = rng.random((4, 3))
+    distance = np.linalg.norm(candidates - around, axis=1)
+    far = distance > 0.3
+    return candidates[far.argmax() if far.any() else distance.argmax()].astype(np.float32)
+
+
+def rasterise(outline: Outline) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """Origin (y, x) of a tight window, and in it [h, w] float32: how much of each pixel is inside, and on the rim."""
+    low = np.floor(outline[0].min(0)).astype(int) - 1
+    width, height = np.ceil(outline[0].max(0)).astype(int) + 1 - low
+    inside, rim = (Image.new("L", (int(width) * _FINE, int(height) * _FINE)) for _ in range(2))
+    thick = max(1, round(0.05 * float(max(width, height)) * _FINE))
+    for polygon, fill in zip(outline, [255] + [0] * (len(outline) - 1), strict=True):
+        points = [tuple(p) for p in ((polygon - low) * _FINE - 0.5).tolist()]
+        ImageDraw.Draw(inside).polygon(points, fill=fill)
+        ImageDraw.Draw(rim).line([*points, points[0]], fill=255, width=thick)
+    coverage, edge = (np.asarray(i.reduce(_FINE), np.float32) / 255 for i in (inside, rim))
+    return (int(low[1]), int(low[0])), coverage, edge
+
+
+def clip(origin: tuple[int, int], size: tuple[int, ...], bounds: tuple[int, ...]) -> tuple[Window, Window]:
+    """The part of a window inside an image of `bounds`: as slices of the image and as slices of the window."""
+    start = [min(max(o, 0), b) for o, b in zip(origin, bounds, strict=True)]
+    stop = [min(max(o + s, a), b) for o, s, a, b in zip(origin, size, start, bounds, strict=True)]
+    outer = [slice(a, b) for a, b in zip(start, stop, strict=True)]
+    inner = [slice(a - o, b - o) for a, b, o in zip(start, stop, origin, strict=True)]
+    return (outer[0], outer[1]), (inner[0], inner[1])
+
+
+def draw(rng: np.random.Generator, height: int, width: int) -> tuple[Image.Image, Scene]:
+    """A picture and its scene."""
+    angle = rng.uniform(0, 2 * np.pi)
+    scene = Scene(
+        background(rng, height, width),
+        np.zeros((height, width), np.int16),
+        np.array([np.cos(angle), np.sin(angle)]),
+        bool(rng.random() < 0.4),
+    )
+    empty = rng.random() < 0.04
+    if not empty and rng.random() < 0.045:
+        add_crowd(scene, rng)
+    objects = 0 if empty else min(1 + rng.poisson(3.2), 10)
+    clutter = rng.poisson(2.5)
+    largest = 1.1 * min(height, width)
+    sizes = np.concatenate(
+        [
+            _SMALLEST * (largest / _SMALLEST) ** rng.beta(1, 1.25, objects),
+            _SMALLEST * (largest / 2 / _SMALLEST) ** rng.random(clutter),
+        ]
+    )
+    labels = np.concatenate([rng.choice(len(SHAPES), objects, p=frequencies()), np.full(clutter, -1)])
+    # Mostly the large below the small: the other way round, little would stay visible.
+    for i in np.argsort(-sizes * rng.lognormal(0, 0.5, len(sizes))):
+        place(scene, float(sizes[i]), SHAPES[labels[i]] if labels[i] >= 0 else None, rng)
+    return develop(rng, scene.canvas), scene
+
+
+def place(scene: Scene, size: float, shape: Shape | None, rng: np.random.Generator) -> None:
+    """Add an object, or clutter, of about `size` pixels where it hides no other too much; none if there is no room."""
+    extent = np.array(scene.owner.shape[::-1])
+    for _ in range(_TRIES):
+        if shape is not None:
+            outline = deform(shape.draw(rng), rng)
+        elif rng.random() < 0.4:
+            outline = deform(blob(rng), rng)
+        else:
+            size = float(extent.max() * rng.uniform(0.3, 1))
+            outline = deform(strand(rng, rng.uniform(1, 3.5) / size), rng, stretch=0, shear=0)
+        margin = np.minimum(size * rng.uniform(-0.1, 0.5), extent / 2)
+        centre = rng.uniform(margin, extent - margin)
+        if scene.add([polygon * size + centre for polygon in outline], shape, rng):
+            return
+
+
+def add_crowd(scene: Scene, rng: np.random.Generator) -> None:
+    """Many tiny objects of one class; the region around them is one instance."""
+    height, width = scene.owner.shape
+    shape = SHAPES[rng.choice(len(SHAPES), p=frequencies())]
+    count, size = int(rng.integers(14, 36)), rng.uniform(5, 8)
+    spread = size * np.sqrt(count) * rng.uniform(0.25, 0.4, 2)
+    centres = rng.uniform(0.2, 0.8, 2) * [width, height] + rng.standard_normal((count, 2)) * spread
+    region = Image.new("1", (width, height))
+    for x, y in centres:
+        scene.add([polygon * size + (x, y) for polygon in deform(shape.draw(rng), rng)], None, rng)
+        ImageDraw.Draw(region).ellipse((x - size, y - size, x + size, y + size), fill=1)
+    mask = np.array(region)
+    scene.instances.append(Instance(shape, True, float(mask.sum())))
+    scene.owner[mask] = len(scene.instances)
