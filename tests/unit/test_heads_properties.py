@@ -1,9 +1,13 @@
 """What must hold for every auxiliary head, whatever its weights."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
@@ -232,3 +236,45 @@ def test_regions_of_constant_features_are_constant_and_gaps_are_zero() -> None:
     valid = torch.tensor([[True, True, False], [True, False, True]])
     pooled = RoIPool(3, 2, 16, 0)(levels, regions, valid)
     assert pooled.mean((2, 3, 4)).tolist() == [[4, 8, 0], [4, 0, 4]]
+
+
+def test_region_coordinates_keep_their_precision_under_reduced_features() -> None:
+    """Half precision has no room for a region's coordinates."""
+    reduced = [torch.randn(2, 1, 256 // s, 256 // s).bfloat16() for s in (4, 8)]
+    regions, valid = boxes(2, 6) + 180, torch.ones(2, 6).bool()
+    pool = RoIPool(3, 2, 16, 2)
+    expected = pool(Pyramid([level.float() for level in reduced], (4, 8)), regions, valid)
+    assert torch.equal(pool(Pyramid(reduced, (4, 8)), regions, valid), expected)
+
+
+def total_loss(head: nn.Module, images: slice) -> Tensor:
+    """Of some images of a fixed batch in which the second image has no objects."""
+    torch.manual_seed(5)
+    levels, goal = pyramid(), targets()
+    goal.valid[1] = False
+    for part in (head, getattr(head, "rpn", head)):
+        part.priority = lambda rank: rank
+    part_goal = Targets(goal.boxes[images], goal.labels[images], goal.valid[images], goal.sizes[images])
+    return sum(head(Pyramid([level[images] for level in levels.levels], levels.strides), part_goal).losses.values())
+
+
+def train_on_one_image(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    for build in (atss, faster_rcnn):
+        torch.manual_seed(0)
+        loss = total_loss(build(), slice(rank, rank + 1)).detach()
+        dist.all_reduce(loss)
+        torch.save(loss / 2, f"{folder}/{build.__name__}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
+    """One image per process, the second without objects: the mean loss is that of both images in one process."""
+    mp.spawn(train_on_one_image, args=(str(tmp_path),), nprocs=2)
+    for build in (atss, faster_rcnn):
+        torch.manual_seed(0)
+        expected = total_loss(build(), slice(0, 2)).detach()
+        torch.testing.assert_close(torch.load(tmp_path / f"{build.__name__}.1"), expected, rtol=1e-5, atol=1e-6)

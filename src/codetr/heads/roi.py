@@ -37,11 +37,9 @@ class RoIPool(nn.Module):
         order, pooled = [], []
         for number in range(self.num_levels):
             (members,) = torch.where(levels == number)
-            features, scale = pyramid.levels[number], 1 / pyramid.strides[number]
+            features, scale = pyramid.levels[number].to(regions), 1 / pyramid.strides[number]
             order.append(members)
-            pooled.append(
-                roi_align(features, regions[members].to(features), self.size, scale, self.sampling_ratio, aligned=True)
-            )
+            pooled.append(roi_align(features, regions[members], self.size, scale, self.sampling_ratio, aligned=True))
         found = torch.cat(pooled)
         result = found.new_zeros(len(regions), *found.shape[1:]).index_copy_(0, torch.cat(order), found)
         return result.unflatten(0, boxes.shape[:2])
