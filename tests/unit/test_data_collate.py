@@ -1,0 +1,63 @@
+"""The batch against its definition, element by element."""
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
+
+from codetr.data.coco import Sample
+from codetr.data.collate import collate
+
+SHAPES = [(20, 33), (31, 12), (7, 9)]
+
+
+def sample(index: int, objects: int) -> Sample:
+    height, width = SHAPES[index]
+    corners = torch.rand(objects, 2, 2).sort(1).values * torch.tensor([width, height])
+    return Sample(
+        image=Image(torch.randint(1, 256, (3, height, width), dtype=torch.uint8)),
+        boxes=BoundingBoxes(corners.flatten(1), format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
+        labels=torch.randint(1, 9, (objects,)),
+        image_id=50 + index,
+        original_size=(3 * height, 3 * width),
+        truth={"boxes": corners.flatten(1).double() * 3},
+    )
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 5), (0, 0, 0), (1, 1, 1)])
+@pytest.mark.parametrize(("divisor", "padded"), [(1, (31, 33)), (8, (32, 40)), (32, (32, 64))])
+def test_batch_holds_every_sample_and_padding(counts: tuple, divisor: int, padded: tuple) -> None:
+    samples = [sample(i, n) for i, n in enumerate(counts)]
+    batch = collate(samples, divisor)
+    slots = max(1, *counts)
+    assert batch.images.shape == (3, 3, *padded)
+    assert batch.images.dtype == torch.uint8
+    assert batch.targets.boxes.shape == (3, slots, 4)
+    assert batch.targets.boxes.dtype == torch.float32
+    assert type(batch.images) is type(batch.targets.boxes) is type(batch.targets.labels) is Tensor
+    assert batch.image_ids.tolist() == [50, 51, 52]
+    assert batch.original_sizes.tolist() == [[3 * h, 3 * w] for h, w in SHAPES]
+    assert batch.targets.sizes.tolist() == [list(s) for s in SHAPES]
+    assert batch.targets.counts.tolist() == list(counts)
+    for i, (s, (h, w)) in enumerate(zip(samples, SHAPES, strict=True)):
+        torch.testing.assert_close(batch.images[i, :, :h, :w], torch.as_tensor(s.image), rtol=0, atol=0)
+        inside = torch.zeros(padded, dtype=torch.bool)
+        inside[:h, :w] = True
+        assert torch.equal(batch.padding[i], ~inside)
+        assert not batch.images[i, :, ~inside].any()
+        assert batch.truth[i] is s.truth
+        for j in range(slots):
+            if j < counts[i]:
+                x1, y1, x2, y2 = s.boxes[j].tolist()
+                expected = [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h]
+            else:
+                expected = [0.5, 0.5, 1, 1]
+            torch.testing.assert_close(batch.targets.boxes[i, j], torch.tensor(expected))
+            assert batch.targets.labels[i, j] == (s.labels[j] if j < counts[i] else 0)
+            assert batch.targets.valid[i, j] == (j < counts[i])
+
+
+def test_boxes_come_back_in_network_pixels() -> None:
+    samples = [sample(i, 2) for i in range(3)]
+    for xyxy, s in zip(collate(samples, 32).targets.boxes_xyxy, samples, strict=True):
+        torch.testing.assert_close(xyxy, torch.as_tensor(s.boxes), atol=1e-4, rtol=0)

@@ -1,0 +1,79 @@
+"""Partitions, equal lengths and the order after a resume, by brute force over small sizes."""
+
+import pytest
+
+from codetr.data.sampler import EvalSampler, TrainSampler, mix_seed
+
+
+@pytest.mark.parametrize("length", [6, 7, 12, 25])
+@pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 4), (2, 3), (3, 2)])
+def test_training_visits_each_image_at_most_once_in_equal_parts(length: int, world: int, batch: int) -> None:
+    samplers = [TrainSampler(length, batch, seed=5, rank=r, world_size=world) for r in range(world)]
+    for epoch in range(4):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        batches = [list(s) for s in samplers]
+        assert [len(b) for b in batches] == [len(s) for s in samplers] == [length // (world * batch)] * world
+        keys = [key for rank in batches for b in rank for key in b]
+        assert {len(b) for rank in batches for b in rank} == {batch}
+        assert {epoch} == {e for e, _ in keys}
+        assert len({i for _, i in keys}) == len(keys) == length - length % (world * batch)
+
+
+def test_the_split_into_processes_does_not_change_a_step() -> None:
+    alone = list(TrainSampler(29, 6, seed=1))
+    ranks = [list(TrainSampler(29, 2, seed=1, rank=r, world_size=3)) for r in range(3)]
+    assert [[*a, *b, *c] for a, b, c in zip(*ranks, strict=True)] == alone
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        sampler = TrainSampler(50, 1, seed)
+        sampler.set_epoch(epoch)
+        return tuple(i for ((_, i),) in sampler)
+
+    orders = {(s, e): order(s, e) for s in range(5) for e in range(5)}
+    assert len(set(orders.values())) == 25
+    assert order(3, 4) == orders[3, 4]
+    left_out = {tuple(set(range(7)) - {i for b in _epoch(7, 2, e) for _, i in b}) for e in range(200)}
+    assert len(left_out) == 7
+
+
+def _epoch(length: int, batch: int, epoch: int) -> list[list[tuple[int, int]]]:
+    sampler = TrainSampler(length, batch, seed=0)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("batch", range(6))
+def test_a_resumed_epoch_is_the_rest_and_the_next_is_whole(batch: int) -> None:
+    sampler = TrainSampler(23, 2, seed=9, rank=1, world_size=2)
+    sampler.resume(epoch=2, batch=batch)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        fresh = TrainSampler(23, 2, seed=9, rank=1, world_size=2)
+        fresh.set_epoch(epoch)
+        assert list(sampler) == list(fresh)[batch if epoch == 2 else 0 :]
+        assert len(sampler) == 5
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 12])
+@pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 5), (3, 2), (4, 3)])
+def test_evaluation_visits_each_image_exactly_once(length: int, world: int, batch: int) -> None:
+    seen = []
+    for rank in range(world):
+        sampler = EvalSampler(length, batch, rank, world)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert all(0 < len(b) <= batch for b in batches)
+        indices = [i for b in batches for _, i in b]
+        assert indices == sorted(indices)
+        seen += indices
+    assert sorted(seen) == list(range(length))
+
+
+def test_mixed_seeds_differ_and_fit_the_generator() -> None:
+    seeds = {mix_seed(s, e, i) for s in range(8) for e in range(8) for i in range(-1, 64)}
+    assert len(seeds) == 8 * 8 * 65
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**63

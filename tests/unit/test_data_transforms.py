@@ -1,0 +1,169 @@
+"""Painted objects tell where they went; random numbers tell what they depend on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_files import CATEGORIES, document, write
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from codetr.data.coco import CocoDetection, Sample
+from codetr.data.images import UnreadableImage
+from codetr.data.transforms import RandomSizeCrop, TransformedDataset
+
+# The second resize never enlarges, so that the rounding of the first stays below half a pixel.
+RECIPE = v2.Compose(
+    [
+        v2.RandomHorizontalFlip(0.5),
+        v2.RandomApply([v2.RandomShortestSize([64, 80]), RandomSizeCrop(64, 90)], p=0.5),
+        v2.RandomShortestSize([32, 48, 64], max_size=90),
+    ]
+)
+
+
+@pytest.fixture
+def painted(tmp_path: Path) -> CocoDetection:
+    """Objects of label 0, 1, 2 fill the red, green and blue channel of their box, on black."""
+    rng = np.random.default_rng(3)
+    doc: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
+    root = tmp_path / "painted"
+    root.mkdir()
+    for i in range(12):
+        height, width = rng.integers(50, 110, 2).tolist()
+        pixels = np.zeros((height, width, 3), np.uint8)
+        for label, category in enumerate(CATEGORIES):
+            w, h = rng.integers(10, 40, 2).tolist()
+            x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            if label == 2:  # An object that covers the image: its box must stay on the border.
+                x, y, w, h = 0, 0, width, height
+            pixels[y : y + h, x : x + w, label] = 255
+            doc["annotations"].append({"image_id": i, "category_id": category["id"], "bbox": [x, y, w, h]})
+        doc["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+    _, source = write(tmp_path, doc, "painted")
+    for i, image in enumerate(doc["images"]):
+        canvas = np.zeros((image["height"], image["width"], 3), np.uint8)
+        for label, annotation in enumerate(doc["annotations"][3 * i : 3 * i + 3]):
+            x, y, w, h = annotation["bbox"]
+            canvas[y : y + h, x : x + w, label] = 255
+        Image.fromarray(canvas).save(root / image["file_name"])
+    return CocoDetection(root, source)
+
+
+def extent(channel: Tensor) -> list[int] | None:
+    """xyxy of what is painted, or None."""
+    rows, columns = (channel > 127).nonzero(as_tuple=True)
+    if not len(rows):
+        return None
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+def test_boxes_stay_on_their_objects_to_a_pixel(painted: CocoDetection) -> None:
+    dataset = TransformedDataset(painted, RECIPE, seed=1, replace_unreadable=False)
+    removed = 0
+    for epoch in range(20):
+        for index in range(len(dataset)):
+            sample = dataset[epoch, index]
+            assert sample.image.dtype == torch.uint8
+            height, width = sample.image.shape[-2:]
+            assert max(height, width) <= 90
+            boxes = dict(zip(sample.labels.tolist(), sample.boxes.tolist(), strict=True))
+            assert 2 in boxes
+            for label in range(3):
+                where = extent(sample.image[label])
+                if label in boxes:
+                    x1, y1, x2, y2 = boxes[label]
+                    assert 0 <= x1 < x2 <= width
+                    assert 0 <= y1 < y2 <= height
+                    if where is None:
+                        assert min(x2 - x1, y2 - y1) < 2
+                    else:
+                        assert np.abs(np.subtract(where, boxes[label])).max() <= 1
+                else:
+                    removed += 1
+                    assert where is None or min(where[2] - where[0], where[3] - where[1]) <= 2
+    assert removed > 10
+
+
+def test_truth_stays_in_pixels_of_the_file(painted: CocoDetection) -> None:
+    dataset = TransformedDataset(painted, RECIPE, seed=1, replace_unreadable=False)
+    for index in range(len(dataset)):
+        sample = dataset[3, index]
+        torch.testing.assert_close(sample.truth, painted.truth(index))
+        assert sample.original_size == tuple(painted.sizes[index])
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return a.image.shape == b.image.shape and torch.equal(a.image, b.image) and torch.equal(a.boxes, b.boxes)
+
+
+def test_randomness_is_a_function_of_seed_epoch_and_index(painted: CocoDetection) -> None:
+    def dataset(seed: int) -> TransformedDataset:
+        return TransformedDataset(painted, RECIPE, seed, replace_unreadable=False)
+
+    reference = {(e, i): dataset(1)[e, i] for e in range(6) for i in range(3)}
+    other = dataset(1)
+    for key in reversed(reference):
+        torch.rand(7)
+        assert same(other[key], reference[key])
+    for i in range(3):
+        assert any(not same(reference[0, i], reference[e, i]) for e in range(1, 6))
+        assert any(not same(dataset(2)[e, i], reference[e, i]) for e in range(6))
+
+
+def test_the_global_random_state_is_left_alone(painted: CocoDetection) -> None:
+    dataset = TransformedDataset(painted, RECIPE, 1, replace_unreadable=False)
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    dataset[0, 0]
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+def test_both_branches_and_all_scales_occur(painted: CocoDetection) -> None:
+    """Of 240 draws: half flipped, and each short side a third, within five standard deviations."""
+
+    def share(transform: Callable, happened: Callable[[Sample, int], bool]) -> float:
+        dataset = TransformedDataset(painted, transform, 5, replace_unreadable=False)
+        return np.mean([happened(dataset[e, i], i) for e in range(20) for i in range(12)]).item()
+
+    flipped = share(
+        v2.RandomHorizontalFlip(0.5), lambda s, i: not torch.equal(s.image, torch.as_tensor(painted[i].image))
+    )
+    assert abs(flipped - 1 / 2) < 5 * (1 / 2 * 1 / 2 / 240) ** 0.5
+    for side in (30, 40, 50):
+        scaled = share(v2.RandomShortestSize([30, 40, 50]), lambda s, i, side=side: min(s.image.shape[1:]) == side)
+        assert abs(scaled - 1 / 3) < 5 * (1 / 3 * 2 / 3 / 240) ** 0.5
+
+
+def test_crop_draws_height_and_width_from_the_whole_range() -> None:
+    image = torch.zeros(3, 25, 60, dtype=torch.uint8)
+    shapes = {tuple(RandomSizeCrop(20, 40)(image).shape[1:]) for _ in range(3000)}
+    assert {h for h, _ in shapes} == set(range(20, 26))
+    assert {w for _, w in shapes} == set(range(20, 41))
+    assert RandomSizeCrop(100, 200)(image).shape == image.shape
+
+
+def test_crop_reaches_every_place() -> None:
+    image = torch.arange(10).expand(1, 8, 10)
+    lefts = {int(RandomSizeCrop(4, 4)(image)[0, 0, 0]) for _ in range(300)}
+    assert lefts == set(range(7))
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_or_named(tmp_path: Path) -> None:
+    root, source = write(tmp_path, document(4))
+    for name in ("001.jpg", "002.jpg", "003.jpg"):
+        (root / name).write_bytes(b"broken")
+    reader = CocoDetection(root, source, verify="exists")
+    replaced = TransformedDataset(reader, v2.Identity(), 0, replace_unreadable=True)
+    assert [replaced[0, i].image_id for i in range(4)] == [100, 100, 100, 100]
+    strict = TransformedDataset(reader, v2.Identity(), 0, replace_unreadable=False)
+    with pytest.raises(UnreadableImage, match=r"002\.jpg cannot be decoded"):
+        strict[0, 2]
+    (root / "000.jpg").write_bytes(b"broken")
+    with pytest.raises(UnreadableImage, match="none of the 4 images"):
+        replaced[0, 1]
