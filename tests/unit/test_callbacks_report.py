@@ -114,7 +114,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fit of two epochs with everything on."""
     folder = tmp_path_factory.mktemp("run")
     loggers = [TensorBoardLogger(folder, name="", version="tb"), CSVLogger(folder, name="", version="csv")]
-    callbacks = [Pictures(count=3, score_threshold=0.3), Report(["train/loss"], ["val/map"]), LineProgress(1e9)]
+    callbacks = [
+        Pictures(count=3, score_threshold=0.3),
+        Report(["train/loss"], ["val/map"], about={}),
+        LineProgress(1e9),
+    ]
     fit = trainer(folder, callbacks, logger=loggers)
     fit.fit(Oracle(), Loader(*[batch(0)] * 3), Loader(batch(10), batch(20)))
     return folder
@@ -183,10 +187,13 @@ def test_the_bar_runs_and_reads_the_logged_values_at_most_once_a_second(tmp_path
 
 
 def test_validation_alone_reports_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, [Report([], []), LineProgress(1e9)]).validate(Oracle(), Loader(batch(10)), verbose=False)
+    trainer(tmp_path, [Report([], [], about={"step": 7, "checkpoint": "best.ckpt"}), LineProgress(1e9)]).validate(
+        Oracle(), Loader(batch(10)), verbose=False
+    )
     shown = capsys.readouterr().out
     assert "AP per class" in shown
-    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 2
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert (result["images"], result["step"], result["checkpoint"]) == (2, 7, "best.ckpt")
 
 
 def test_the_table_of_many_classes_shows_the_best_and_the_worst() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,24 @@ BAR_WIDTH = 24
 
 
 class Report(Callback):
-    """Process 0 writes `metrics.json` and `pr_curves.png` after every validation, and shows a table at the end.
+    """Process 0 writes `metrics.json` and `pr_curves.png` after every validation, and `curves.png` after a fit that
+    logged to CSV; a validation outside of a fit, such as the one of the best weights after it, shows its tables.
 
-    After a fit that logged to CSV also `curves.png`. The module's `metrics` is the `DetectionMetrics` that it has
-    computed; the files lie in the trainer's `default_root_dir`. losses, scores: names in metrics.csv to plot.
+    The module's `metrics` is the `DetectionMetrics` that it has
+    computed; the files lie in the trainer's `default_root_dir`. losses, scores: names in metrics.csv to plot. about:
+    further entries of metrics.json, such as the checkpoint that is evaluated.
     """
 
-    def __init__(self, losses: list[str], scores: list[str]) -> None:
-        self.losses, self.scores = losses, scores
+    def __init__(self, losses: Sequence[str], scores: Sequence[str], about: Mapping[str, Any]) -> None:
+        self.losses, self.scores, self.about = losses, scores, dict(about)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluation = last_evaluation(pl_module)
         if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
             return
         folder = Path(trainer.default_root_dir)
-        write_metrics(folder / "metrics.json", evaluation, trainer.current_epoch, trainer.global_step)
+        where = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        write_metrics(folder / "metrics.json", evaluation, where | self.about)
         save_precision_recall(evaluation.precision, evaluation.map_per_class, folder / "pr_curves.png")
         if trainer.state.fn != "fit":
             get_console().print(tables(evaluation))
@@ -50,8 +54,6 @@ class Report(Callback):
                 if log.is_file():
                     path = Path(trainer.default_root_dir) / "curves.png"
                     save_learning_curves(log, path, self.losses, self.scores)
-        if (evaluation := last_evaluation(pl_module)) is not None:
-            get_console().print(tables(evaluation))
 
 
 def last_evaluation(pl_module: LightningModule) -> Evaluation | None:
@@ -60,15 +62,14 @@ def last_evaluation(pl_module: LightningModule) -> Evaluation | None:
     return metrics.evaluation
 
 
-def write_metrics(path: Path, evaluation: Evaluation, epoch: int, step: int) -> None:
+def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
     """torchmetrics' keys, `map_per_class` and `objects_per_class` by name, and where the numbers come from."""
-    content: dict[str, Any] = {
+    content = {
         **evaluation.numbers,
         "map_per_class": evaluation.map_per_class,
         "objects_per_class": evaluation.objects_per_class,
         "images": evaluation.images,
-        "epoch": epoch,
-        "step": step,
+        **about,
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -1,0 +1,74 @@
+"""Evaluation of a checkpoint: `python -m codetr.eval checkpoint=FILE`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from codetr import application
+
+
+def evaluate(config: DictConfig) -> float:
+    """Returns mAP. Raises UserError for a checkpoint, data or key that is wrong."""
+    # Imported here, so that --help and --cfg answer at once.
+    from hydra.utils import instantiate
+    from lightning import seed_everything
+
+    from codetr.inference import one_of, open_checkpoint
+    from codetr.task import DetectionTask
+
+    one_of(config, split=("val", "train"))
+    trained = open_checkpoint(config)
+    saved = trained.config
+    seed_everything(config.seed, workers=True, verbose=False)
+    task = DetectionTask(
+        detector=trained.detector,
+        criterion=instantiate(saved["criterion"], _convert_="all"),
+        postprocess=instantiate(saved["postprocess"]),
+        metrics=instantiate(config.metrics)(trained.class_names),
+        optimizer=instantiate(saved["optimizer"]),
+        schedule=instantiate(saved["schedule"]),
+        settings={},
+    )
+    data = instantiate(data_config(config, saved["data"], trained.class_names))
+    trainer = instantiate(
+        config.trainer,
+        callbacks=list(instantiate(callbacks_config(config, trained.step)).values()),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.validate(task, datamodule=data, verbose=False)
+    return float(trainer.callback_metrics["val/map"])
+
+
+def data_config(config: DictConfig, saved: dict[str, Any], class_names: Sequence[str]) -> DictConfig:
+    """The data set given, or the checkpoint's with the values given; labels are those of the checkpoint."""
+    given = application.plain(config).get("data") or {}
+    data: DictConfig = OmegaConf.create(given if "_target_" in given else {**saved, **given})
+    data.classes = list(class_names)
+    if config.split == "train":
+        data.val_images, data.val_annotations = data.train_images, data.train_annotations
+    # The training set is not read, and may be absent.
+    data.train_images, data.train_annotations = data.val_images, data.val_annotations
+    return data
+
+
+def callbacks_config(config: DictConfig, step: int) -> DictConfig:
+    """The callbacks; the report says what was evaluated."""
+    callbacks = config.callbacks.copy()
+    if "report" in callbacks:
+        with open_dict(callbacks):
+            about = {key: config[key] for key in ("checkpoint", "weights", "split")}
+            callbacks.report.about = {**callbacks.report.about, **about, "step": step}
+    return callbacks
+
+
+def main() -> None:
+    application.run(evaluate, config_name="eval")
+
+
+if __name__ == "__main__":
+    main()

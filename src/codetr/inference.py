@@ -1,0 +1,251 @@
+"""Inference outside of training: the detector of a checkpoint, image files in, pictures and results out."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
+
+from codetr import application
+from codetr.checkpoint import load_weights
+from codetr.data.coco import Sample
+from codetr.data.collate import collate
+from codetr.data.images import UnreadableImage, read_image
+from codetr.errors import UserError
+from codetr.models.detector import Detector
+from codetr.types import Batch, Detections
+from codetr.visualize import draw_boxes
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+EXIF_ORIENTATION = 0x0112
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
+Transform = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class Trained:
+    """A detector ready for inference on the CPU, with the configuration of its training, in plain containers."""
+
+    detector: Detector
+    config: dict[str, Any]
+    class_names: tuple[str, ...]
+    step: int
+
+
+def open_checkpoint(config: DictConfig) -> Trained:
+    """The detector that `checkpoint` and `weights` of the configuration name. Raises UserError for other files."""
+    require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt")
+    one_of(config, weights=("ema", "raw"))
+    average = config.weights == "ema"
+    detector = application.load(config.checkpoint, average)
+    checkpoint = load_weights(config.checkpoint, average)
+    if checkpoint.config is None or checkpoint.class_names is None:
+        raise UserError(f"checkpoint={config.checkpoint}: does not name its classes; give one of codetr.train")
+    return Trained(detector, checkpoint.config, checkpoint.class_names, checkpoint.step)
+
+
+def require(config: DictConfig, **examples: str) -> None:
+    """Raises UserError for a key without a value, and shows an example of one."""
+    for key, example in examples.items():
+        if OmegaConf.is_missing(config, key) or config[key] is None:
+            raise UserError(f"{key} is not given: add {key}={example} (--help lists what there is to give)")
+
+
+def one_of(config: DictConfig, **choices: Sequence[str]) -> None:
+    """Raises UserError for a key whose value is none of its choices."""
+    for key, values in choices.items():
+        if config[key] not in values:
+            raise UserError(f"{key}={config[key]}: must be one of {', '.join(values)}")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one. Raises UserError for a device that is not here."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}; device=auto takes what is there") from error
+    return device
+
+
+@dataclass
+class Unreadable:
+    """An image file that does not decode, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass
+class Found:
+    """What was found in one file. image: [3, H, W] uint8 as in the file; boxes in its pixels."""
+
+    path: Path
+    image: Tensor
+    detections: Detections
+
+
+def find_images(pattern: str) -> list[Path]:
+    """The files that `pattern` means, sorted: one file, the images of a folder (not of folders in it), or a glob.
+
+    Raises UserError when there are none.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            kinds = " ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(
+                f"images={pattern}: no image in this folder (looked for {kinds}); see its subfolders with "
+                f"images='{path}/**/*.jpg'"
+            )
+        return files
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    files = [p for p in files if p.is_file()]
+    if not files:
+        raise UserError(
+            f"images={pattern}: no such file, and no file matches it as a pattern; give a file, a folder "
+            "or a quoted pattern such as images='photos/*.jpg'"
+        )
+    return files
+
+
+class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
+    """Image files behind the evaluation transform, each with its original pixels. What does not decode is an item
+    too, so that the reader decides what to do about it."""
+
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | Unreadable:
+        path = self.paths[index]
+        try:
+            size = seen_size(path)
+            image = read_image(path, size)
+        except (UnreadableImage, OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            return Unreadable(path, str(error))
+        no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=size)
+        no_labels = torch.zeros(0, dtype=torch.int64)
+        parts = self.transform({"image": Image(image), "boxes": no_boxes, "labels": no_labels})
+        return Sample(**parts, image_id=index, original_size=size, truth={}), image
+
+
+def seen_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image file as a viewer shows it: after the EXIF orientation, without decoding."""
+    with PIL.Image.open(path) as file:
+        width, height = file.size
+        on_its_side = file.getexif().get(EXIF_ORIENTATION, 1) >= 5
+    return (width, height) if on_its_side else (height, width)
+
+
+Items = list[tuple[Sample, Tensor] | Unreadable]
+
+
+def _collate(items: Items, size_divisor: int) -> tuple[Batch | None, list[Tensor], list[Unreadable]]:
+    read = [i for i in items if not isinstance(i, Unreadable)]
+    batch = collate([sample for sample, _ in read], size_divisor) if read else None
+    return batch, [image for _, image in read], [i for i in items if isinstance(i, Unreadable)]
+
+
+@torch.inference_mode()
+def detect(
+    detector: Callable[[Tensor, Tensor], Any],
+    postprocess: Callable[[Any, Tensor], list[Detections]],
+    files: ImageFiles,
+    *,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    size_divisor: int,
+) -> Iterator[Found | Unreadable]:
+    """Detections file by file; images are read by workers while the detector runs.
+
+    detector: (images [B, 3, H, W] uint8, padding [B, H, W]) -> the last layer's prediction.
+    """
+    loader: Iterable[tuple[Batch | None, list[Tensor], list[Unreadable]]] = DataLoader(
+        files,
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=partial(_collate, size_divisor=size_divisor),
+        pin_memory=device.type == "cuda",
+    )
+    for batch, images, unreadable in loader:
+        yield from unreadable
+        if batch is not None:
+            prediction = detector(batch.images.to(device), batch.padding.to(device))
+            detections = postprocess(prediction, batch.original_sizes.to(device))
+            for i, image, found in zip(batch.image_ids.tolist(), images, detections, strict=True):
+                yield Found(files.paths[i], image, Detections(*(t.cpu() for t in vars(found).values())))
+
+
+@dataclass
+class Writer:
+    """Annotated pictures and COCO results of one run, in the folder `out`.
+
+    paths: all files of the run; pictures keep their names, and their folders below the deepest common one. Boxes
+    below `score_threshold` are neither drawn nor written. pictures: whether to draw at all.
+    """
+
+    out: Path
+    paths: Sequence[Path]
+    class_names: Sequence[str]
+    score_threshold: float
+    pictures: bool
+
+    def __post_init__(self) -> None:
+        self.root = Path(os.path.commonpath([p.resolve().parent for p in self.paths]))
+        if self.pictures and self.out.resolve() == self.root:
+            raise UserError(f"out={self.out} is the folder of the images, which would be overwritten: name another")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.results: list[dict[str, Any]] = []
+        self._numbers = {path: i for i, path in enumerate(self.paths)}
+
+    def add(self, one: Found) -> None:
+        keep = one.detections.scores >= self.score_threshold
+        found = Detections(*(t[keep] for t in vars(one.detections).values()))
+        name = one.path.resolve().relative_to(self.root)
+        self.results += self._records(self._numbers[one.path], name, found)
+        if self.pictures:
+            target = self.out / name
+            if target.suffix.lower() not in PICTURE_SUFFIXES:
+                target = target.with_name(f"{name.name}.png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture = draw_boxes(one.image, found.boxes_xyxy, found.labels, self.class_names, found.scores)
+            picture.save(target, quality=92)
+
+    def _records(self, number: int, name: Path, found: Detections) -> list[dict[str, Any]]:
+        rows = zip(found.labels.tolist(), found.boxes_xyxy.double().tolist(), found.scores.tolist(), strict=True)
+        return [
+            {
+                "image_id": number,
+                "file_name": name.as_posix(),
+                "category_id": label,
+                "category_name": self.class_names[label],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": score,
+            }
+            for label, (x0, y0, x1, y1), score in rows
+        ]
+
+    def close(self) -> Path:
+        path = self.out / "predictions.json"
+        path.write_text(json.dumps(self.results, indent=1) + "\n")
+        return path

@@ -1,0 +1,73 @@
+"""A small checkpoint whose own detections are the truth of a small data set."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from PIL import Image
+
+from codetr import application
+from codetr.inference import Found, ImageFiles, detect
+
+NAMES = ["circle", "square", "star"]
+
+
+@dataclass
+class Trained:
+    """checkpoint: a file. images: a folder with five images; its annotations lie beside it in truth.json."""
+
+    checkpoint: Path
+    images: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Random weights; the averaged ones (EMA) made the annotations, so they find most of it and the raw ones do not."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "images").mkdir()
+    for i in range(5):
+        pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8), (96, 128), mode="bilinear")[0]
+        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / "images" / f"{i}.png")
+    overrides = [f"data.{key}_images={folder}/images" for key in ("train", "val")]
+    overrides += [f"data.{key}_annotations={folder}/truth.json" for key in ("train", "val")]
+    overrides += ["data=custom", "model=co_deformable_tiny", "augment@data=small", f"model.num_classes={len(NAMES)}"]
+    config = application.plain(application.compose("train", [*overrides, "data.num_workers=0", "run_dir=nowhere"]))
+    config["model"]["detector"]["backbone"]["pretrained"] = False
+    raw, average = (instantiate(config["model"]["detector"], _convert_="all").state_dict() for _ in range(2))
+    checkpoint = folder / "best.ckpt"
+    content = {
+        "state_dict": {f"detector.{name}": value for name, value in raw.items()},
+        "ema": {"weights": average},
+        "codetr": {"config": config, "class_names": NAMES},
+        "global_step": 7,
+    }
+    torch.save(content, checkpoint)
+    (folder / "truth.json").write_text(json.dumps(annotate(checkpoint, config, sorted((folder / "images").iterdir()))))
+    return Trained(checkpoint, folder / "images")
+
+
+def annotate(checkpoint: Path, config: dict, paths: list[Path]) -> dict:
+    """A COCO instances file with the three best detections of each image, category ids in reverse order."""
+    files = ImageFiles(paths, instantiate(config["data"]["val_transform"]))
+    found = detect(
+        application.load(checkpoint).detect,
+        instantiate(config["postprocess"]),
+        files,
+        device=torch.device("cpu"),
+        batch_size=1,
+        num_workers=0,
+        size_divisor=32,
+    )
+    images, annotations = [], []
+    for number, one in enumerate(found, start=100):
+        assert isinstance(one, Found)
+        images.append({"id": number, "file_name": one.path.name, "height": 96, "width": 128})
+        for (x0, y0, x1, y1), label in zip(one.detections.boxes_xyxy[:3].tolist(), one.detections.labels, strict=False):
+            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 9 - int(label), "iscrowd": 0}
+            annotations.append(entry | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+    categories = [{"id": 9 - i, "name": name} for i, name in reversed(list(enumerate(NAMES)))]
+    return {"images": images, "annotations": annotations, "categories": categories}

@@ -1,0 +1,66 @@
+"""The evaluation application, from its command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from codetr.application import compose
+from codetr.errors import UserError
+from codetr.eval import evaluate
+
+if TYPE_CHECKING:
+    from conftest import Trained
+
+NUMBERS = ("map", "map_50", "map_75", "mar_1", "mar_100")
+
+
+def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "codetr.eval", "trainer=cpu", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def numbers(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_evaluated_alike_on_one_and_two_processes(trained: "Trained", tmp_path: Path) -> None:
+    options = [f"checkpoint={trained.checkpoint}"]
+    alone = run(tmp_path, *options, "run_dir=alone")
+    assert alone.returncode == 0, alone.stderr
+    assert "AP per class" in alone.stdout
+    one = numbers(tmp_path / "alone")
+    assert one["map"] > 0.5
+    assert (one["step"], one["weights"], one["split"], one["images"]) == (7, "ema", "val", 5)
+    assert set(one["map_per_class"]) == {"circle", "square", "star"}
+    assert {"predictions.png", "pr_curves.png"} <= {p.name for p in (tmp_path / "alone").iterdir()}
+
+    both = run(tmp_path, *options, "trainer=ddp", "trainer.accelerator=cpu", "run_dir=both")
+    assert both.returncode == 0, both.stderr
+    two = numbers(tmp_path / "both")
+    assert {k: two[k] for k in NUMBERS} == pytest.approx({k: one[k] for k in NUMBERS}, abs=1e-9)
+
+    raw = run(tmp_path, *options, "weights=raw", "split=train", "+data.eval_batch_size=2", "run_dir=raw")
+    assert raw.returncode == 0, raw.stderr
+    assert numbers(tmp_path / "raw")["map"] < one["map"] / 2
+    assert numbers(tmp_path / "raw")["split"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "checkpoint is not given"),
+        (["checkpoint=best.ckpt", "weights=best"], "weights=best: must be one of ema, raw"),
+        (["checkpoint=best.ckpt", "split=test"], "split=test: must be one of val, train"),
+        (["checkpoint=absent.ckpt"], "no such checkpoint"),
+    ],
+)
+def test_mistakes_are_explained(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        evaluate(compose("eval", [*overrides, "run_dir=nowhere"]))
