@@ -1,5 +1,6 @@
 """The data module under a real Trainer: resumed runs see what the uninterrupted run sees."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from coco_files import document, write
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torchvision.transforms import v2
 
 from codetr.data.datamodule import DetectionDataModule
+from codetr.errors import UserError
 from codetr.types import Batch
 
 pytestmark = [
@@ -73,6 +76,7 @@ def module(folder: Path, **changes: Any) -> DetectionDataModule:
         "classes": None,
         "on_error": "stop",
         "verify": "complete",
+        "prepare": None,
     }
     return DetectionDataModule(**arguments | changes)
 
@@ -117,3 +121,93 @@ def test_a_run_resumed_anywhere_sees_the_rest(folder: Path, workers: int, accumu
     assert len(rest.seen) == EPOCHS * BATCHES - done
     assert rest.weight.item() == whole.weight.item()
     assert set(rest.validated) == {100, 103, 106, 109, 112}
+
+
+def test_a_checkpoint_in_mid_epoch_refuses_another_order(folder: Path) -> None:
+    save = partial(ModelCheckpoint, folder / "ckpt", every_n_train_steps=3, filename="{step}")
+    fit(folder, save(), max_epochs=1, limit_train_batches=3)
+    data = module(folder, seed=12)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    state = torch.load(folder / "ckpt" / "step=3.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+    assert (state["epoch"], state["batch"]) == (0, 3)
+    with pytest.raises(UserError, match=r"middle of epoch 0.*changed: seed 11 -> 12; resume with the former"):
+        loader.load_state_dict(state)
+    loader.load_state_dict(state | {"batch": BATCHES})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterating_does_not_move_the_global_random_state(folder: Path, workers: int) -> None:
+    data = module(folder, num_workers=workers)
+    data.setup("fit")
+    before = torch.get_rng_state()
+    assert len(list(data.train_dataloader())) == BATCHES
+    assert len(list(data.val_dataloader())) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_follow_the_training_set(folder: Path) -> None:
+    doc = document(5, seed=1)
+    doc["categories"] = doc["categories"][::-1]
+    (folder / "val.json").write_text(json.dumps(doc))
+    alone, both = module(folder), module(folder)
+    alone.setup("validate")
+    assert alone.class_names == ("star", "square", "disc")
+    both.setup("fit")
+    assert both.class_names == ("disc", "square", "star")
+    assert both.val_set is not None
+    assert both.val_set.category_ids == (7, 3, 12)
+
+
+def test_unusable_settings_are_named(folder: Path) -> None:
+    doc = document(5, seed=1)
+    doc["categories"] = [*doc["categories"], {"id": 99, "name": "moon"}]
+    (folder / "more.json").write_text(json.dumps(doc))
+    with pytest.raises(UserError, match=r"more\.json must have the categories .* lacks \[\] and adds \['moon'\]"):
+        module(folder, val_annotations="more.json").setup("fit")
+    module(folder, val_annotations="more.json", classes=["disc", "star"]).setup("fit")
+    doc["annotations"] = [a for a in doc["annotations"] if a["category_id"] != 3]
+    (folder / "none.json").write_text(json.dumps(doc))
+    with pytest.raises(UserError, match=r"no training label is left in .*none\.json"):
+        module(folder, train_images="val", train_annotations="none.json", classes=["square"]).setup("fit")
+    data = module(folder, batch_size=16)
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"15 usable images, fewer than one step takes \(16 x 1 processes\)"):
+        data.train_dataloader()
+
+
+def compose(name: str, *overrides: str) -> Any:
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        return compose("train", [f"data={name}", *overrides]).data
+
+
+def test_own_data_from_the_config(folder: Path) -> None:
+    paths = {"train_images": "train", "train_annotations": "train.json"}
+    paths |= {"val_images": "val", "val_annotations": "val.json"}
+    config = compose("custom", f"data.root={folder}", *(f"data.{k}={v}" for k, v in paths.items()))
+    data = instantiate(config, num_workers=0)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert all(side % 32 == 0 for side in batch.images.shape[-2:])
+    assert min(batch.targets.sizes.amin(1)) >= 480
+    assert next(iter(data.val_dataloader())).targets.sizes.amin(1).tolist() == [800] * 4
+
+
+def test_drawn_data_from_the_config(tmp_path: Path) -> None:
+    data = instantiate(compose("shapes_tiny", f"paths.data_dir={tmp_path}"))
+    data.prepare_data()
+    data.setup("fit")
+    assert (tmp_path / "shapes-tiny" / "train").is_dir()
+    for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
+        assert batch.targets.valid.any()
+        assert batch.targets.sizes.max() <= 96
+
+
+@pytest.mark.parametrize("name", ["coco", "shapes_demo", "shapes_full"])
+def test_configs_build(tmp_path: Path, name: str) -> None:
+    data = instantiate(compose(name, f"paths.data_dir={tmp_path}"))
+    with pytest.raises(UserError, match="does not exist"):
+        data.setup("validate")

@@ -49,7 +49,7 @@ class DetectionDataModule(LightningDataModule):
         classes: Sequence[str] | None,
         on_error: OnError,
         verify: Verify,
-        prepare: Callable[[], Any] | None = None,
+        prepare: Callable[[], Any] | None,
     ) -> None:
         super().__init__()
         # A process has no image to evaluate when there are fewer images than processes.
