@@ -34,7 +34,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / "images" / f"{i}.png")
     overrides = [f"data.{key}_images={folder}/images" for key in ("train", "val")]
     overrides += [f"data.{key}_annotations={folder}/truth.json" for key in ("train", "val")]
-    overrides += ["data=custom", "model=co_deformable_tiny", "augment@data=small", f"model.num_classes={len(NAMES)}"]
+    overrides += [
+        "data=custom",
+        "model=co_deformable_tiny",
+        "data.val_transform.size=96",
+        f"model.num_classes={len(NAMES)}",
+    ]
     config = application.plain(application.compose("train", [*overrides, "data.num_workers=0", "run_dir=nowhere"]))
     config["model"]["detector"]["backbone"]["pretrained"] = False
     raw, average = (instantiate(config["model"]["detector"], _convert_="all").state_dict() for _ in range(2))
