@@ -123,6 +123,17 @@ def test_a_run_resumed_anywhere_sees_the_rest(folder: Path, workers: int, accumu
     assert set(rest.validated) == {100, 103, 106, 109, 112}
 
 
+def test_a_resumed_run_can_be_resumed_within_the_same_epoch(folder: Path) -> None:
+    save = partial(ModelCheckpoint, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    whole = fit(folder, save(folder / "ckpt"))
+    for step in (2, 4):
+        for later in (folder / "ckpt").glob("*.ckpt"):
+            if later.stem != f"step={step}":
+                later.unlink()
+        rest = fit(folder, save(folder / "ckpt"), folder / "ckpt" / f"step={step}.ckpt")
+        assert steps(rest) == steps(whole)[step:]
+
+
 def test_a_checkpoint_in_mid_epoch_refuses_another_order(folder: Path) -> None:
     save = partial(ModelCheckpoint, folder / "ckpt", every_n_train_steps=3, filename="{step}")
     fit(folder, save(), max_epochs=1, limit_train_batches=3)
