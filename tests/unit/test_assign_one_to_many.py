@@ -145,3 +145,12 @@ def test_an_anchor_of_two_objects_goes_to_the_one_of_higher_iou(gap: float) -> N
     usable, valid = torch.ones(1, 1).bool(), torch.ones(1, 2).bool()
     assert assign_atss([anchor], usable, boxes, valid, 9).item() == expected
     assert assign_rcnn(anchor, usable, boxes, valid).item() == expected
+
+
+def test_thresholds_belong_to_the_positives_and_to_neither() -> None:
+    """An IoU of exactly 1/2: not below a negative threshold of 1/2, and at least a positive one."""
+    anchor, boxes = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[[0.0, 0, 2, 4]]])
+    usable, valid = torch.ones(1, 1).bool(), torch.ones(1, 1).bool()
+    assert assign_rcnn(anchor, usable, boxes, valid).item() == 0
+    assert assign_max_iou(anchor, usable, boxes, valid, 0.7, 0.5, None).item() == IGNORED
+    assert assign_max_iou(anchor, usable, boxes, valid, 0.7, 0.5, 0.5).item() == 0
