@@ -24,7 +24,7 @@ SHOWN_NAMES = 4
 CLASS_ROWS = (
     (re.compile(r"(^|\.)(class|label)"), 1, 0),
     (re.compile(r"(^|\.)class"), 1, 1),  # softmax: the background comes last
-    (re.compile(r"^heads\..*box"), 4, 0),  # one box regressor per class
+    (re.compile(r"^heads\.(?!.*\brpn\.).*deltas"), 4, 0),  # one box regressor per class
 )
 
 

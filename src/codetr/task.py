@@ -54,13 +54,24 @@ class DetectionTask(LightningModule):
                 fully_shard(module, mesh=mesh)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trainer = self.trainer
         # Lightning cannot clip gradients that a fused optimizer unscales by itself.
-        optimizer = self.optimizer(self.detector, fused=trainer.precision != "16-mixed")
-        steps = int(trainer.estimated_stepping_batches)  # also sets up the training data
-        steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-        scheduler = self.schedule.attach(optimizer, steps_per_epoch, steps / steps_per_epoch)
+        optimizer = self.optimizer(self.detector, fused=self.trainer.precision != "16-mixed")
+        scheduler = self.schedule.attach(optimizer, *self._length())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _length(self) -> tuple[int, float]:
+        """Optimizer steps per epoch, and epochs.
+
+        Not `trainer.estimated_stepping_batches`: that sets up the data before a resumed run knows its position in
+        it, and Lightning then never tells the loader.
+        """
+        trainer = self.trainer
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = max(1, -(-batches // trainer.accumulate_grad_batches))
+        epochs = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+        return steps, epochs if trainer.max_steps == -1 else min(epochs, trainer.max_steps / steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.detector(batch.images, batch.padding, batch.targets)

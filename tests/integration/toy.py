@@ -1,0 +1,93 @@
+"""A COCO data set of coloured rectangles, and the command that trains a detector of toy size on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("red", "green", "blue")
+SIZE = 64
+
+
+def make_coco(folder: Path, train: int, val: int, empty: tuple[int, ...] = ()) -> None:
+    """folder/{train,val} with one file of annotations each. empty: training images without an object."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        (folder / split).mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(count):
+            pixels = np.full((SIZE, SIZE, 3), 90, np.uint8)
+            images.append({"id": i + 1, "file_name": f"{i}.png", "width": SIZE, "height": SIZE})
+            for _ in range(0 if split == "train" and i in empty else 2):
+                label = int(rng.integers(3))
+                (x, y), (w, h) = rng.integers(0, 30, 2).tolist(), rng.integers(12, 30, 2).tolist()
+                pixels[y : y + h, x : x + w] = np.eye(3, dtype=np.uint8)[label] * 255
+                entry = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1}
+                annotations.append({**entry, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+            Image.fromarray(pixels).save(folder / split / f"{i}.png")
+        categories = [{"id": k + 1, "name": name} for k, name in enumerate(CLASSES)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+
+
+def overrides(data: Path) -> list[str]:
+    """Of `codetr.train`: seconds on one core."""
+    return [
+        "data=custom",
+        "augment@data=small",
+        f"data.root={data}",
+        "data.train_images=train",
+        "data.train_annotations=train.json",
+        "data.val_images=val",
+        "data.val_annotations=val.json",
+        "data.num_workers=0",
+        "data.batch_size=2",
+        "model=co_deformable_tiny",
+        "model.width=32",
+        "model.num_heads=2",
+        "model.ffn_width=32",
+        "model.num_groups=4",
+        "model.detector.encoder.num_layers=1",
+        "model.detector.decoder.num_layers=2",
+        "model.detector.queries.main.num_queries=10",
+        "model.detector.backbone.pretrained=false",
+        "schedule=constant",
+        "schedule.warmup_steps=2",
+        "optimizer.lr=1e-3",
+        "trainer=cpu",
+        "trainer.num_sanity_val_steps=0",
+        "trainer.log_every_n_steps=1",
+        "trainer.enable_model_summary=false",
+        "callbacks.ema.warmup_updates=4",
+        "~callbacks.pictures",
+        "~callbacks.report",
+        "name=toy",
+    ]
+
+
+def command(data: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "codetr.train", *overrides(data), *more]
+
+
+def environment() -> dict[str, str]:
+    here = str(Path(__file__).parent)
+    own = {"OMP_NUM_THREADS": "1", "CODETR_MSDA": "reference", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": here}
+    return {**os.environ, **own}
+
+
+def train(data: Path, cwd: Path, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own; `variables` of its environment."""
+    return subprocess.run(
+        command(data, *more),
+        cwd=cwd,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,34 @@
+"""Callbacks for tests that run `codetr.train` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from codetr.types import Batch
+
+
+class Kill(Callback):
+    """SIGKILL, as when a machine goes away, before the step with this number."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class NoObjects(Callback):
+    """The process of this rank never sees an object."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
+        if trainer.global_rank == self.rank:
+            batch.targets.valid.zero_()
+            batch.targets.labels.zero_()
