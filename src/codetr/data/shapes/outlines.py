@@ -56,7 +56,7 @@ def _hexagon(rng: np.random.Generator) -> Outline:
 
 
 def _star(rng: np.random.Generator) -> Outline:
-    tips = rng.integers(5, 7)
+    tips = int(rng.integers(5, 7))
     return [_polar(np.tile([1, rng.uniform(0.36, 0.5)], tips), _turn(2 * tips))]
 
 
@@ -85,7 +85,7 @@ def _teardrop(rng: np.random.Generator) -> Outline:
 
 
 def _gear(rng: np.random.Generator) -> Outline:
-    teeth = rng.integers(7, 10)
+    teeth = int(rng.integers(7, 10))
     base = rng.uniform(0.68, 0.78)
     angles = (np.arange(teeth)[:, None] + [-0.3, -0.19, 0.19, 0.3]).ravel() * 2 * np.pi / teeth
     return [_polar(np.tile([base, 1, 1, base], teeth), angles), _polar(rng.uniform(0.22, 0.38), _turn(24))]
@@ -139,10 +139,10 @@ def frequencies() -> np.ndarray:
 
 
 def blob(rng: np.random.Generator) -> Outline:
-    """Clutter: an amoeba, too uneven for any class."""
-    t, order = _turn(40), np.arange(2, 7)[:, None]
-    waves = np.cos(order * t + rng.uniform(0, 2 * np.pi, (5, 1))) * rng.uniform(0.1, 0.3, (5, 1))
-    return [_polar(1.1 + waves.sum(0), t)]
+    """Clutter: an amoeba with few, uneven, blunt lobes, so that it is like no class."""
+    t, order = _turn(48), np.array([[2], [3], [4], [7]])
+    height = rng.uniform([[0.15], [0.3], [0.15], [0.06]], [[0.35], [0.45], [0.25], [0.12]])
+    return [_polar(1.2 + (height * np.cos(order * t + rng.uniform(0, 2 * np.pi, (4, 1)))).sum(0), t)]
 
 
 def strand(rng: np.random.Generator, thickness: float) -> Outline:

@@ -14,22 +14,27 @@ Window = tuple[slice, slice]
 
 _FINE = 3  # supersampling of the outlines
 _LEAST_SHARE, _LEAST_PIXELS = 0.3, 12  # what stays visible of every object
+_LEAST_CROWD = 0.7  # and of every crowd
 _SMALLEST = 8.0  # pixels, longer side of an object
 _TRIES = 6
 
 
 @dataclass
 class Instance:
-    """An object, or a crowd of one class. full: its area in pixels if nothing hid it and the image went on."""
+    """An object, or a crowd of one class. least: how many of its pixels must stay visible."""
 
     shape: Shape
     crowd: bool
-    full: float
+    least: float
 
 
 @dataclass
 class Scene:
-    """canvas: [H, W, 3] float32 in about [0, 1]. owner: [H, W], 1 + index of the instance seen there, 0 for none."""
+    """What is painted so far.
+
+    canvas: [3, H, W] float32 in about [0, 1]. owner: [H, W], 1 + index of the instance seen there, 0 for none.
+    light: [2] float32, the direction (x, y) it comes from.
+    """
 
     canvas: np.ndarray
     owner: np.ndarray
@@ -44,42 +49,36 @@ class Scene:
     def hides_too_much(self, window: Window, solid: np.ndarray) -> bool:
         """Whether something on the pixels `solid` of `window` would leave too little of what is there now."""
         below = np.bincount(self.owner[window][solid], minlength=len(self.instances) + 1)[1:]
-        touched = below.nonzero()[0]
-        return any(
-            (self.owner == i + 1).sum() - below[i] < max(_LEAST_PIXELS, _LEAST_SHARE * self.instances[i].full)
-            for i in touched
-        )
+        return any(self.mask(i).sum() - below[i] < self.instances[i].least for i in below.nonzero()[0].tolist())
 
     def add(self, outline: Outline, shape: Shape | None, rng: np.random.Generator) -> bool:
         """Paint an outline [pixels] on top; shape None: clutter. False, and nothing painted, where it cannot be."""
         origin, coverage, rim = rasterise(outline)
-        full = float((coverage >= 0.5).sum())
+        least = max(_LEAST_PIXELS, _LEAST_SHARE * float((coverage >= 0.5).sum()))
         window, inner = clip(origin, coverage.shape, self.owner.shape)
         coverage, rim = coverage[inner], rim[inner]
         solid = coverage >= 0.5
-        visible = solid.sum()
-        if shape is not None and visible < max(_LEAST_PIXELS, _LEAST_SHARE * full):
-            return False
-        if not coverage.any() or self.hides_too_much(window, solid):
+        invisible = not coverage.any() or (shape is not None and solid.sum() < least)
+        if invisible or self.hides_too_much(window, solid):
             return False
         if self.shadows:
             self.cast_shadow(origin, coverage, rng)
         self.paint(window, coverage, rim, rng)
         if shape is not None:
-            self.instances.append(Instance(shape, False, full))
+            self.instances.append(Instance(shape, False, least))
         self.owner[window][solid] = 0 if shape is None else len(self.instances)
         return True
 
     def paint(self, window: Window, coverage: np.ndarray, rim: np.ndarray, rng: np.random.Generator) -> None:
-        below = self.canvas[window]
+        below = self.canvas[:, *window]
         height, width = coverage.shape
-        around = (below * coverage[..., None]).sum((0, 1)) / coverage.sum()
+        around = (below * coverage).sum((1, 2)) / coverage.sum()
         colours = surface(rng, height, width, pick_colour(rng, around), rng.choice([0.0, 0.25, 0.5]))
-        y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-        shade = 1 + rng.uniform(0, 0.35) * (x * self.light[0] + y * self.light[1])
-        shade -= rng.choice([0, 0.6], p=[0.6, 0.4]) * rim
-        colours = colours * shade[..., None].astype(np.float32)
-        below += (colours - below) * coverage[..., None]
+        x = np.linspace(-1, 1, width, dtype=np.float32) * self.light[0]
+        y = np.linspace(-1, 1, height, dtype=np.float32) * self.light[1]
+        shade = 1 + np.float32(rng.uniform(0, 0.35)) * (x + y[:, None])
+        shade -= np.float32(rng.choice([0, 0.6], p=[0.6, 0.4])) * rim
+        below += (colours * shade - below) * coverage
 
     def cast_shadow(self, origin: tuple[int, int], coverage: np.ndarray, rng: np.random.Generator) -> None:
         """Darken beside the object, away from the light."""
@@ -88,7 +87,7 @@ class Scene:
         window, inner = clip((max(origin[0], 0) + dy, max(origin[1], 0) + dx), coverage.shape, self.owner.shape)
         soft = Image.fromarray((coverage * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(reach / 3))
         dark = np.asarray(soft, np.float32)[inner] / 255 * np.float32(rng.uniform(0.2, 0.5))
-        self.canvas[window] *= 1 - dark[..., None]
+        self.canvas[:, *window] *= 1 - dark
 
 
 def pick_colour(rng: np.random.Generator, around: np.ndarray) -> np.ndarray:
@@ -131,7 +130,7 @@ def draw(rng: np.random.Generator, height: int, width: int) -> tuple[Image.Image
     scene = Scene(
         background(rng, height, width),
         np.zeros((height, width), np.int16),
-        np.array([np.cos(angle), np.sin(angle)]),
+        np.array([np.cos(angle), np.sin(angle)], np.float32),
         bool(rng.random() < 0.4),
     )
     empty = rng.random() < 0.04
@@ -174,13 +173,13 @@ def add_crowd(scene: Scene, rng: np.random.Generator) -> None:
     """Many tiny objects of one class; the region around them is one instance."""
     height, width = scene.owner.shape
     shape = SHAPES[rng.choice(len(SHAPES), p=frequencies())]
-    count, size = int(rng.integers(14, 36)), rng.uniform(5, 8)
-    spread = size * np.sqrt(count) * rng.uniform(0.25, 0.4, 2)
+    count, size = int(rng.integers(16, 45)), rng.uniform(5, 8)
+    spread = size * np.sqrt(count) * rng.uniform(0.25, 0.45, 2)
     centres = rng.uniform(0.2, 0.8, 2) * [width, height] + rng.standard_normal((count, 2)) * spread
     region = Image.new("1", (width, height))
     for x, y in centres:
         scene.add([polygon * size + (x, y) for polygon in deform(shape.draw(rng), rng)], None, rng)
         ImageDraw.Draw(region).ellipse((x - size, y - size, x + size, y + size), fill=1)
     mask = np.array(region)
-    scene.instances.append(Instance(shape, True, float(mask.sum())))
+    scene.instances.append(Instance(shape, True, _LEAST_CROWD * float(mask.sum())))
     scene.owner[mask] = len(scene.instances)

@@ -45,23 +45,26 @@ def field(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def surface(rng: np.random.Generator, height: int, width: int, colour: np.ndarray, contrast: float) -> np.ndarray:
-    """[height, width, 3] float32: `colour` [3] in [0, 1], varied around itself by up to `contrast`."""
-    other = (rng.uniform(-contrast, contrast, 3) + rng.uniform(-contrast, contrast)).astype(np.float32)
-    return colour + (field(rng, height, width)[..., None] - np.float32(0.5)) * other
+    """[3, height, width] or, without contrast, [3, 1, 1] float32: `colour` [3], varied by up to `contrast`."""
+    base = colour.astype(np.float32)[:, None, None]
+    if not contrast:
+        return base
+    other = rng.uniform(-contrast, contrast, 3) + rng.uniform(-contrast, contrast)
+    return base + (field(rng, height, width) - np.float32(0.5)) * other.astype(np.float32)[:, None, None]
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] float32: two surfaces, one laid over parts of the other."""
-    first, second = (surface(rng, height, width, rng.random(3, np.float32), 0.35) for _ in range(2))
-    share = field(rng, height, width)[..., None] * np.float32(rng.uniform(0, 0.8))
-    return first + (second - first) * share
+    """[3, height, width] float32: two surfaces, one laid over parts of the other."""
+    first, second = (surface(rng, height, width, rng.random(3), 0.35) for _ in range(2))
+    return first + (second - first) * (field(rng, height, width) * np.float32(rng.uniform(0, 0.8)))
 
 
 def develop(rng: np.random.Generator, canvas: np.ndarray) -> Image.Image:
-    """The finished picture of `canvas` [H, W, 3]: exposure, sensor noise, at times a little blur."""
+    """The finished picture of `canvas` [3, H, W]: exposure, sensor noise, at times a little blur."""
     gain, lift, grain = rng.uniform(0.75, 1.1), rng.uniform(0, 0.1), rng.uniform(0, 0.04)
-    exposed = canvas * np.float32(gain) + np.float32(lift)
-    exposed += rng.standard_normal(canvas.shape, np.float32) * np.float32(grain)
-    picture = Image.fromarray((np.clip(exposed, 0, 1) * 255).round().astype(np.uint8))
+    exposed = rng.standard_normal(canvas.shape, np.float32) * np.float32(grain)
+    exposed += canvas * np.float32(gain) + np.float32(lift)
+    pixels = (exposed.clip(0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     blurred = rng.random() < 0.2
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.8))) if blurred else picture
