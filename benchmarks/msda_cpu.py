@@ -65,12 +65,10 @@ def measure(case: tuple[int, int, int, Shapes, int | None], repeats: int) -> dic
             times = milliseconds(function, inputs, shapes)
             if repeat >= 2:  # the first ones compile and warm up
                 runs[name].append(times)
+    names = ("forward_ms", "forward_backward_ms")
     return {
-        name: {
-            "forward_ms": statistics.median(f for f, _ in t),
-            "forward_backward_ms": statistics.median(b for _, b in t),
-        }
-        for name, t in runs.items()
+        name: dict(zip(names, map(statistics.median, zip(*times, strict=True)), strict=True))
+        for name, times in runs.items()
     }
 
 
@@ -80,9 +78,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    table = Table(
-        "", "grid_sample ms", "numba ms", "times faster", title=f"forward / forward + backward, {threads} threads"
-    )
+    title = f"forward / forward + backward, {threads} threads"
+    table = Table("", "grid_sample ms", "numba ms", "times faster", title=title)
     cases = {}
     for name, case in CASES.items():
         cases[name] = result = measure(case, repeats)
@@ -91,15 +88,9 @@ def main() -> None:
         table.add_row(name, *columns, " / ".join(f"{s / f:.1f}" for s, f in zip(slow, fast, strict=True)))
     Console().print(table)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__}
-    record = {
-        "date": date.today().isoformat(),
-        "threads": threads,
-        "repeats": repeats,
-        "versions": versions,
-        "cases": cases,
-    }
+    record = {"date": date.today().isoformat(), "threads": threads, "repeats": repeats, "versions": versions}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({**record, "cases": cases}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def msda(
 @torch.library.custom_op("codetr::msda", mutates_args=())
 def _msda(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     if not _has_kernel(value, locations, weights):
-        return msda_reference(value, _shapes(sizes), locations, weights)
+        return msda_reference(value, _shapes(sizes), locations, weights).contiguous()
     from . import cpu
 
     return cpu.forward(value, _shapes(sizes), locations, weights)
