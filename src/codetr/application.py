@@ -91,7 +91,8 @@ def settle(argv: list[str], config_name: str) -> list[str]:
         directory = newest_run(directory.parent) or directory
     if not given:
         _refuse_disagreement()
-        argv = [*argv, f"run_dir={_quoted(directory)}"]
+        end = argv.index(args.overrides[-1]) + 1 if args.overrides else len(argv)  # argparse wants overrides in a row
+        argv = [*argv[:end], f"run_dir={_quoted(directory)}", *argv[end:]]
     if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
         _claim(directory, bool(resume), config.overwrite)
     return argv
@@ -156,7 +157,7 @@ def _suggestion(message: str, config_name: str) -> str:
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     names = []
-    for key in config:
+    for key in map(str, config):
         names.append(f"{prefix}{key}")
         child = config._get_node(key)
         if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():

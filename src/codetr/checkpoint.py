@@ -48,10 +48,9 @@ def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
     path = Path(path)
     content = _read(path)
     state = content.get("state_dict", content.get("model", content))
+    weights = {name.removeprefix(PREFIX): value for name, value in state.items()}
     if average and "ema" in content:
-        weights = content["ema"]["weights"]
-    else:
-        weights = {name.removeprefix(PREFIX): value for name, value in state.items()}
+        weights |= content["ema"]["weights"]
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: holds no named tensors; give a checkpoint of codetr.train or a converted one")
     about = content.get("codetr", {})

@@ -70,7 +70,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) over `parameter_groups`. fused: one kernel per step where there is one."""
     groups = parameter_groups(module, lr, weight_decay, rules, no_decay)
-    return torch.optim.AdamW(groups, betas=tuple(betas), fused=fused)
+    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
 
 
 @dataclass(frozen=True)

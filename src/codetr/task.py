@@ -49,11 +49,12 @@ class DetectionTask(LightningModule):
 
         mesh = self.device_mesh["data_parallel"]
         detector = self.detector
-        for module in (*detector.encoder.layers, *detector.decoder.layers, detector.backbone, detector):
+        layers = [m for stack in (detector.encoder, detector.decoder) for m in stack.get_submodule("layers").children()]
+        for module in (*layers, detector.backbone, detector):
             if not isinstance(module, FSDPModule):
                 fully_shard(module, mesh=mesh)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         # Lightning cannot clip gradients that a fused optimizer unscales by itself.
         optimizer = self.optimizer(self.detector, fused=self.trainer.precision != "16-mixed")
         scheduler = self.schedule.attach(optimizer, *self._length())
@@ -83,8 +84,8 @@ class DetectionTask(LightningModule):
 
     def _log_losses(self, losses: dict[str, Tensor]) -> None:
         """Straight to the loggers: Lightning's own bookkeeping of a hundred names costs more than their losses."""
-        step = self.global_step
-        if step == self._logged_step or step % self.trainer.log_every_n_steps or not self.trainer.is_global_zero:
+        step, every = self.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._logged_step or step % every or not self.trainer.is_global_zero:
             return
         self._logged_step = step
         values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
@@ -96,7 +97,7 @@ class DetectionTask(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         prediction = self.detector(batch.images, batch.padding).predictions[MAIN]
         last = Prediction(prediction.logits[-1], prediction.boxes[-1])
         detections = self.postprocess(last, batch.original_sizes)
@@ -116,7 +117,7 @@ class DetectionTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["codetr"] = self.settings
 
-    def load_detector(self, weights: dict[str, Tensor]) -> None:
+    def load_detector(self, weights: dict[str, Any]) -> None:
         """Full weights into the detector, whose own may be shards."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

@@ -31,7 +31,7 @@ class EMA(Callback):
         return self.decay * (1 - math.exp(-updates / self.warmup_updates))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state = pl_module.detector.state_dict()
+        state = pl_module.get_submodule("detector").state_dict()
         self._live = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
         if self.average:
             self.average = {name: _like(self.average[name], live) for name, live in self._live.items()}

@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
         self._save(trainer, LAST)
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for logger in trainer.loggers:
             logger.save()
@@ -106,7 +106,7 @@ class ContinuedCSVLogger(CSVLogger):
 
     @property
     def experiment(self) -> ExperimentWriter:
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._experiment = _ContinuedWriter(self.log_dir, self.resumed_step or 0)
             return self._experiment
         return super().experiment
@@ -125,7 +125,11 @@ class _ContinuedWriter(ExperimentWriter):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if int(row["step"]) < self._kept_below]
-            self.metrics_keys = list(reader.fieldnames or [])
+            keys = list(reader.fieldnames or [])
+        if not rows:
+            path.unlink()
+            return
+        self.metrics_keys = keys
         temporary = path.with_name(path.name + ".part")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)

@@ -1,0 +1,53 @@
+"""Two processes: no hang, and the numbers of one."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from toy import make_coco, overrides, train
+
+from codetr import application
+
+
+def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    make_coco(data, train=12, val=5, empty=(0, 4))
+    options = ("trainer.max_epochs=4", "data.eval_batch_size=1", "optimizer.lr=3e-3")
+    done = train(
+        data,
+        tmp_path,
+        *options,
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+        "+callbacks.no_objects={_target_: toy_callbacks.NoObjects, rank: 1}",
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "toy").iterdir()  # one directory for both
+    with (run / "csv" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = [float(row["val/map"]) for row in rows if row["val/map"]]
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(3 * 4))
+
+    best = run / "checkpoints" / "best.ckpt"
+    assert torch.load(best, weights_only=True)["random_states"][0] is not None
+    numbers = evaluate_in_this_process(best, data)
+    assert max(scores) > 0
+    assert numbers["map"] == pytest.approx(max(scores), abs=1e-6)
+
+
+@torch.inference_mode()
+def evaluate_in_this_process(checkpoint: Path, data: Path) -> dict[str, float]:
+    from hydra.utils import instantiate
+
+    config = application.compose("train", [*overrides(data), "data.eval_batch_size=1"])
+    module = instantiate(config.data)
+    module.setup("fit")
+    metrics = instantiate(config.metrics)(module.class_names)
+    detector, postprocess = application.load(checkpoint), instantiate(config.postprocess)
+    for batch in module.val_dataloader():
+        prediction = detector.detect(batch.images, batch.padding)
+        metrics.update(batch.image_ids, postprocess(prediction, batch.original_sizes), batch.truth)
+    return metrics.compute()

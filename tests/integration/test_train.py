@@ -1,0 +1,126 @@
+"""The command line: directories, refusals, and a start from other weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from toy import CLASSES, make_coco, train
+
+import codetr
+from codetr import application
+from codetr.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settle(*argv: str) -> list[str]:
+    return application.settle(list(argv), "train")
+
+
+def make_run(directory: str, seconds: int) -> Path:
+    path = Path(directory)
+    for name in (".hydra/config.yaml", "checkpoints/last.ckpt"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
+        os.utime(path / name, (seconds, seconds))
+    return path
+
+
+def test_a_fresh_run_names_its_directory_once() -> None:
+    first = settle("name=mine")
+    assert first[0] == "name=mine"
+    assert first[1].startswith("run_dir='outputs/mine/20")
+    assert settle("name=mine", "--config-dir", ".")[2:] == ["--config-dir", "."]
+    assert settle(*first) == first  # what a process launched by Lightning sees
+
+
+def test_resume_auto_takes_the_newest_run_of_that_name() -> None:
+    make_run("outputs/a/1", 300), make_run("outputs/a/2", 100), make_run("outputs/b/3", 900)
+    assert settle("name=a", "resume=auto") == ["name=a", "resume=auto", "run_dir='outputs/a/1'"]
+    assert settle("name=new", "resume=auto")[2].startswith("run_dir='outputs/new/20")
+    assert settle("resume=auto", "run_dir=outputs/b/3") == ["resume=auto", "run_dir=outputs/b/3"]
+
+
+def test_resume_of_a_directory_uses_its_own_config() -> None:
+    run = make_run("out puts/it's", 1)
+    argv = settle(f"resume='{str(run).replace(chr(39), chr(92) + chr(39))}'", "trainer.max_epochs=5")
+    assert argv[0] == f"--config-path={run.resolve() / '.hydra'}"
+    assert argv[1] == "--config-name=config"
+    assert argv[-1] == r"hydra.run.dir='out puts/it\'s'"
+    with pytest.raises(UserError, match=r"resume=nowhere: there is no .*config.yaml"):
+        settle("resume=nowhere")
+
+
+def test_a_run_is_not_overwritten_by_accident() -> None:
+    run = make_run("fixed", 1)
+    (run / "notes.txt").touch()
+    with pytest.raises(UserError, match="run_dir=fixed: there is a run in it already"):
+        settle("run_dir=fixed")
+    settle("run_dir=fixed", "resume=auto")
+    assert (run / "checkpoints/last.ckpt").exists()
+    settle("run_dir=fixed", "overwrite=true")
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trainr.max_epochs=3"], "Did you mean trainer.max_epochs"),
+        (["optimizer.weight_deca=3"], "Did you mean optimizer.weight_decay"),
+        (["schedule=cosin"], "Did you mean cosine"),
+        (["experiment=nothing_like_it"], "Could not find 'experiment/nothing_like_it'"),
+        (["a=[1"], "Overrides look like key=value"),
+        (["-m", "seed=1,2", "trainer.devices=2"], "a sweep .* runs on one device, and trainer.devices is 2"),
+        (["-m", "seed=1,2", "resume=auto"], "cannot be resumed as a whole"),
+    ],
+)
+def test_messages(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settle(*argv)
+
+
+def test_processes_from_outside_need_a_named_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="run_dir="):
+        settle("name=a")
+    assert settle("run_dir=named") == ["run_dir=named"]
+
+
+def test_sweep_then_a_start_from_its_weights(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    make_coco(data, train=4, val=2)
+    done = train(data, tmp_path, "seed=1,2", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "-m")
+    assert done.returncode == 0, done.stderr
+    best = [tmp_path / "sweep" / job / "checkpoints" / "best.ckpt" for job in ("0", "1")]
+    weights = [codetr.load(path).decoder.class_heads[0].weight for path in best]
+    assert weights[0].shape[0] == len(CLASSES)
+    assert not weights[0].equal(weights[1])
+
+    again = train(
+        data,
+        tmp_path,
+        f"initialise.checkpoint={best[0]}",
+        "data.classes=[blue,red]",
+        "trainer.max_epochs=1",
+        "optimizer.lr=0",
+        "callbacks.ema.decay=0",
+        "run_dir=again",
+    )
+    assert again.returncode == 0, again.stderr
+    assert "moved by class name" in " ".join(again.stdout.split())
+    moved = codetr.load("again/checkpoints/best.ckpt").decoder.class_heads[0].weight
+    assert moved.equal(weights[0][[CLASSES.index("blue"), CLASSES.index("red")]])
+
+
+def test_an_error_of_the_user_has_no_stack_trace(tmp_path: Path) -> None:
+    done = train(tmp_path / "absent", tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert str(tmp_path / "absent") in done.stderr.splitlines()[-1]
