@@ -199,6 +199,8 @@ def _sizes(
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype == torch.float64:
+        raise TypeError("the kernels compute in float32; use msda_reference for float64")
     return tensor.detach().to(torch.float32).contiguous().view(-1).numpy()
 
 

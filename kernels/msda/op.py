@@ -16,45 +16,30 @@ def msda(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """As `msda_reference`, with the fastest kernel there is for the device and dtype. Differentiable once."""
+    tensors = value, sampling_locations, attention_weights
+    if any(t.device.type != "cpu" or t.dtype == torch.float64 for t in tensors):
+        return msda_reference(value, spatial_shapes, sampling_locations, attention_weights)
     return _msda(value, [size for shape in spatial_shapes for size in shape], sampling_locations, attention_weights)
 
 
-@torch.library.custom_op("codetr::msda", mutates_args=())
+@torch.library.custom_op("codetr::msda", mutates_args=(), device_types="cpu")
 def _msda(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    if not _has_kernel(value, locations, weights):
-        return msda_reference(value, _shapes(sizes), locations, weights).contiguous()
     from . import cpu
 
     return cpu.forward(value, _shapes(sizes), locations, weights)
 
 
-@torch.library.custom_op("codetr::msda_backward", mutates_args=())
+@torch.library.custom_op("codetr::msda_backward", mutates_args=(), device_types="cpu")
 def _msda_backward(
     gradient: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_kernel(value, locations, weights):
-        return _reference_backward(gradient, value, sizes, locations, weights)
     from . import cpu
 
     return cpu.backward(gradient, value, _shapes(sizes), locations, weights)
 
 
-def _has_kernel(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype != torch.float64 for t in tensors)
-
-
 def _shapes(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(sizes[::2], sizes[1::2], strict=True))
-
-
-def _reference_backward(
-    gradient: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        value, locations, weights = (t.detach().requires_grad_() for t in (value, locations, weights))
-        output = msda_reference(value, _shapes(sizes), locations, weights)
-    grads = torch.autograd.grad(output, (value, locations, weights), gradient)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @_msda.register_fake
