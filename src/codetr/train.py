@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ def train(config: DictConfig) -> float | None:
     from codetr.checkpoint import load_weights
     from codetr.task import DetectionTask
 
+    # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     checkpoint = application.resume_from(config)
     if checkpoint is not None:
         config.resumed_step = load_weights(checkpoint).step

@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
             return
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.directory / name)
+        trainer.save_checkpoint(self.directory / name, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score}
