@@ -25,9 +25,7 @@ class _Movable:
         return type(self)(**{f.name: _apply(getattr(self, f.name), "to", args, kwargs) for f in fields(self)})
 
     def pin_memory(self) -> Any:
-        return type(self)(
-            **{f.name: _apply(getattr(self, f.name), "pin_memory", (), {}) for f in fields(self)}
-        )
+        return type(self)(**{f.name: _apply(getattr(self, f.name), "pin_memory", (), {}) for f in fields(self)})
 
 
 def _apply(value: Any, method: str, args: tuple, kwargs: dict) -> Any:

@@ -103,7 +103,7 @@ def case(official: Path) -> Case:
         {
             "neck": ChannelMapper(tuple(config["neck_in_channels"]), WIDTH, LEVELS, 32),
             "encoder": DeformableEncoder(WIDTH, HEADS, LEVELS, POINTS, FFN, LAYERS, 0.0, 10000, -0.5, 0),
-            "adapter": PyramidAdapter(WIDTH, (8, 16, 32, 64), 1, 32),
+            "adapter": PyramidAdapter(WIDTH, (8, 16, 32, 64), 5, 32),
             "main": TwoStageQueries(WIDTH, CLASSES, config["num_query"], True, True, 10000, 1e-5),
             "aux0": collaborative("faster_rcnn"),
             "aux1": collaborative("atss"),

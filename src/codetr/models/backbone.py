@@ -27,6 +27,9 @@ class Backbone(nn.Module):
     Raises UserError when timm does not know the name.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         name: str,
@@ -44,7 +47,7 @@ class Backbone(nn.Module):
             raise UserError(f"model.backbone.name={name}: timm has no such model (near: {near})")
         if norm == "group":
             arguments = {**arguments, "norm_layer": partial(nn.GroupNorm, 8)}
-        body = timm.create_model(
+        body: Any = timm.create_model(
             name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **arguments
         )
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from codetr.models.backbone import Backbone
 from codetr.types import Memory, Output, Prediction, QueryContext, QueryGroup, Targets
 
 MAIN = "main"
@@ -20,7 +21,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         neck: nn.Module,
         encoder: nn.Module,
         adapter: nn.Module | None,
@@ -47,7 +48,7 @@ class Detector(nn.Module):
         memory = self.encode(images, padding)
         context = QueryContext(memory, targets)
         losses = {}
-        if targets is not None and self.heads:
+        if targets is not None and self.adapter is not None:
             pyramid = self.adapter(memory)
             for name, head in self.heads.items():
                 output = head(pyramid, targets)
@@ -71,7 +72,7 @@ class Detector(nn.Module):
 
 
 def build_detector(
-    backbone: nn.Module,
+    backbone: Backbone,
     neck: Callable[..., nn.Module],
     encoder: nn.Module,
     adapter: Callable[..., nn.Module],
