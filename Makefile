@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare test test-all check format bench wheel lock clean
+.PHONY: help install demo compare test test-all check format bench measure readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ format: install ## Format and sort imports
 
 bench: install ## CPU benchmarks side by side; results in benchmarks/results
 	$(BIN)/python benchmarks/msda_cpu.py
+
+measure: install ## `make demo` from a fresh clone, twice: time, mAP, the same digits
+	$(BIN)/python benchmarks/demo.py --repeat 2
+
+readme: install ## Put the measured tables into the README
+	$(BIN)/python benchmarks/readme.py
 
 wheel: install ## Build the sdist and the wheel in dist/
 	rm -rf build dist

@@ -80,17 +80,21 @@ def main() -> None:
     threads = torch.get_num_threads()
     title = f"forward / forward + backward, {threads} threads"
     table = Table("", "grid_sample ms", "numba ms", "times faster", title=title)
-    cases = {}
+    cases, lines = {}, ["| case | grid_sample, ms | Numba, ms | times faster |", "|---|---|---|---|"]
     for name, case in CASES.items():
         cases[name] = result = measure(case, repeats)
         slow, fast = result["grid_sample"].values(), result["numba"].values()
         columns = [" / ".join(f"{t:.2f}" for t in times) for times in (slow, fast)]
-        table.add_row(name, *columns, " / ".join(f"{s / f:.1f}" for s, f in zip(slow, fast, strict=True)))
+        columns.append(" / ".join(f"{s / f:.1f}" for s, f in zip(slow, fast, strict=True)))
+        table.add_row(name, *columns)
+        lines.append("| " + " | ".join([name, *columns]) + " |")
     Console().print(table)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__}
     record = {"date": date.today().isoformat(), "threads": threads, "repeats": repeats, "versions": versions}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({**record, "cases": cases}, indent=2) + "\n")
+    about = f"Medians of {repeats}, {title}; `make bench`, {record['date']}, torch {torch.__version__}."
+    RESULTS.with_suffix(".md").write_text("\n".join([*lines, "", about]) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 
+@dataclass
 class _Movable:
     """`.to(device)` and `.pin_memory()` for a dataclass of tensors, so that Lightning moves it like a tensor."""
 

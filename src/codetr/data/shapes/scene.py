@@ -141,7 +141,7 @@ def draw(rng: np.random.Generator, height: int, width: int) -> tuple[Image.Image
     largest = 1.1 * min(height, width)
     sizes = np.concatenate(
         [
-            _SMALLEST * (largest / _SMALLEST) ** rng.beta(1, 1.25, objects),
+            _SMALLEST * (largest / _SMALLEST) ** rng.beta(1.5, 1.1, objects),
             _SMALLEST * (largest / 2 / _SMALLEST) ** rng.random(clutter),
         ]
     )
