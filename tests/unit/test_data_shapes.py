@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from codetr.data.coco import CocoDetection
 from codetr.data.shapes import PRESETS, Preset, generate
+from codetr.data.shapes.generate import HARD
 from codetr.data.shapes.outlines import SHAPES, Shape, deform, frequencies
 from codetr.data.shapes.regions import loops, run_lengths, segmentation
 from codetr.data.shapes.scene import Scene, rasterise
@@ -27,7 +28,7 @@ from codetr.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 SPLITS = ("train", "val")
-SAMPLE = Preset(train=220, val=60, long_side=160)
+SAMPLE = Preset(train=220, val=60, long_side=160, difficulty=HARD)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_same_seed_same_bytes_for_any_number_of_workers(tiny: Path, tmp_path: Pa
 
 
 def test_an_image_does_not_depend_on_the_others(tiny: Path, tmp_path: Path) -> None:
-    generate(tmp_path / "fewer", Preset(train=3, val=1, long_side=96), seed=0, workers=1)
+    generate(tmp_path / "fewer", Preset(train=3, val=1, long_side=96, difficulty=HARD), seed=0, workers=1)
     for image in sorted((tmp_path / "fewer" / "train").iterdir()):
         assert image.read_bytes() == (tiny / "train" / image.name).read_bytes()
 
@@ -140,7 +141,7 @@ def test_holds_everything_a_real_data_set_does(sample: dict[str, COCO]) -> None:
 
 
 def test_classes_have_a_long_tail(sample: dict[str, COCO]) -> None:
-    p = frequencies()
+    p = frequencies(tail=1)
     assert p.sum() == pytest.approx(1)
     assert (np.diff(p) < 0).all()
     assert p[0] / p[-1] == pytest.approx(15)
@@ -156,7 +157,7 @@ def test_classes_have_a_long_tail(sample: dict[str, COCO]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 def test_painted_area_is_the_area_of_the_outline(shape: Shape) -> None:
     rng = np.random.default_rng(3)
-    outline = [polygon * 90 + 70 for polygon in deform(shape.draw(rng), rng)]
+    outline = [polygon * 90 + 70 for polygon in deform(shape.draw(rng), rng, tilt=3.2)]
     areas = [abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2 for x, y in (p.T for p in outline)]
     assert rasterise(outline)[1].sum() == pytest.approx(areas[0] - sum(areas[1:]), rel=0.03)
     assert np.ptp(outline[0], 0).max() == pytest.approx(90)
@@ -164,7 +165,7 @@ def test_painted_area_is_the_area_of_the_outline(shape: Shape) -> None:
 
 def test_nothing_hides_an_object_too_much() -> None:
     rng = np.random.default_rng(0)
-    scene = Scene(np.full((3, 64, 64), 0.5, np.float32), np.zeros((64, 64), np.int16), np.ones(2), shadows=False)
+    scene = Scene(np.full((3, 64, 64), 0.5, np.float32), np.zeros((64, 64), np.int16), np.ones(2), False, HARD)
     square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
     assert scene.add([square * 20 + 20], SHAPES[2], rng)
     before = scene.canvas.copy()
@@ -205,7 +206,7 @@ def test_run_lengths_start_with_zeros() -> None:
 
 
 def test_done_work_is_kept_and_other_work_replaced(tmp_path: Path) -> None:
-    root, preset = tmp_path / "x", Preset(train=3, val=2, long_side=64)
+    root, preset = tmp_path / "x", Preset(train=3, val=2, long_side=64, difficulty=HARD)
     generate(root, preset, seed=0, workers=1)
     first, stamp = files(root), (root / "shapes.json").stat().st_ino
     generate(root, preset, seed=0, workers=1)
@@ -228,7 +229,7 @@ def test_a_killed_generation_is_redone(tmp_path: Path) -> None:
         process.kill()
     assert list(partial.glob("train/*.jpg"))
     assert not root.exists()
-    generate(root, Preset(train=2, val=1, long_side=64), seed=0, workers=1)
+    generate(root, Preset(train=2, val=1, long_side=64, difficulty=HARD), seed=0, workers=1)
     assert not partial.exists()
     assert len(list(root.glob("*/*.jpg"))) == 3
 

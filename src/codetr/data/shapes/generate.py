@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
+from math import pi
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.progress import track
 
 from codetr.data.shapes.outlines import SHAPES
 from codetr.data.shapes.regions import box, segmentation
-from codetr.data.shapes.scene import draw
+from codetr.data.shapes.scene import Difficulty, draw
 from codetr.errors import UserError
 
 EDITION = 3  # raise it when the same preset and seed give other files
@@ -32,17 +33,23 @@ _CHUNK = 25
 
 @dataclass(frozen=True)
 class Preset:
-    """Numbers of images, and the longer side of an image in pixels."""
+    """Numbers of images, the longer side of an image in pixels, and how hard they are."""
 
     train: int
     val: int
     long_side: int
+    difficulty: Difficulty
 
+
+EASY = Difficulty(
+    objects=3.5, sizes=(2, 1), typical=0.9, tilt=0.25, camouflage=0.03, clutter=0.7, texture=0.4, tail=0.6
+)
+HARD = Difficulty(objects=3.2, sizes=(1, 1.25), typical=0, tilt=pi, camouflage=0.125, clutter=2.5, texture=1, tail=1)
 
 PRESETS = {
-    "tiny": Preset(train=24, val=12, long_side=96),
-    "demo": Preset(train=3000, val=300, long_side=128),
-    "full": Preset(train=8000, val=1000, long_side=256),
+    "tiny": Preset(train=24, val=12, long_side=96, difficulty=HARD),
+    "demo": Preset(train=3000, val=300, long_side=128, difficulty=EASY),
+    "full": Preset(train=8000, val=1000, long_side=256, difficulty=HARD),
 }
 
 
@@ -53,6 +60,7 @@ def generate(root: Path, preset: Preset, seed: int, workers: int, progress: bool
     that ask at once wait for the first one. Raises UserError when `root` holds something else.
     """
     stamp = {"generator": "codetr.data.shapes", "edition": EDITION, "seed": seed, **asdict(preset)}
+    stamp = json.loads(json.dumps(stamp))  # as it will be read back
     if _is_complete(root, stamp):
         return
     root = root.absolute()
@@ -139,7 +147,7 @@ def _paint(
     rng = np.random.default_rng([seed, _SPLITS.index(split), index])
     short_side = round(preset.long_side * rng.uniform(0.75, 1))
     width, height = (preset.long_side, short_side) if rng.random() < 0.6 else (short_side, preset.long_side)
-    picture, scene = draw(rng, height, width)
+    picture, scene = draw(rng, height, width, preset.difficulty)
     image_id = 1 + index + (preset.train if split == "val" else 0)
     name = f"{image_id:012}.jpg"
     picture.save(root / split / name, quality=int(rng.integers(85, 91)))

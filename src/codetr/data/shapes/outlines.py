@@ -132,9 +132,9 @@ SHAPES = (
 )
 
 
-def frequencies() -> np.ndarray:
-    """[15] probability of each of SHAPES: Zipf's law, the rarest 15 times less often than the commonest."""
-    weights = 1 / np.arange(1, len(SHAPES) + 1)
+def frequencies(tail: float) -> np.ndarray:
+    """[15] probability of each of SHAPES: Zipf's law with exponent `tail`."""
+    weights = np.arange(1.0, len(SHAPES) + 1) ** -tail
     return weights / weights.sum()
 
 
@@ -153,10 +153,15 @@ def strand(rng: np.random.Generator, thickness: float) -> Outline:
     return [np.concatenate([upper, lower[::-1]])]
 
 
-def deform(outline: Outline, rng: np.random.Generator, stretch: float = 0.35, shear: float = 0.12) -> Outline:
-    """Mirror, stretch (by up to exp(stretch)), shear and rotate; then centre and scale the longer side to 1."""
-    angle, aspect = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(-stretch, stretch) / 2)
-    change = np.array([[aspect, rng.uniform(-shear, shear)], [0, rng.choice([-1, 1]) / aspect]])
+def deform(
+    outline: Outline, rng: np.random.Generator, tilt: float, stretch: float = 0.35, shear: float = 0.12
+) -> Outline:
+    """Mirror left and right, stretch (by up to exp(stretch)), shear, and rotate by up to `tilt` radians.
+
+    Then centre, and scale the longer side to 1.
+    """
+    angle, aspect = rng.uniform(-tilt, tilt), np.exp(rng.uniform(-stretch, stretch) / 2)
+    change = np.array([[rng.choice([-1, 1]) * aspect, rng.uniform(-shear, shear)], [0, 1 / aspect]])
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     turned = [polygon @ change @ rotation for polygon in outline]
     low, high = turned[0].min(0), turned[0].max(0)

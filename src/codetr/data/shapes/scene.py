@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,29 @@ _LEAST_SHARE, _LEAST_PIXELS = 0.3, 12  # what stays visible of every object
 _LEAST_CROWD = 0.7  # and of every crowd
 _SMALLEST = 8.0  # pixels, longer side of an object
 _TRIES = 6
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard the pictures are.
+
+    objects: mean number of objects of an image, beside the first; 10 at the most. sizes: parameters of the beta
+    distribution of an object's size, from 0 for 8 pixels to 1 for the whole image, on a logarithmic scale. typical:
+    share of objects in the typical hue of their class, as bananas are mostly yellow; of the others only the shape
+    tells the class. tilt: radians that an object may lean to either side, pi for any rotation. camouflage: share of
+    the other objects whose colour is close to what is around them. clutter: mean number of things that belong to no
+    class. texture: contrast of all surfaces, 1 at the most. tail: exponent of Zipf's law, so the rarest of n classes
+    is n ** tail times rarer than the commonest.
+    """
+
+    objects: float
+    sizes: tuple[float, float]
+    typical: float
+    tilt: float
+    camouflage: float
+    clutter: float
+    texture: float
+    tail: float
 
 
 @dataclass
@@ -40,6 +64,7 @@ class Scene:
     owner: np.ndarray
     light: np.ndarray
     shadows: bool
+    difficulty: Difficulty
     instances: list[Instance] = field(default_factory=list)
 
     def mask(self, index: int) -> np.ndarray:
@@ -63,17 +88,23 @@ class Scene:
             return False
         if self.shadows:
             self.cast_shadow(origin, coverage, rng)
-        self.paint(window, coverage, rim, rng)
+        self.paint(window, coverage, rim, shape, rng)
         if shape is not None:
             self.instances.append(Instance(shape, False, least))
         self.owner[window][solid] = 0 if shape is None else len(self.instances)
         return True
 
-    def paint(self, window: Window, coverage: np.ndarray, rim: np.ndarray, rng: np.random.Generator) -> None:
+    def paint(
+        self, window: Window, coverage: np.ndarray, rim: np.ndarray, shape: Shape | None, rng: np.random.Generator
+    ) -> None:
         below = self.canvas[:, *window]
         height, width = coverage.shape
         around = (below * coverage).sum((1, 2)) / coverage.sum()
-        colours = surface(rng, height, width, pick_colour(rng, around), rng.choice([0.0, 0.25, 0.5]))
+        if shape is not None and rng.random() < self.difficulty.typical:
+            colour = typical_colour(rng, shape)
+        else:
+            colour = pick_colour(rng, around, self.difficulty.camouflage)
+        colours = surface(rng, height, width, colour, rng.choice([0.0, 0.25, 0.5]) * self.difficulty.texture)
         x = np.linspace(-1, 1, width, dtype=np.float32) * self.light[0]
         y = np.linspace(-1, 1, height, dtype=np.float32) * self.light[1]
         shade = 1 + np.float32(rng.uniform(0, 0.35)) * (x + y[:, None])
@@ -90,9 +121,15 @@ class Scene:
         self.canvas[:, *window] *= 1 - dark
 
 
-def pick_colour(rng: np.random.Generator, around: np.ndarray) -> np.ndarray:
-    """[3] a colour that stands out from `around` [3]; once in eight times one that hardly does."""
-    if rng.random() < 0.125:
+def typical_colour(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    """[3] a colour of the hue of a class; neighbours on the colour wheel overlap."""
+    hue = (SHAPES.index(shape) + rng.normal(0, 0.4)) / len(SHAPES) % 1
+    return np.array(hsv_to_rgb(hue, rng.uniform(0.5, 1), rng.uniform(0.5, 1)), np.float32)
+
+
+def pick_colour(rng: np.random.Generator, around: np.ndarray, camouflage: float) -> np.ndarray:
+    """[3] a colour that stands out from `around` [3], or with probability `camouflage` one that hardly does."""
+    if rng.random() < camouflage:
         step = rng.standard_normal(3)
         return (around + step * rng.uniform(0.12, 0.2) / np.linalg.norm(step)).astype(np.float32)
     candidates = rng.random((4, 3))
@@ -124,28 +161,29 @@ def clip(origin: tuple[int, int], size: tuple[int, ...], bounds: tuple[int, ...]
     return (outer[0], outer[1]), (inner[0], inner[1])
 
 
-def draw(rng: np.random.Generator, height: int, width: int) -> tuple[Image.Image, Scene]:
+def draw(rng: np.random.Generator, height: int, width: int, difficulty: Difficulty) -> tuple[Image.Image, Scene]:
     """A picture and its scene."""
     angle = rng.uniform(0, 2 * np.pi)
     scene = Scene(
-        background(rng, height, width),
+        background(rng, height, width, difficulty.texture),
         np.zeros((height, width), np.int16),
         np.array([np.cos(angle), np.sin(angle)], np.float32),
         bool(rng.random() < 0.4),
+        difficulty,
     )
     empty = rng.random() < 0.04
     if not empty and rng.random() < 0.045:
         add_crowd(scene, rng)
-    objects = 0 if empty else min(1 + rng.poisson(3.2), 10)
-    clutter = rng.poisson(2.5)
+    objects = 0 if empty else min(1 + rng.poisson(difficulty.objects), 10)
+    clutter = rng.poisson(difficulty.clutter)
     largest = 1.1 * min(height, width)
     sizes = np.concatenate(
         [
-            _SMALLEST * (largest / _SMALLEST) ** rng.beta(1.5, 1.1, objects),
+            _SMALLEST * (largest / _SMALLEST) ** rng.beta(*difficulty.sizes, objects),
             _SMALLEST * (largest / 2 / _SMALLEST) ** rng.random(clutter),
         ]
     )
-    labels = np.concatenate([rng.choice(len(SHAPES), objects, p=frequencies()), np.full(clutter, -1)])
+    labels = np.concatenate([rng.choice(len(SHAPES), objects, p=frequencies(difficulty.tail)), np.full(clutter, -1)])
     # Mostly the large below the small: the other way round, little would stay visible.
     for i in np.argsort(-sizes * rng.lognormal(0, 0.5, len(sizes))):
         place(scene, float(sizes[i]), SHAPES[labels[i]] if labels[i] >= 0 else None, rng)
@@ -157,12 +195,12 @@ def place(scene: Scene, size: float, shape: Shape | None, rng: np.random.Generat
     extent = np.array(scene.owner.shape[::-1])
     for _ in range(_TRIES):
         if shape is not None:
-            outline = deform(shape.draw(rng), rng)
+            outline = deform(shape.draw(rng), rng, scene.difficulty.tilt)
         elif rng.random() < 0.4:
-            outline = deform(blob(rng), rng)
+            outline = deform(blob(rng), rng, np.pi)
         else:
             size = float(extent.max() * rng.uniform(0.3, 1))
-            outline = deform(strand(rng, rng.uniform(1, 3.5) / size), rng, stretch=0, shear=0)
+            outline = deform(strand(rng, rng.uniform(1, 3.5) / size), rng, np.pi, stretch=0, shear=0)
         margin = np.minimum(size * rng.uniform(-0.1, 0.5), extent / 2)
         centre = rng.uniform(margin, extent - margin)
         if scene.add([polygon * size + centre for polygon in outline], shape, rng):
@@ -172,13 +210,15 @@ def place(scene: Scene, size: float, shape: Shape | None, rng: np.random.Generat
 def add_crowd(scene: Scene, rng: np.random.Generator) -> None:
     """Many tiny objects of one class; the region around them is one instance."""
     height, width = scene.owner.shape
-    shape = SHAPES[rng.choice(len(SHAPES), p=frequencies())]
+    shape = SHAPES[rng.choice(len(SHAPES), p=frequencies(scene.difficulty.tail))]
     count, size = int(rng.integers(16, 45)), rng.uniform(5, 8)
     spread = size * np.sqrt(count) * rng.uniform(0.25, 0.45, 2)
     centres = rng.uniform(0.2, 0.8, 2) * [width, height] + rng.standard_normal((count, 2)) * spread
     region = Image.new("1", (width, height))
     for x, y in centres:
-        scene.add([polygon * size + (x, y) for polygon in deform(shape.draw(rng), rng)], None, rng)
+        scene.add(
+            [polygon * size + (x, y) for polygon in deform(shape.draw(rng), rng, scene.difficulty.tilt)], None, rng
+        )
         ImageDraw.Draw(region).ellipse((x - size, y - size, x + size, y + size), fill=1)
     mask = np.array(region)
     scene.instances.append(Instance(shape, True, _LEAST_CROWD * float(mask.sum())))

@@ -53,10 +53,10 @@ def surface(rng: np.random.Generator, height: int, width: int, colour: np.ndarra
     return base + (field(rng, height, width) - np.float32(0.5)) * other.astype(np.float32)[:, None, None]
 
 
-def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """[3, height, width] float32: two surfaces, one laid over parts of the other."""
-    first, second = (surface(rng, height, width, rng.random(3), 0.35) for _ in range(2))
-    return first + (second - first) * (field(rng, height, width) * np.float32(rng.uniform(0, 0.8)))
+def background(rng: np.random.Generator, height: int, width: int, texture: float) -> np.ndarray:
+    """[3, height, width] float32: two surfaces of contrast `texture`, one laid over parts of the other."""
+    first, second = (surface(rng, height, width, rng.random(3), 0.35 * texture) for _ in range(2))
+    return first + (second - first) * (field(rng, height, width) * np.float32(rng.uniform(0, 0.8) * texture))
 
 
 def develop(rng: np.random.Generator, canvas: np.ndarray) -> Image.Image:

@@ -1,0 +1,62 @@
+"""Denoising queries: what they carry, how far they move, and what they are to become."""
+
+import torch
+from torchvision.ops import box_convert
+
+from codetr.queries.denoising import DenoisingQueries
+from codetr.types import Known, Memory, QueryContext, QueryGroup, Targets
+
+WIDTH, CLASSES = 8, 5
+
+
+def group(box_noise: float = 0.4, label_noise: float = 0.5, objects: int = 3) -> tuple[QueryGroup, Targets]:
+    torch.manual_seed(3)
+    boxes = torch.cat([torch.rand(2, objects, 2) * 0.2 + 0.4, torch.rand(2, objects, 2) * 0.2 + 0.1], -1)
+    valid = torch.ones(2, objects, dtype=torch.bool)
+    valid[1, 1:] = False
+    targets = Targets(boxes, torch.randint(CLASSES, (2, objects)), valid, torch.full((2, 2), 64))
+    empty = torch.zeros(2, 0, WIDTH)
+    memory = Memory(empty, empty, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2))
+    source = DenoisingQueries(WIDTH, CLASSES, 12, label_noise, box_noise, 1.0)
+    (made,) = source(QueryContext(memory, targets))
+    return made, targets
+
+
+def test_positives_move_less_than_the_noise_and_negatives_more() -> None:
+    made, targets = group(box_noise=0.4)
+    assert made.blocks == 4
+    reference = box_convert(made.reference.view(2, 4, 2, 3, 4), "cxcywh", "xyxy")
+    corners = box_convert(targets.boxes, "cxcywh", "xyxy")[:, None, None]
+    half = targets.boxes[..., 2:].repeat(1, 1, 2)[:, None, None] / 2
+    moved = ((reference - corners) / half).abs()
+    assert (moved[:, :, 0] <= 0.4 + 1e-5).all()
+    assert (moved[:, :, 1] >= 0.4 - 1e-5).all()
+    assert (moved[:, :, 1] <= 0.8 + 1e-5).all()
+
+
+def test_targets_are_the_objects_and_background() -> None:
+    made, targets = group()
+    assert isinstance(made.targets, Known)
+    labels, valid = made.targets.labels.view(2, 4, 2, 3), made.valid.view(2, 4, 2, 3)
+    expected = targets.labels.masked_fill(~targets.valid, -1)
+    assert torch.equal(labels[:, :, 0], expected[:, None].expand(-1, 4, -1))
+    assert (labels[:, :, 1] == -1).all()
+    assert torch.equal(valid, targets.valid[:, None, None].expand_as(valid))
+    assert torch.equal(made.targets.boxes.view(2, 8, 3, 4), targets.boxes[:, None].expand(-1, 8, -1, -1))
+
+
+def test_without_noise_the_queries_are_the_objects() -> None:
+    made, targets = group(box_noise=0.0, label_noise=0.0)
+    torch.testing.assert_close(made.reference.view(2, 8, 3, 4), targets.boxes[:, None].expand(-1, 8, -1, -1))
+    content = made.content.view(2, 8, 3, WIDTH)
+    same = targets.labels[0, 0] == targets.labels[0]
+    assert torch.equal((content[0, 0] == content[0, 0, 0]).all(-1), same)
+    assert (content == content[:, :1]).all()
+
+
+def test_half_of_the_label_noise_changes_the_embedding() -> None:
+    torch.manual_seed(0)
+    source = DenoisingQueries(WIDTH, 1000, 12, 0.5, 0.4, 1.0)
+    labels = torch.full((200, 100), 7)
+    changed = (source._noised_labels(labels) != 7).float().mean()
+    assert abs(float(changed) - 0.25) < 0.02
