@@ -27,10 +27,10 @@ compare: install ## The same budget with K = 0, 1, 2 auxiliary heads, three seed
 	$(BIN)/python benchmarks/compare.py
 
 test: install ## Everything that runs in minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not cuda" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cuda" --cov --cov-report=term:skip-covered
 
 test-all: install ## The slow tests too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not cuda" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not cuda" --cov --cov-report=term:skip-covered
 
 check: install ## Lint, types, import layers
 	$(BIN)/ruff check .

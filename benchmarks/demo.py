@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,8 @@ def main() -> None:
         runs = [run(clone) for _ in range(options.repeat)]
         ask = [".venv/bin/python", "-c", "import torch; print(torch.__version__)"]
         torch_version = subprocess.check_output(ask, cwd=clone, text=True).strip()
-        (RESULTS / "demo.png").write_bytes((clone / "outputs/demo/predictions.png").read_bytes())
+        for picture in ("predictions", "curves"):
+            shutil.copy(clone / f"outputs/demo/{picture}.png", RESULTS / f"demo_{picture}.png")
     metrics = [m for m, _ in runs]
     same = all(m == metrics[0] for m in metrics)
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch_version}"

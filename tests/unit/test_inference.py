@@ -43,7 +43,7 @@ def brightest(images: Tensor, padding: Tensor) -> Prediction:
 def run(paths: list[Path], num_workers: int = 0) -> list[Found | Unreadable]:
     files = ImageFiles(paths, Resize(64, max_size=100))
     options = {"device": torch.device("cpu"), "batch_size": 3, "num_workers": num_workers, "size_divisor": 32}
-    return list(detect(brightest, PostProcess(1), files, **options))
+    return list(detect(brightest, PostProcess(1, None), files, **options))
 
 
 @pytest.fixture
