@@ -19,7 +19,7 @@ RULES = {
 def test_every_parameter_of_a_detector_is_in_one_group() -> None:
     options = OmegaConf.to_container(compose().optimizer, resolve=True)
     model = detector(("a", "b", "c"))
-    model.backbone.body.conv1.weight.requires_grad_(False)
+    model.backbone.body.conv1.requires_grad_(False)
     groups = parameter_groups(model, 1.0, 0.5, options["rules"], options["no_decay"])
     found = [id(p) for group in groups for p in group["params"]]
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
