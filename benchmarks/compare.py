@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-COLLABORATORS = {0: "[]", 1: "[atss]", 2: "[faster_rcnn,atss]"}
+COLLABORATORS = {0: "[]", 1: "[atss]", 2: "[faster_rcnn_small,atss]"}
 METRICS = ("map", "map_50", "map_75")
 RESULTS = Path(__file__).parent / "results"
 
