@@ -6,7 +6,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from torch import Tensor
 
 from codetr.criterion import Criterion
 from codetr.models.detector import Detector
@@ -87,25 +86,16 @@ def test_inference_neither_needs_nor_runs_what_training_adds() -> None:
     assert left == baseline
 
 
-def test_predictions_do_not_depend_on_batch_mates_or_padding() -> None:
+def test_the_memory_of_an_image_does_not_depend_on_its_batch_mates() -> None:
     detector = build()[0].double().eval()
     images = batch(64, 96)["images"]
     padding = torch.zeros(2, 64, 96, dtype=torch.bool)
     padding[0, :, 64:] = True  # the first image is 64 x 64
-
-    def run(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            memory = detector.encode(x, mask)
-        valid = ~memory.padding[0]
-        return memory.tokens[0, valid], memory.valid_ratios[0]
-
-    # Convolutions of the backbone see the padding as black, so what is compared begins behind it.
-    together, _ = run(images, padding)
-    swapped, _ = run(images.flip(0), padding.flip(0))
-    alone, ratios = run(images[:1], padding[:1])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
-    assert swapped.shape != together.shape
-    torch.testing.assert_close(ratios[0], torch.tensor([64 / 96, 1.0]).to(ratios))
+    with torch.no_grad():
+        together, alone = detector.encode(images, padding), detector.encode(images[:1], padding[:1])
+    valid = ~alone.padding[0]
+    torch.testing.assert_close(together.tokens[0, valid], alone.tokens[0, valid], rtol=0, atol=1e-10)
+    torch.testing.assert_close(alone.valid_ratios[0, 0], torch.tensor([64 / 96, 1.0]).to(alone.valid_ratios))
 
 
 def test_a_checkpointed_layer_computes_the_same_gradients() -> None:

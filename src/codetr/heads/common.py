@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from codetr.ops.gather import take
 from codetr.types import Detections
 
 PRIOR = 0.01  # probability of every class at the start of training (Focal loss, sec. 3.3)
@@ -13,11 +14,6 @@ PRIOR = 0.01  # probability of every class at the start of training (Focal loss,
 def flatten(maps: list[Tensor], per_cell: int) -> Tensor:
     """Feature maps [B, A * D, H_j, W_j], D values for each of A anchors -> [B, N, D], all levels."""
     return torch.cat([m.permute(0, 2, 3, 1).reshape(len(m), -1, m.shape[1] // per_cell) for m in maps], 1)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """[B, N, D], [B, n] -> [B, n, D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def assigned_boxes(boxes: Tensor, owner: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from torchvision.ops import generalized_box_iou_loss
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.sampling import Priority, pack, sample_both
-from codetr.heads.common import assigned_boxes, assigned_labels, detections, take
+from codetr.heads.common import assigned_boxes, assigned_labels, detections
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.nn.anchors import BoxCoder, clip
 from codetr.ops.distributed import mean_over_processes
+from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 

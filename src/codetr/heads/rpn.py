@@ -11,9 +11,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, relu
 from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.sampling import Priority, sample_both
-from codetr.heads.common import assigned_boxes, flatten, init_normal, take, top_per_level
+from codetr.heads.common import assigned_boxes, flatten, init_normal, top_per_level
 from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
 from codetr.ops.distributed import mean_over_processes
+from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
 from codetr.types import Pyramid, Targets
 

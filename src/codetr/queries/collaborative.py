@@ -10,6 +10,7 @@ from torchvision.ops import box_convert
 
 from codetr.assign.sampling import sample
 from codetr.nn.position import sine_reference
+from codetr.ops.gather import take
 from codetr.types import Known, Positives, QueryContext, QueryGroup, box_scale
 
 
@@ -53,10 +54,10 @@ class CollaborativeQueries(nn.Module):
         positives = context.positives[self.head]
         chosen, valid = self._choose(positives)
         scale = box_scale(context.targets.sizes)[:, None]
-        boxes = box_convert(_take(positives.boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
-        goals = box_convert(_take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
+        boxes = box_convert(take(positives.boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
+        goals = box_convert(take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
         labels = positives.labels.gather(1, chosen).masked_fill(~valid, -1)
-        content, position = self._embed(boxes, _take(positives.features, chosen))
+        content, position = self._embed(boxes, take(positives.features, chosen))
         return [
             QueryGroup(
                 name=self.head,
@@ -91,8 +92,3 @@ class CollaborativeQueries(nn.Module):
         if self.features is not None:
             content = content + self.features(features)
         return content, position
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """[B, M, C], [B, N] -> [B, N, C]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from codetr.nn.boxes import inverse_sigmoid
 from codetr.nn.mlp import box_head, class_head
 from codetr.nn.position import cell_centres, sine_reference
+from codetr.ops.gather import take
 from codetr.types import Matching, Memory, Prediction, Proposals, QueryContext, QueryGroup
 
 BASE_SIZE = 0.05  # box side of a proposal on the finest level, as a share of the image; doubles per level
@@ -53,7 +54,7 @@ class TwoStageQueries(nn.Module):
         scores = logits[..., 0] if self.class_agnostic else logits.amax(-1)
         top = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
         selected = Prediction(
-            _take(logits, top), (self.box_head(_take(tokens, top)).float() + _take(anchors, top)).sigmoid()
+            take(logits, top), (self.box_head(take(tokens, top)).float() + take(anchors, top)).sigmoid()
         )
         reference = selected.boxes.detach()
         group = QueryGroup(
@@ -94,8 +95,3 @@ def proposal_anchors(memory: Memory, eps: float) -> tuple[Tensor, Tensor]:
     legal = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
     far = torch.finfo(boxes.dtype).max
     return inverse_sigmoid(boxes, eps).masked_fill(~legal[..., None], far), legal
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """[B, S, C], [B, N] -> [B, N, C]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
