@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.criterion import Criterion
+from codetr.losses import Focal
 from codetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention
 from codetr.models.encoder import DeformableEncoder
 from codetr.models.neck import ChannelMapper
@@ -250,7 +251,7 @@ def test_collaborative_queries_through_the_decoder(case: Case, head: int) -> Non
 
 def test_decoder_losses(case: Case) -> None:
     """Every loss of the decoder: two layers, first stage, both groups of positive queries, lambda_1 = 1."""
-    criterion = Criterion(MatchingCost(2.0, 5.0, 2.0, 0.25, 2.0), 2.0, 5.0, 2.0, 0.25, 2.0, False, 2.0)
+    criterion = Criterion(MatchingCost(2.0, 5.0, 2.0, 0.25, 2.0), Focal(0.25, 2.0), 2.0, 5.0, 2.0, 2.0)
     (main,) = case.parts["main"](QueryContext(case.memory, case.targets))
     groups, predictions = [main], {"main": Prediction(case.train["train.cls_logits"], case.train["train.boxes"])}
     for i in range(2):

@@ -67,6 +67,8 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
 
     Raises FloatingPointError when a prediction is not finite; the message names the image's index in the batch.
     """
+    if not problems:
+        return []
     costs = [
         cost(
             p.prediction,
