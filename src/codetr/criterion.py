@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,21 @@ from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.losses import ClassLoss
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Known, Matching, Output, Prediction, QueryGroup, Targets
+
+
+@dataclass
+class _Stage:
+    """Stacked predictions [L, B, N, ...] of a group's decoder layers, or of its first stage.
+
+    names: of the layers, "group/layer".
+    """
+
+    names: list[str]
+    weight: float
+    prediction: Prediction
+    targets: Matching | Known
+    class_agnostic: bool = False
+    valid: Tensor | None = None
 
 
 class Criterion(nn.Module):
@@ -38,46 +55,42 @@ class Criterion(nn.Module):
     def forward(self, output: Output, targets: Targets) -> dict[str, Tensor]:
         """Returns scalars named group/layer/term and head/term, weighted; their sum is the loss."""
         losses: dict[str, Tensor] = {}
-        for group, layer_names, prediction, goal in self._assigned(output, targets):
-            terms = self._terms(prediction, goal, group.valid)
+        stages = [stage for name, group in output.groups.items() for stage in _stages(name, group, output)]
+        goals = self._goals(stages, targets)
+        positives = mean_over_processes(torch.cat([(goal.labels >= 0).sum((1, 2)) for goal in goals])).clamp(min=1)
+        counts = positives.split([len(stage.names) for stage in stages])
+        for members in _alike(stages):
+            together = [stages[i] for i in members]
+            predicted = Prediction(*_stacked((s.prediction.logits, s.prediction.boxes) for s in together))
+            goal = Known(*_stacked((goals[i].labels, goals[i].boxes) for i in members))
+            terms = self._terms(predicted, goal, torch.cat([counts[i] for i in members]), together[0].valid)
+            names = [name for stage in together for name in stage.names]
+            weights = [stage.weight for stage in together for _ in stage.names]
             for term, per_layer in terms.items():
-                for name, value in zip(layer_names, per_layer.unbind(), strict=True):
-                    losses[f"{group.name}/{name}/{term}"] = value * group.weight
+                for name, weight, value in zip(names, weights, per_layer.unbind(), strict=True):
+                    losses[f"{name}/{term}"] = value * weight
         num_layers = len(next(iter(output.predictions.values())).boxes)
-        for head, terms in output.head_losses.items():
-            for term, value in terms.items():
+        for head, head_terms in output.head_losses.items():
+            for term, value in head_terms.items():
                 losses[f"head_{head}/{term}"] = value * (self.lambda_2 * num_layers)
         return losses
 
-    def _assigned(self, output: Output, targets: Targets) -> list[tuple[QueryGroup, list[str], Prediction, Known]]:
-        """Every (group, layer names, stacked predictions, targets [L, B, N]); first stages count as a group."""
-        items: list[tuple[QueryGroup, list[str], Prediction, Known | None]] = []
-        problems = []
-        for group in output.groups:
-            prediction = output.predictions[group.name]
-            names = [str(layer) for layer in range(len(prediction.boxes))]
-            if isinstance(group.targets, Known):
-                known = Known(
-                    group.targets.labels.expand(len(names), -1, -1),
-                    group.targets.boxes.expand(len(names), -1, -1, -1),
-                )
-                items.append((group, names, prediction, known))
-            else:
-                items.append((group, names, prediction, None))
-                problems.append(Problem(prediction, group.targets.repeats))
-            if group.proposals is not None:
-                stage = group.proposals.prediction
-                stacked = Prediction(stage.logits[None], stage.boxes[None])
-                items.append((replace(group, valid=None), ["encoder"], stacked, None))
-                problems.append(Problem(stacked, _repeats(group), group.proposals.class_agnostic))
+    def _goals(self, stages: list[_Stage], targets: Targets) -> list[Known]:
+        """Per stage: labels [L, B, N], boxes [L, B, N, 4]."""
+        problems = [
+            Problem(stage.prediction, stage.targets.repeats, stage.class_agnostic)
+            for stage in stages
+            if isinstance(stage.targets, Matching)
+        ]
         matched = iter(match(problems, targets, self.matching_cost))
-        return [(g, names, p, known or next(matched)) for g, names, p, known in items]
+        return [
+            next(matched) if isinstance(s.targets, Matching) else _for_layers(s.targets, len(s.names)) for s in stages
+        ]
 
-    def _terms(self, prediction: Prediction, goal: Known, valid: Tensor | None) -> dict[str, Tensor]:
-        """Losses per layer [L] of stacked predictions; queries that are not valid count for nothing."""
+    def _terms(self, prediction: Prediction, goal: Known, count: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        """Losses [L] of stacked predictions; queries that are not valid count for nothing. count: [L] positives."""
         logits, boxes = prediction.logits.float(), prediction.boxes.float()
         positive = goal.labels >= 0
-        count = mean_over_processes(positive.sum((1, 2))).clamp(min=1)
         truth = box_convert(goal.boxes, "cxcywh", "xyxy")
         predicted = box_convert(boxes, "cxcywh", "xyxy")
         # One IoU per query beside K classes: 1 % of the class loss on 80 classes, so `Focal`, too, is just handed it.
@@ -93,8 +106,33 @@ class Criterion(nn.Module):
         }
 
 
-def _repeats(group: QueryGroup) -> int:
-    return group.targets.repeats if isinstance(group.targets, Matching) else 1
+def _stages(name: str, group: QueryGroup, output: Output) -> list[_Stage]:
+    prediction = output.predictions[name]
+    names = [f"{name}/{layer}" for layer in range(len(prediction.boxes))]
+    stage = _Stage(names, group.weight, prediction, group.targets, valid=group.valid)
+    if group.proposals is None:
+        return [stage]
+    first = group.proposals.prediction
+    stacked = Prediction(first.logits[None], first.boxes[None])
+    targets = group.targets if isinstance(group.targets, Matching) else Matching()
+    return [stage, _Stage([f"{name}/encoder"], group.weight, stacked, targets, group.proposals.class_agnostic)]
+
+
+def _for_layers(known: Known, num_layers: int) -> Known:
+    return Known(known.labels.expand(num_layers, -1, -1), known.boxes.expand(num_layers, -1, -1, -1))
+
+
+def _stacked(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def _alike(stages: list[_Stage]) -> list[list[int]]:
+    """Indices of stages whose losses can be computed in one go: equal shapes, no mask (the replicas of a group)."""
+    buckets: dict[object, list[int]] = defaultdict(list)
+    for index, stage in enumerate(stages):
+        shape = (stage.prediction.logits.shape[1:], stage.prediction.logits.dtype)
+        buckets[shape if stage.valid is None else index].append(index)
+    return list(buckets.values())
 
 
 def _aligned_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -168,15 +168,14 @@ class Matching:
 class QueryGroup:
     """A group of decoder queries with its own way of getting targets (DESIGN: one idea, query groups).
 
-    content: [B, N, C]. reference: [B, N, 2 or 4] normalised, after the sigmoid. position: [B, N, C], or None when
-    the decoder derives it from the reference. valid: [B, N] or None for all. sees: names of further groups whose
-    queries it may attend to. blocks: the group falls into this many equal parts that do not see each other.
-    weight: factor of its losses (lambda_1 for collaborative groups).
+    content: [B, N, C]. reference: [B, N, 2 or 4] normalised, after the sigmoid, or None when the decoder predicts it
+    from the position. position: [B, N, C], or None when the decoder derives it from the reference. valid: [B, N] or
+    None for all. sees: names of further groups whose queries it may attend to. blocks: the group falls into this many
+    equal parts that do not see each other. weight: factor of its losses (lambda_1 for collaborative groups).
     """
 
-    name: str
     content: Tensor
-    reference: Tensor
+    reference: Tensor | None = None
     targets: Matching | Known = field(default_factory=Matching)
     position: Tensor | None = None
     valid: Tensor | None = None
@@ -188,18 +187,22 @@ class QueryGroup:
 
 @dataclass
 class QueryContext:
-    """What a query source may look at. targets and positives are None and empty at inference."""
+    """What a query source may look at. targets, positives and groups are None and empty at inference.
+
+    groups: those that exist already, the main one first.
+    """
 
     memory: Memory
     targets: Targets | None = None
     positives: dict[str, Positives] = field(default_factory=dict)
+    groups: dict[str, QueryGroup] = field(default_factory=dict)
 
 
 @dataclass
 class Output:
     """The result of a detector: per group, the stacked layers ([layers, B, N, ...]); and the heads' losses."""
 
-    groups: list[QueryGroup]
+    groups: dict[str, QueryGroup]
     predictions: dict[str, Prediction]
     head_losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -214,11 +217,9 @@ class Detections:
 
 
 class QuerySource(Protocol):
-    """Makes query groups. `training_only` sources are neither called nor exported at inference."""
+    """Makes one query group. The source named MAIN is what inference keeps; the others only run in training."""
 
-    training_only: bool
-
-    def __call__(self, context: QueryContext) -> list[QueryGroup]: ...
+    def __call__(self, context: QueryContext) -> QueryGroup: ...
 
 
 class AuxiliaryHead(Protocol):
@@ -230,6 +231,7 @@ class AuxiliaryHead(Protocol):
 
 
 NormKind = Literal["frozen", "batch", "group"]
+MAIN = "main"  # the group that inference keeps
 
 
 def box_scale(sizes: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.criterion import Criterion
 from codetr.losses import Focal
-from codetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention
+from codetr.models.cross_attention import DeformableCrossAttention
+from codetr.models.decoder import Decoder, DecoderLayer
 from codetr.models.encoder import DeformableEncoder
 from codetr.models.neck import ChannelMapper
 from codetr.models.pyramid import PyramidAdapter
+from codetr.models.query_position import GivenPosition
 from codetr.postprocess import PostProcess
 from codetr.queries.collaborative import CollaborativeQueries
 from codetr.queries.two_stage import TwoStageQueries, proposal_anchors
@@ -48,8 +50,8 @@ RENAMES = [
     (r"enc_output_norm", "main.projection.1"),
     (r"enc_output", "main.projection.0"),
     (r"query_head\.query_embedding", "main.content"),
-    (r"^pos_trans_norm", "main.coordinates.1"),
-    (r"^pos_trans", "main.coordinates.0"),
+    (r"^pos_trans_norm", "main.embedding.projection.1"),
+    (r"^pos_trans", "main.embedding.projection.0"),
     (r"query_head\.cls_branches\.2", "main.class_head"),
     (r"query_head\.reg_branches\.2", "main.box_head"),
     (r"query_head\.cls_branches", "decoder.class_heads"),
@@ -102,10 +104,10 @@ def case(official: Path) -> Case:
     config = json.loads((folder / "config.json").read_text())
     parts = nn.ModuleDict(
         {
-            "neck": ChannelMapper(tuple(config["neck_in_channels"]), WIDTH, LEVELS, 32),
+            "neck": ChannelMapper(tuple(config["neck_in_channels"]), WIDTH, LEVELS, 32, False),
             "encoder": DeformableEncoder(WIDTH, HEADS, LEVELS, POINTS, FFN, LAYERS, 0.0, 10000, -0.5, 0),
-            "adapter": PyramidAdapter(WIDTH, (8, 16, 32, 64), 5, 32),
-            "main": TwoStageQueries(WIDTH, CLASSES, config["num_query"], True, True, 10000, 1e-5),
+            "adapter": PyramidAdapter(WIDTH, (8, 16, 32, 64), 8, 5, 32),
+            "main": TwoStageQueries(WIDTH, CLASSES, config["num_query"], True, True, True, 10000, 1e-5, 1, 1.0),
             "aux0": collaborative("faster_rcnn"),
             "aux1": collaborative("atss"),
             "decoder": Decoder(
@@ -118,11 +120,16 @@ def case(official: Path) -> Case:
                     HEADS,
                     FFN,
                     0.0,
+                    "relu",
+                    False,
                     partial(DeformableCrossAttention, WIDTH, HEADS, LEVELS, POINTS),
                 ),
+                GivenPosition(),
                 None,
+                "look_forward_twice",
                 False,
-                True,
+                False,
+                0.0,
                 1e-5,
                 0,
             ),
@@ -191,7 +198,7 @@ def test_proposals(case: Case) -> None:
     expected = case.forward["enc_proposals_unact"]
     assert torch.equal(legal, expected.isfinite().all(-1))
     close(anchors[legal], expected[legal])
-    (group,) = case.parts["main"](QueryContext(case.memory, case.targets))
+    group = case.parts["main"](QueryContext(case.memory, case.targets))
     close(group.content, case.forward["dec_init_query"])
     close(group.reference, case.forward["dec_init_reference"])
     close(group.position, case.forward["dec_query_pos"])
@@ -200,7 +207,7 @@ def test_proposals(case: Case) -> None:
 
 
 def test_decoder(case: Case) -> None:
-    groups = case.parts["main"](QueryContext(case.memory))
+    groups = {"main": case.parts["main"](QueryContext(case.memory))}
     prediction = case.parts["decoder"](groups, case.memory)["main"]
     close(prediction.logits, case.forward["cls_logits"])
     close(prediction.boxes, case.forward["boxes"])
@@ -241,8 +248,8 @@ def test_collaborative_queries_through_the_decoder(case: Case, head: int) -> Non
     boxes = case.train[f"train.aux_query.{head}.coords"]
     content, position = source._embed(boxes, case.train[f"train.aux_query.{head}.feats"])
     known = Known(case.train[f"train.aux_query.{head}.labels"], case.train[f"train.aux_query.{head}.targets"])
-    group = QueryGroup("aux", content, boxes, known, position)
-    groups = [*case.parts["main"](QueryContext(case.memory)), group]
+    group = QueryGroup(content, boxes, known, position)
+    groups = {"main": case.parts["main"](QueryContext(case.memory)), "aux": group}
     predictions = case.parts["decoder"](groups, case.memory)
     close(predictions["aux"].logits, case.train[f"train.aux_out.{head}.cls_logits"])
     close(predictions["aux"].boxes, case.train[f"train.aux_out.{head}.boxes"])
@@ -252,13 +259,16 @@ def test_collaborative_queries_through_the_decoder(case: Case, head: int) -> Non
 def test_decoder_losses(case: Case) -> None:
     """Every loss of the decoder: two layers, first stage, both groups of positive queries, lambda_1 = 1."""
     criterion = Criterion(MatchingCost(2.0, 5.0, 2.0, 0.25, 2.0), Focal(0.25, 2.0), 2.0, 5.0, 2.0, 2.0)
-    (main,) = case.parts["main"](QueryContext(case.memory, case.targets))
-    groups, predictions = [main], {"main": Prediction(case.train["train.cls_logits"], case.train["train.boxes"])}
+    main = case.parts["main"](QueryContext(case.memory, case.targets))
+    groups, predictions = (
+        {"main": main},
+        {"main": Prediction(case.train["train.cls_logits"], case.train["train.boxes"])},
+    )
     for i in range(2):
         query = {k: case.train[f"train.aux_query.{i}.{k}"] for k in ("coords", "labels", "targets")}
         labels = query["labels"].long()
         known = Known(labels.masked_fill(labels == CLASSES, -1), query["targets"])
-        groups.append(QueryGroup(f"aux{i}", query["coords"], query["coords"], known))
+        groups[f"aux{i}"] = QueryGroup(query["coords"], query["coords"], known)
         out = {k: case.train[f"train.aux_out.{i}.{k}"] for k in ("cls_logits", "boxes")}
         predictions[f"aux{i}"] = Prediction(out["cls_logits"], out["boxes"])
     losses = criterion(Output(groups, predictions), case.targets)

@@ -42,8 +42,8 @@ def known() -> Known:
     return Known(torch.randint(-1, CLASSES, (BATCH, QUERIES)), boxes(BATCH, QUERIES))
 
 
-def group(name: str, goal: Matching | Known, **rest: object) -> QueryGroup:
-    return QueryGroup(name, torch.zeros(BATCH, QUERIES, 8), boxes(BATCH, QUERIES), goal, **rest)
+def group(goal: Matching | Known, **rest: object) -> QueryGroup:
+    return QueryGroup(torch.zeros(BATCH, QUERIES, 8), boxes(BATCH, QUERIES), goal, **rest)
 
 
 def by_hand(loss: ClassLoss, p: Prediction, goal: Known, counts: Tensor) -> dict[str, float]:
@@ -66,7 +66,7 @@ def by_hand(loss: ClassLoss, p: Prediction, goal: Known, counts: Tensor) -> dict
 def test_known_targets_by_hand(loss: ClassLoss) -> None:
     goal, p, valid = known(), prediction(LAYERS, BATCH), torch.rand(BATCH, QUERIES) > 0.3
     goal.labels.masked_fill_(~valid, -1)
-    output = Output([group("aux", goal, valid=valid, weight=0.25)], {"aux": p})
+    output = Output({"aux": group(goal, valid=valid, weight=0.25)}, {"aux": p})
     losses = criterion(loss)(output, targets(3, 1, 2))
     assert len(losses) == LAYERS * 3
     for layer in range(LAYERS):
@@ -80,8 +80,8 @@ def test_matched_groups_and_first_stages_by_hand(repeats: int) -> None:
     """The first stage is matched as its group is, and its queries do not share the decoder's `valid`."""
     goal, p, stage = targets(3, 0, 1), prediction(LAYERS, BATCH), prediction(BATCH, classes=1)
     everything, valid = torch.ones(BATCH, QUERIES, dtype=torch.bool), torch.rand(BATCH, QUERIES) > 0.3
-    main = group("main", Matching(repeats), valid=valid, proposals=Proposals(stage, class_agnostic=True))
-    losses = criterion()(Output([main], {"main": p}), goal)
+    main = group(Matching(repeats), valid=valid, proposals=Proposals(stage, class_agnostic=True))
+    losses = criterion()(Output({"main": main}, {"main": p}), goal)
     stacked = Prediction(stage.logits[None], stage.boxes[None])
     decoded, proposed = match([Problem(p, repeats), Problem(stacked, repeats, class_agnostic=True)], goal, COST)
     assert int((decoded.labels[0] >= 0).sum()) == 4 * repeats
@@ -96,7 +96,7 @@ def test_matched_groups_and_first_stages_by_hand(repeats: int) -> None:
 
 def test_head_losses_count_once_per_layer() -> None:
     heads = {"atss": {"class": torch.tensor(3.0), "giou": torch.tensor(2.0)}}
-    output = Output([group("main", Matching())], {"main": prediction(LAYERS, BATCH)}, heads)
+    output = Output({"main": group(Matching())}, {"main": prediction(LAYERS, BATCH)}, heads)
     losses = criterion()(output, targets(1, 1, 1))
     assert losses["head_atss/class"] == 3.0 * 0.5 * LAYERS
     assert losses["head_atss/giou"] == 2.0 * 0.5 * LAYERS
@@ -105,7 +105,7 @@ def test_head_losses_count_once_per_layer() -> None:
 @pytest.mark.parametrize("loss", [FOCAL, QualityFocal(2.0), Varifocal(0.75, 2.0)], ids=str)
 def test_without_objects_the_same_terms_and_zero_gradients_of_the_boxes(loss: ClassLoss) -> None:
     p = prediction(LAYERS, BATCH)
-    output = Output([group("main", Matching())], {"main": p})
+    output = Output({"main": group(Matching())}, {"main": p})
     losses = criterion(loss)(output, targets(0, 0, 0))
     sum(losses.values()).backward()
     assert len(losses) == LAYERS * 3
@@ -117,7 +117,7 @@ def test_without_objects_the_same_terms_and_zero_gradients_of_the_boxes(loss: Cl
 
 def test_the_quality_carries_no_gradient() -> None:
     goal, p = known(), prediction(LAYERS, BATCH)
-    output = Output([group("aux", goal)], {"aux": p})
+    output = Output({"aux": group(goal)}, {"aux": p})
     losses = criterion(QualityFocal(2.0))(output, targets(1, 1, 1))
     (gradient,) = torch.autograd.grad(losses["aux/0/class"], p.boxes, allow_unused=True)
     assert gradient is None or not gradient.any()

@@ -12,9 +12,9 @@ from codetr.models.detector import Detector
 from codetr.types import Targets
 
 CLASSES = 3
-SMALL = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.num_groups=4", "model.num_points=2"]
+SMALL = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.norm_groups=4", "model.num_points=2"]
 SMALL += ["model.detector.encoder.num_layers=1", "model.detector.decoder.num_layers=2"]
-SMALL += ["model.detector.backbone.arguments.channels=[8,16,32,32]", "model.detector.queries.main.num_queries=12"]
+SMALL += ["model.detector.backbone.arguments.channels=[8,16,32,32]", "model.detector.main.num_queries=12"]
 
 
 def build(*overrides: str) -> tuple[Detector, Criterion]:

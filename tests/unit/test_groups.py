@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from codetr.models.decoder import Decoder, DecoderLayer, DeformableCrossAttention, ReferencePosition
+from codetr.models.cross_attention import ConditionalCrossAttention, DeformableCrossAttention
+from codetr.models.decoder import Decoder, DecoderLayer
+from codetr.models.query_position import ModulatedPosition, ReferencePosition
 from codetr.nn.group_attention import GroupSelfAttention, attention_plan
 from codetr.types import Memory, QueryGroup
 
@@ -14,11 +16,25 @@ WIDTH, HEADS, CLASSES, BATCH = 32, 4, 3, 2
 SHAPES = ((4, 6), (2, 3))
 
 
-@pytest.fixture
-def decoder() -> Decoder:
+def deformable() -> Decoder:
+    """As in DINO: boxes, positions derived in every layer, look forward twice."""
     cross = partial(DeformableCrossAttention, WIDTH, HEADS, len(SHAPES), 2)
-    layer = partial(DecoderLayer, WIDTH, HEADS, 48, 0.0, cross)
-    out = Decoder(WIDTH, CLASSES, 3, layer, ReferencePosition(WIDTH, 20), True, True, 1e-5, 0).double()
+    layer = partial(DecoderLayer, WIDTH, HEADS, 48, 0.0, "relu", False, cross)
+    position = ReferencePosition(WIDTH, 20, True)
+    return Decoder(WIDTH, CLASSES, 3, layer, position, None, "look_forward_twice", False, True, 0.0, 1e-5, 0)
+
+
+def conditional() -> Decoder:
+    """As in DAB-DETR: dense cross-attention with modulated locations."""
+    cross = partial(ConditionalCrossAttention, WIDTH, HEADS, 0.0)
+    layer = partial(DecoderLayer, WIDTH, HEADS, 48, 0.0, "prelu", True, cross)
+    position = ModulatedPosition(WIDTH, 20)
+    return Decoder(WIDTH, CLASSES, 3, layer, position, None, "look_forward_twice", True, True, 0.0, 1e-3, 0)
+
+
+@pytest.fixture(params=[deformable, conditional])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    out = request.param().double()
     for parameter in out.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return out
@@ -29,35 +45,41 @@ def memory() -> Memory:
     cells = sum(h * w for h, w in SHAPES)
     tokens = torch.randn(BATCH, cells, WIDTH, dtype=torch.double, requires_grad=True)
     padding = torch.zeros(BATCH, cells, dtype=torch.bool)
-    return Memory(tokens, torch.zeros_like(tokens), padding, SHAPES, torch.ones(BATCH, 2, 2, dtype=torch.double))
+    padding[1, -2:] = True
+    return Memory(tokens, torch.randn_like(tokens), padding, SHAPES, torch.ones(BATCH, 2, 2, dtype=torch.double))
 
 
-def group(name: str, size: int, seed: int, **fields: object) -> QueryGroup:
+def group(size: int, seed: int, **fields: object) -> QueryGroup:
     draw = torch.Generator().manual_seed(seed)
     content = torch.randn(BATCH, size, WIDTH, generator=draw, dtype=torch.double)
     reference = torch.rand(BATCH, size, 4, generator=draw, dtype=torch.double)
-    return QueryGroup(name, content, reference, **fields)  # type: ignore[arg-type]
+    return QueryGroup(content, reference, **fields)  # type: ignore[arg-type]
 
 
-def kinds() -> list[QueryGroup]:
-    """Main, two equal groups, one with missing queries, one in blocks that sees main."""
+def kinds() -> dict[str, QueryGroup]:
+    """Main, two equal groups, a larger one, one with missing queries, one in blocks that sees main."""
     valid = torch.rand(BATCH, 6, generator=torch.Generator().manual_seed(9)) > 0.4
     known = torch.rand(BATCH, 12, generator=torch.Generator().manual_seed(8)) > 0.3
-    return [
-        group("main", 5, 0),
-        group("group_2", 5, 1),
-        group("group_3", 5, 2),
-        group("atss", 6, 3, valid=valid),
-        group("denoising", 12, 4, valid=known, blocks=3, sees=("main",)),
-    ]
+    return {
+        "main": group(5, 0),
+        "group_2": group(5, 1),
+        "group_3": group(5, 2),
+        "hybrid": group(9, 5),
+        "atss": group(6, 3, valid=valid),
+        "denoising": group(12, 4, valid=known, blocks=3, sees=("main",)),
+    }
+
+
+def only_main() -> dict[str, QueryGroup]:
+    return {"main": kinds()["main"]}
 
 
 def test_training_groups_leave_main_unchanged(decoder: Decoder, memory: Memory) -> None:
-    alone, together = decoder(kinds()[:1], memory)["main"], decoder(kinds(), memory)["main"]
+    alone, together = decoder(only_main(), memory)["main"], decoder(kinds(), memory)["main"]
     torch.testing.assert_close(together.logits, alone.logits, rtol=0, atol=1e-12)
     torch.testing.assert_close(together.boxes, alone.boxes, rtol=0, atol=1e-12)
     gradients = []
-    for groups in (kinds()[:1], kinds()):
+    for groups in (only_main(), kinds()):
         out = decoder(groups, memory)["main"]
         gradients.append(
             torch.autograd.grad(out.logits.square().sum() + out.boxes.sum(), [memory.tokens, *decoder.parameters()])
@@ -67,39 +89,61 @@ def test_training_groups_leave_main_unchanged(decoder: Decoder, memory: Memory) 
 
 
 def test_one_pass_equals_a_pass_per_group(decoder: Decoder, memory: Memory) -> None:
+    """Values, and the gradients of the sum."""
     together = decoder(kinds(), memory)
-    for one in kinds():
-        seen = [g for g in kinds() if g.name in one.sees]
-        alone = decoder([*seen, one], memory)[one.name]
-        torch.testing.assert_close(together[one.name].logits, alone.logits, rtol=0, atol=1e-12)
+    parameters = [memory.tokens, *decoder.parameters()]
+    losses = []
+    for name, one in kinds().items():
+        if one.sees:
+            alone = decoder({**only_main(), name: one}, memory)[name]
+        else:
+            alone = decoder({"main": one}, memory)["main"]
+        torch.testing.assert_close(together[name].logits, alone.logits, rtol=0, atol=1e-12)
+        torch.testing.assert_close(together[name].boxes, alone.boxes, rtol=0, atol=1e-12)
+        losses.append(alone.logits.square().sum() + alone.boxes.sum())
+    total = sum(p.logits.square().sum() + p.boxes.sum() for p in together.values())
+    for a, b in zip(torch.autograd.grad(total, parameters), torch.autograd.grad(sum(losses), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(a.abs().max().clamp(min=1)))
 
 
 def test_group_order_and_query_order_do_not_matter(decoder: Decoder, memory: Memory) -> None:
     expected = decoder(kinds(), memory)
-    reversed_ = decoder(kinds()[::-1], memory)
+    reversed_ = decoder(dict(reversed(kinds().items())), memory)
     for name, prediction in expected.items():
         torch.testing.assert_close(reversed_[name].boxes, prediction.boxes, rtol=0, atol=1e-12)
     order = torch.tensor([3, 0, 4, 1, 2])
-    main = kinds()[0]
+    groups = kinds()
+    main = groups["main"]
     main.content, main.reference = main.content[:, order], main.reference[:, order]
-    permuted = decoder([main, *kinds()[1:]], memory)
+    permuted = decoder(groups, memory)
     torch.testing.assert_close(permuted["main"].logits, expected["main"].logits[:, :, order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(permuted["main"].boxes, expected["main"].boxes[:, :, order], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("poisoned", ["main", "group_2", "atss", "denoising"])
+def test_denoising_sees_main(decoder: Decoder, memory: Memory) -> None:
+    """The reverse, that main never sees it, is the first test."""
+    groups = kinds()
+    groups["main"].content[0, 0] += 1
+    changed, expected = decoder(groups, memory)["denoising"], decoder(kinds(), memory)["denoising"]
+    assert not torch.equal(changed.logits[:, 0], expected.logits[:, 0])
+    torch.testing.assert_close(changed.logits[:, 1], expected.logits[:, 1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("poisoned", ["main", "group_2", "hybrid", "atss", "denoising"])
 def test_nan_stays_in_its_group(decoder: Decoder, memory: Memory, poisoned: str) -> None:
     clean, groups = decoder(kinds(), memory), kinds()
-    next(g for g in groups if g.name == poisoned).content[0, 0] = float("nan")
+    groups[poisoned].content[0, 0] = float("nan")
     dirty = decoder(groups, memory)
-    for one in groups:
-        if one.name == poisoned or poisoned in one.sees:
-            assert dirty[one.name].logits.isnan().any()
+    for name, one in groups.items():
+        if name == poisoned or poisoned in one.sees:
+            assert dirty[name].logits.isnan().any()
         else:
-            assert torch.equal(dirty[one.name].logits, clean[one.name].logits)
+            assert torch.equal(dirty[name].logits, clean[name].logits)
 
 
-def _by_mask(attention: GroupSelfAttention, content: Tensor, position: Tensor, groups: list[QueryGroup]) -> Tensor:
+def _by_mask(attention: GroupSelfAttention, content: Tensor, position: Tensor, given: dict[str, QueryGroup]) -> Tensor:
     """The usual way: one softmax over all queries under a mask that says who sees whom."""
+    names, groups = list(given), list(given.values())
     owner = torch.cat([torch.full((g.content.shape[1],), i) for i, g in enumerate(groups)])
     block = torch.cat(
         [torch.arange(g.content.shape[1]) // (g.content.shape[1] // g.blocks) + 100 * i for i, g in enumerate(groups)]
@@ -107,7 +151,7 @@ def _by_mask(attention: GroupSelfAttention, content: Tensor, position: Tensor, g
     allowed = block[:, None] == block[None]
     for i, g in enumerate(groups):
         for name in g.sees:
-            seen = next(k for k, other in enumerate(groups) if other.name == name)
+            seen = names.index(name)
             allowed |= (owner == i)[:, None] & (owner == seen)[None]
     valid = torch.cat(
         [torch.ones(BATCH, g.content.shape[1], dtype=torch.bool) if g.valid is None else g.valid for g in groups], 1
@@ -121,17 +165,17 @@ def _by_mask(attention: GroupSelfAttention, content: Tensor, position: Tensor, g
 
 
 def test_self_attention_equals_one_big_mask() -> None:
-    attention = GroupSelfAttention(WIDTH, HEADS).double()
+    attention = GroupSelfAttention(WIDTH, HEADS, 0.0, False).double()
     groups = kinds()
-    for g in groups:  # a block without any valid query has no softmax under the big mask
+    for g in groups.values():  # a block without any valid query has no softmax under the big mask
         if g.valid is not None:
             g.valid[:, :: g.content.shape[1] // g.blocks // 2] = True
-    content = torch.cat([g.content for g in groups], 1)
+    content = torch.cat([g.content for g in groups.values()], 1)
     position = torch.randn_like(content)
     ours = attention(content, position, attention_plan(groups))
     torch.testing.assert_close(ours, _by_mask(attention, content, position, groups), rtol=0, atol=1e-12)
 
 
 def test_a_group_without_any_valid_query_stays_finite(decoder: Decoder, memory: Memory) -> None:
-    empty = group("atss", 4, 5, valid=torch.zeros(BATCH, 4, dtype=torch.bool))
-    assert decoder([kinds()[0], empty], memory)["atss"].logits.isfinite().all()
+    empty = group(4, 5, valid=torch.zeros(BATCH, 4, dtype=torch.bool))
+    assert decoder({**only_main(), "atss": empty}, memory)["atss"].logits.isfinite().all()

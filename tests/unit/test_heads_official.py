@@ -69,7 +69,7 @@ def rcnn_head(weights: dict[str, Tensor]) -> FasterRCNNHead:
     head = FasterRCNNHead(
         rpn=RPN(WIDTH, scales, (0.5, 1.0, 2.0), 0.7, 0.3, 0.3, 64, 0.5, 1, 1, fixed_order),
         proposals=ProposalSelection(400, 0.7, 200),
-        pool=RoIPool(7, 4, 112, 0),
+        pool=RoIPool(7, 14, 0),
         box_head=BoxHead(WIDTH, 7, 32, CLASSES),
         box_stds=(0.1, 0.1, 0.2, 0.2),
         positive_iou=0.5,
@@ -232,7 +232,7 @@ def test_region_features_and_predictions(case: Case) -> None:
     counts = rois[:, 0].long().bincount()
     boxes = torch.nn.utils.rnn.pad_sequence(rois[:, 1:].split(counts.tolist()), batch_first=True)
     valid = torch.arange(boxes.shape[1]) < counts[:, None]
-    assert torch.equal(case.rcnn.pool.levels(boxes)[valid], case.aux["roi.levels"])
+    assert torch.equal(case.rcnn.pool.levels(boxes, (8, 16, 32, 64))[valid], case.aux["roi.levels"])
     pooled = case.rcnn.pool(case.pyramid, boxes, valid)
     close(pooled[valid][:2], case.aux["roi.feats_first2"])
     close(pooled[valid].mean((-2, -1)), case.aux["roi.feats_mean"])

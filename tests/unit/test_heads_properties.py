@@ -30,7 +30,7 @@ def faster_rcnn() -> FasterRCNNHead:
     return FasterRCNNHead(
         rpn=RPN(WIDTH, (2.0, 4.0), (0.5, 1.0), 0.7, 0.3, 0.3, 64, 0.5, 1, 1),
         proposals=ProposalSelection(100, 0.7, 50),
-        pool=RoIPool(3, 2, 16, 2),
+        pool=RoIPool(3, 4, 2),
         box_head=BoxHead(WIDTH, 3, 8, CLASSES),
         box_stds=(0.1, 0.1, 0.2, 0.2),
         positive_iou=0.5,
@@ -247,17 +247,17 @@ def test_regions_of_constant_features_are_constant_and_gaps_are_zero() -> None:
     levels = Pyramid([torch.full((2, 1, 64 // s, 64 // s), float(s)) for s in (4, 8, 16)], (4, 8, 16))
     regions = torch.tensor([[20.0, 20, 30, 30], [4.0, 4, 60, 60], [8.0, 8, 16, 16]]).expand(2, -1, -1)
     valid = torch.tensor([[True, True, False], [True, False, True]])
-    pooled = RoIPool(3, 2, 16, 0)(levels, regions, valid)
+    pooled = RoIPool(3, 4, 0)(levels, regions, valid)
     assert pooled.mean((2, 3, 4)).tolist() == [[4, 8, 0], [4, 0, 4]]
 
 
 def test_region_coordinates_keep_their_precision_under_reduced_features() -> None:
     """Half precision has no room for a region's coordinates."""
-    reduced = [torch.randn(2, 1, 256 // s, 256 // s).bfloat16() for s in (4, 8)]
+    reduced = [torch.randn(2, 1, 256 // s, 256 // s).bfloat16() for s in (4, 8, 16)]
     regions, valid = boxes(2, 6) + 180, torch.ones(2, 6).bool()
-    pool = RoIPool(3, 2, 16, 2)
-    expected = pool(Pyramid([level.float() for level in reduced], (4, 8)), regions, valid)
-    assert torch.equal(pool(Pyramid(reduced, (4, 8)), regions, valid), expected)
+    pool = RoIPool(3, 4, 2)
+    expected = pool(Pyramid([level.float() for level in reduced], (4, 8, 16)), regions, valid)
+    assert torch.equal(pool(Pyramid(reduced, (4, 8, 16)), regions, valid), expected)
 
 
 def total_loss(head: nn.Module, images: slice) -> Tensor:

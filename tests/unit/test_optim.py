@@ -12,7 +12,7 @@ from codetr.optim import Schedule, adamw, constant, cosine, multistep, parameter
 
 RULES = {
     "backbone": {"pattern": r"^backbone\.", "lr_multiplier": 0.1},
-    "sampling": {"pattern": "sampling_offsets|reference_points", "lr_multiplier": 0.1},
+    "sampling": {"pattern": "sampling_offsets|reference_head", "lr_multiplier": 0.1},
 }
 
 

@@ -9,16 +9,19 @@ from codetr.types import Known, Memory, QueryContext, QueryGroup, Targets
 WIDTH, CLASSES = 8, 5
 
 
-def group(box_noise: float = 0.4, label_noise: float = 0.5, objects: int = 3) -> tuple[QueryGroup, Targets]:
+def group(
+    box_noise: float = 0.4, label_noise: float = 0.25, contrastive: bool = True, indicator: bool = False
+) -> tuple[QueryGroup, Targets]:
     torch.manual_seed(3)
+    objects = 3
     boxes = torch.cat([torch.rand(2, objects, 2) * 0.2 + 0.4, torch.rand(2, objects, 2) * 0.2 + 0.1], -1)
     valid = torch.ones(2, objects, dtype=torch.bool)
     valid[1, 1:] = False
     targets = Targets(boxes, torch.randint(CLASSES, (2, objects)), valid, torch.full((2, 2), 64))
     empty = torch.zeros(2, 0, WIDTH)
     memory = Memory(empty, empty, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2))
-    source = DenoisingQueries(WIDTH, CLASSES, 12, label_noise, box_noise, 1.0)
-    (made,) = source(QueryContext(memory, targets))
+    source = DenoisingQueries(WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, 1.0)
+    made = source(QueryContext(memory, targets))
     return made, targets
 
 
@@ -54,9 +57,23 @@ def test_without_noise_the_queries_are_the_objects() -> None:
     assert (content == content[:, :1]).all()
 
 
-def test_half_of_the_label_noise_changes_the_embedding() -> None:
+def test_the_share_of_changed_labels_is_the_label_noise() -> None:
     torch.manual_seed(0)
-    source = DenoisingQueries(WIDTH, 1000, 12, 0.5, 0.4, 1.0)
+    source = DenoisingQueries(WIDTH, 1000, 12, True, 0.25, 0.4, False, 1.0)
     labels = torch.full((200, 100), 7)
-    changed = (source._noised_labels(labels) != 7).float().mean()
+    changed = (source._content(labels) != source.label_embedding.weight[7]).any(-1).float().mean()
     assert abs(float(changed) - 0.25) < 0.02
+
+
+def test_dn_detr_moves_centres_and_scales_sides_and_has_no_negatives() -> None:
+    made, targets = group(box_noise=0.4, contrastive=False, indicator=True)
+    assert made.blocks == 4
+    moved = made.reference.view(2, 4, 3, 4) - targets.boxes[:, None]
+    width, height = targets.boxes[..., 2:].unbind(-1)
+    limit = 0.4 * torch.stack([width / 2, height / 2, width, height], -1)[:, None]
+    assert (moved.abs() <= limit + 1e-6).all()
+    assert (moved.abs().amax((0, 1, 2)) > 0.5 * limit.amax((0, 1, 2))).all()
+    assert isinstance(made.targets, Known)
+    expected = targets.labels.masked_fill(~targets.valid, -1)
+    assert torch.equal(made.targets.labels.view(2, 4, 3), expected[:, None].expand(-1, 4, -1))
+    assert (made.content[..., -1] == 1).all()

@@ -14,10 +14,10 @@ TOY = (
     "model.width=32",
     "model.num_heads=2",
     "model.ffn_width=32",
-    "model.num_groups=4",
+    "model.norm_groups=4",
     "model.detector.encoder.num_layers=1",
     "model.detector.decoder.num_layers=2",
-    "model.detector.queries.main.num_queries=10",
+    "model.detector.main.num_queries=10",
     "model.detector.backbone.pretrained=false",
 )
 

@@ -11,33 +11,32 @@ from codetr.types import Pyramid
 
 
 class RoIPool(nn.Module):
-    """RoIAlign (Mask R-CNN) of every box on the level that fits its size (FPN, eq. 1).
+    """RoIAlign (Mask R-CNN) of every box on the level that fits its size (FPN, eq. 1); the coarsest is not used.
 
-    size: cells per side of the result. num_levels: the pyramid's first ones are used. finest_scale: boxes of less
-    than twice this side, in pixels, use level 0. sampling_ratio: samples per cell and axis, 0: as many as the
-    pixels beneath.
+    size: cells per side of the result. finest_cells: boxes of less than twice this side, in cells of the finest
+    level, are read from that level. sampling_ratio: samples per cell and axis, 0: as many as the pixels beneath.
     """
 
-    def __init__(self, size: int, num_levels: int, finest_scale: float, sampling_ratio: int) -> None:
+    def __init__(self, size: int, finest_cells: float, sampling_ratio: int) -> None:
         super().__init__()
-        self.size, self.num_levels = size, num_levels
-        self.finest_scale, self.sampling_ratio = finest_scale, sampling_ratio
+        self.size, self.finest_cells, self.sampling_ratio = size, finest_cells, sampling_ratio
 
-    def levels(self, boxes: Tensor) -> Tensor:
-        """[..., 4] xyxy -> [...] level of each box."""
+    def levels(self, boxes: Tensor, strides: tuple[int, ...]) -> Tensor:
+        """[..., 4] xyxy -> [...] level of each box among those of `strides`."""
         side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).clamp(min=0).sqrt()
-        level = (side / self.finest_scale + 1e-6).log2().floor()
-        return level.clamp(0, self.num_levels - 1).long()
+        level = (side / (self.finest_cells * strides[0]) + 1e-6).log2().floor()
+        return level.clamp(0, len(strides) - 1).long()
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> Tensor:
         """boxes: [B, R, 4] xyxy in pixels. valid: [B, R]. Returns [B, R, C, size, size], 0 where not valid."""
         images = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
         regions = torch.cat([images.to(boxes), boxes], -1).flatten(0, 1)
-        levels = self.levels(boxes).masked_fill(~valid, -1).flatten()
+        strides = pyramid.strides[:-1]
+        levels = self.levels(boxes, strides).masked_fill(~valid, -1).flatten()
         order, pooled = [], []
-        for number in range(self.num_levels):
+        for number, stride in enumerate(strides):
             (members,) = torch.where(levels == number)
-            features, scale = pyramid.levels[number].to(regions), 1 / pyramid.strides[number]
+            features, scale = pyramid.levels[number].to(regions), 1 / stride
             order.append(members)
             pooled.append(roi_align(features, regions[members], self.size, scale, self.sampling_ratio, aligned=True))
         found = torch.cat(pooled)

@@ -7,16 +7,14 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from codetr.models.backbone import Backbone
-from codetr.types import Memory, Output, Prediction, QueryContext, QueryGroup, Targets
-
-MAIN = "main"
+from codetr.types import MAIN, Memory, Output, Prediction, QueryContext, Targets
 
 
 class Detector(nn.Module):
     """backbone -> neck -> encoder -> (pyramid -> auxiliary heads) -> query groups -> decoder.
 
     heads: auxiliary heads by name, `adapter` makes their pyramid; both only run in training. queries: query
-    sources by name; `main` is the one that inference keeps.
+    sources by name, in the order of their making; `main` comes first and is the one that inference keeps.
     """
 
     def __init__(
@@ -30,8 +28,8 @@ class Detector(nn.Module):
         decoder: nn.Module,
     ) -> None:
         super().__init__()
-        if MAIN not in queries:
-            raise ValueError(f"a detector needs a query source named {MAIN!r}, got {sorted(queries)}")
+        if next(iter(queries), None) != MAIN:
+            raise ValueError(f"a detector needs a first query source named {MAIN!r}, got {list(queries)}")
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.adapter = adapter
         self.heads = nn.ModuleDict(heads)
@@ -53,12 +51,13 @@ class Detector(nn.Module):
             for name, head in self.heads.items():
                 output = head(pyramid, targets)
                 losses[name], context.positives[name] = output.losses, output.positives
-        groups = self._groups(context)
-        return Output(groups, self.decoder(groups, memory), losses)
+        self._ask_sources(context)
+        return Output(context.groups, self.decoder(context.groups, memory), losses)
 
-    def _groups(self, context: QueryContext) -> list[QueryGroup]:
-        sources = [s for s in self.queries.values() if context.targets is not None or not s.training_only]
-        return [group for source in sources for group in source(context)]
+    def _ask_sources(self, context: QueryContext) -> None:
+        for name, source in self.queries.items():
+            if name == MAIN or context.targets is not None:
+                context.groups[name] = source(context)
 
     def detect(self, images: Tensor, padding: Tensor) -> Prediction:
         """The last layer's predictions of the main group: logits [B, N, K], boxes [B, N, 4]."""
@@ -67,7 +66,7 @@ class Detector(nn.Module):
 
     def training_only_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the parameters that inference neither needs nor builds."""
-        sources = [f"queries.{name}." for name, source in self.queries.items() if source.training_only]
+        sources = [f"queries.{name}." for name in self.queries if name != MAIN]
         return ("heads.", "adapter.", *sources)
 
 
@@ -77,19 +76,27 @@ def build_detector(
     encoder: nn.Module,
     adapter: Callable[..., nn.Module],
     heads: Mapping[str, nn.Module],
+    main: Callable[..., nn.Module],
+    query_groups: int,
     queries: Mapping[str, nn.Module],
     decoder: nn.Module,
     num_levels: int,
 ) -> Detector:
-    """Put the parts together, with what follows from the backbone: the neck's input and the pyramid's strides."""
+    """Put the parts together, with what follows from the backbone: the neck's input and the memory's strides.
+
+    main: makes the main query source. query_groups: K of Group DETR: so many sources of this kind, with parameters of
+    their own, each matched on its own; all but the first only train. Their losses are averaged, as in the authors'
+    code.
+    """
     extra = num_levels - len(backbone.strides)
     strides = (*backbone.strides, *(backbone.strides[-1] * 2 ** (i + 1) for i in range(extra)))
+    replicas = {MAIN if k == 1 else f"group_{k}": main(weight=1 / query_groups) for k in range(1, query_groups + 1)}
     return Detector(
         backbone=backbone,
         neck=neck(in_channels=backbone.channels),
         encoder=encoder,
         adapter=adapter(strides=strides) if heads else None,
         heads=heads,
-        queries=queries,
+        queries={**replicas, **queries},
         decoder=decoder,
     )

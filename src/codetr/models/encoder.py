@@ -1,4 +1,4 @@
-"""The deformable encoder (Deformable DETR, sec. 4.1 and fig. 1)."""
+"""Encoders: deformable over all levels (Deformable DETR), dense over one (DETR)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from codetr.nn.deformable_attention import DeformableAttention
-from codetr.nn.mlp import FFN
+from codetr.nn.mlp import FFN, MLP, Activation, xavier
 from codetr.nn.position import cell_centres, sine_position
 from codetr.types import Memory
 
 
+def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, position_offset: float) -> Memory:
+    """Feature maps [B, C, H_l, W_l] and the images' padding [B, H, W] as an encoder's input, finest level first.
+
+    temperature, position_offset: of the sine encoding of the cells.
+    """
+    masks = [_resize_mask(padding, x.shape[-2:]) for x in levels]
+    positions = [
+        sine_position(mask, x.shape[1], temperature, position_offset) for mask, x in zip(masks, levels, strict=True)
+    ]
+    return Memory(
+        tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
+        position=torch.cat([p.flatten(1, 2) for p in positions], 1).to(levels[0].dtype),
+        padding=torch.cat([m.flatten(1) for m in masks], 1),
+        spatial_shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
+        valid_ratios=torch.stack([_valid_ratio(m) for m in masks], 1),
+    )
+
+
 class DeformableEncoder(nn.Module):
-    """Flattens the neck's levels and lets every token attend to all levels.
+    """Every token attends to all levels around its own place (Deformable DETR, sec. 4.1 and fig. 1).
 
     temperature, position_offset: of the sine encoding. checkpointed_layers: the first n layers recompute their
     activations in the backward pass.
@@ -46,18 +64,10 @@ class DeformableEncoder(nn.Module):
 
     def flatten(self, levels: list[Tensor], padding: Tensor) -> Memory:
         """levels: [B, C, H_l, W_l]. padding: [B, H, W] of the images. Returns the encoder's input."""
-        masks = [_resize_mask(padding, x.shape[-2:]) for x in levels]
-        positions = [
-            sine_position(mask, x.shape[1], self.temperature, self.position_offset) + embedding
-            for mask, x, embedding in zip(masks, levels, self.level_embedding, strict=True)
-        ]
-        return Memory(
-            tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
-            position=torch.cat([p.flatten(1, 2) for p in positions], 1).to(levels[0].dtype),
-            padding=torch.cat([m.flatten(1) for m in masks], 1),
-            spatial_shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
-            valid_ratios=torch.stack([_valid_ratio(m) for m in masks], 1),
-        )
+        memory = flatten_levels(levels, padding, self.temperature, self.position_offset)
+        sizes = [h * w for h, w in memory.spatial_shapes]
+        embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, sizes, strict=True)])
+        return replace(memory, position=memory.position + embedding)
 
     def forward(self, levels: list[Tensor], padding: Tensor) -> Memory:
         memory = self.flatten(levels, padding)
@@ -81,12 +91,74 @@ class DeformableEncoderLayer(nn.Module):
         self.attention = DeformableAttention(width, num_heads, num_levels, num_points)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
-        self.ffn = FFN(width, ffn_width, dropout)
+        self.ffn = FFN(width, ffn_width, dropout, "relu")
 
     def forward(self, memory: Memory, reference: Tensor) -> Tensor:
         """Returns the new tokens [B, S, C]; `memory` is left as it is."""
         tokens = memory.tokens
         attended = self.attention(tokens + memory.position, reference, memory)
+        return self.ffn(self.norm(tokens + self.dropout(attended)))
+
+
+class DenseEncoder(nn.Module):
+    """The transformer encoder of DETR on a single level: every token attends to every other (DETR, sec. 3.2).
+
+    scaled_position: positions are multiplied by a function of the content in every layer (DAB-DETR). temperature,
+    position_offset, checkpointed_layers: as in DeformableEncoder.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        ffn_width: int,
+        num_layers: int,
+        dropout: float,
+        activation: Activation,
+        scaled_position: bool,
+        temperature: float,
+        position_offset: float,
+        checkpointed_layers: int,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.position_offset = temperature, position_offset
+        self.checkpointed_layers = checkpointed_layers
+        self.scale = MLP(width, width, width, 2) if scaled_position else None
+        if self.scale is not None:
+            xavier(self.scale)
+        self.layers = nn.ModuleList(
+            DenseEncoderLayer(width, num_heads, ffn_width, dropout, activation) for _ in range(num_layers)
+        )
+
+    def forward(self, levels: list[Tensor], padding: Tensor) -> Memory:
+        """levels: one map [B, C, H, W]. padding: [B, H, W] of the images."""
+        if len(levels) != 1:
+            raise ValueError(f"a dense encoder takes one level, got {len(levels)}: set model.num_levels=1")
+        memory = flatten_levels(levels, padding, self.temperature, self.position_offset)
+        tokens = memory.tokens
+        for index, layer in enumerate(self.layers):
+            position = memory.position if self.scale is None else memory.position * self.scale(tokens)
+            if index < self.checkpointed_layers and torch.is_grad_enabled():
+                tokens = checkpoint(layer, tokens, position, memory.padding, use_reentrant=False)
+            else:
+                tokens = layer(tokens, position, memory.padding)
+        return replace(memory, tokens=tokens)
+
+
+class DenseEncoderLayer(nn.Module):
+    """Self-attention and feed-forward, post-norm."""
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float, activation: Activation) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, num_heads, dropout, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        self.ffn = FFN(width, ffn_width, dropout, activation)
+
+    def forward(self, tokens: Tensor, position: Tensor, padding: Tensor) -> Tensor:
+        """tokens, position: [B, S, C]. padding: [B, S]. Returns [B, S, C]."""
+        place = tokens + position
+        attended, _ = self.attention(place, place, tokens, key_padding_mask=padding, need_weights=False)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 

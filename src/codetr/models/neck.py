@@ -7,18 +7,24 @@ class ChannelMapper(nn.Module):
     """A 1x1 convolution per feature map, and further levels by strided 3x3 convolutions (Deformable DETR, fig. 4).
 
     The first extra level reads the last backbone feature, the next ones read the level before.
+
+    num_groups: of the group norm behind every convolution; None: no norm (DETR). bias: of the convolutions.
     """
 
-    def __init__(self, in_channels: tuple[int, ...], width: int, num_levels: int, num_groups: int) -> None:
+    def __init__(
+        self, in_channels: tuple[int, ...], width: int, num_levels: int, num_groups: int | None, bias: bool
+    ) -> None:
         super().__init__()
         extra = num_levels - len(in_channels)
         if extra < 0:
             raise ValueError(f"{len(in_channels)} feature maps do not fit into num_levels={num_levels}")
 
         def block(channels: int, kernel: int, stride: int) -> nn.Sequential:
-            conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+            conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=bias)
             nn.init.xavier_uniform_(conv.weight)
-            return nn.Sequential(conv, nn.GroupNorm(num_groups, width))
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+            return nn.Sequential(conv, *([] if num_groups is None else [nn.GroupNorm(num_groups, width)]))
 
         self.lateral = nn.ModuleList(block(c, 1, 1) for c in in_channels)
         self.extra = nn.ModuleList(block(width if i else in_channels[-1], 3, 2) for i in range(extra))

@@ -1,24 +1,43 @@
 """The pyramid adapter: encoder memory -> {F_1..F_J} for the auxiliary heads (Co-DETR, sec. 3.2)."""
 
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from codetr.types import Memory, Pyramid
 
 
 class PyramidAdapter(nn.Module):
-    """The memory's levels, and coarser ones by a 3x3 convolution of stride 2 with group norm on the last level."""
+    """`num_levels` levels from `finest_stride` on: the memory's own, and those that it lacks.
 
-    def __init__(self, width: int, strides: tuple[int, ...], num_levels: int, num_groups: int) -> None:
+    Coarser levels come from the memory's last one by 3x3 convolutions of stride 2, finer ones from its first by
+    bilinear upsampling and 3x3 convolutions, each with group norm; so a single-scale encoder serves the heads too.
+
+    strides: of the memory's levels, in network pixels per cell.
+
+    Raises ValueError when the memory's strides do not belong to the pyramid's.
+    """
+
+    def __init__(
+        self, width: int, strides: tuple[int, ...], finest_stride: int, num_levels: int, num_groups: int
+    ) -> None:
         super().__init__()
-        extra_levels = num_levels - len(strides)
-        self.strides = (*strides, *(strides[-1] * 2 ** (i + 1) for i in range(extra_levels)))
-        self.downsample = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.GroupNorm(num_groups, width))
-            for _ in range(extra_levels)
-        )
+        self.strides = tuple(finest_stride * 2**i for i in range(num_levels))
+        if not set(strides) <= set(self.strides):
+            raise ValueError(
+                f"the memory has strides {strides}, a pyramid of model.pyramid_levels={num_levels} from "
+                f"model.pyramid_stride={finest_stride} has {self.strides}: the second must include the first"
+            )
+
+        def block(stride: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(width, width, 3, stride, 1), nn.GroupNorm(num_groups, width))
+
+        self.upsample = nn.ModuleList(block(1) for s in self.strides if s < strides[0])
+        self.downsample = nn.ModuleList(block(2) for s in self.strides if s > strides[-1])
 
     def forward(self, memory: Memory) -> Pyramid:
         levels: list[Tensor] = memory.levels()
+        for conv in self.upsample:
+            levels.insert(0, conv(interpolate(levels[0], scale_factor=2, mode="bilinear", align_corners=False)))
         for conv in self.downsample:
             levels.append(conv(levels[-1]))
         return Pyramid(levels, self.strides)

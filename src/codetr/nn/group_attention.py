@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codetr.nn.mlp import xavier
 from codetr.types import QueryGroup
 
 
@@ -34,17 +35,17 @@ class Bucket:
     valid: Tensor | None
 
 
-def attention_plan(groups: list[QueryGroup]) -> list[Bucket]:
+def attention_plan(groups: dict[str, QueryGroup]) -> list[Bucket]:
     """Sort groups into calls of scaled-dot-product attention: equal groups without a mask share one."""
     ends: dict[str, tuple[int, int]] = {}
     start = 0
-    for group in groups:
-        ends[group.name] = (start, start + group.content.shape[1])
-        start = ends[group.name][1]
+    for name, group in groups.items():
+        ends[name] = (start, start + group.content.shape[1])
+        start = ends[name][1]
     folded: dict[tuple, list[_Span]] = defaultdict(list)
     buckets = []
-    for group in groups:
-        span = _Span(*ends[group.name], group.blocks, tuple(ends[name] for name in group.sees))
+    for name, group in groups.items():
+        span = _Span(*ends[name], group.blocks, tuple(ends[other] for other in group.sees))
         if group.valid is None:
             folded[(span.block_size, span.sees)].append(span)
         else:
@@ -57,21 +58,27 @@ class GroupSelfAttention(nn.Module):
 
     The cost is the sum of the squares of the group sizes, not the square of their sum, and no mask of the size
     of all queries exists, so fused kernels stay usable.
+
+    dropout: of the attention weights. separate_position: contents and positions have projections of their own
+    (Conditional DETR), instead of one for their sum.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float, separate_position: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.query_key = nn.Linear(width, 2 * width)
+        self.position = nn.Linear(width, 2 * width) if separate_position else None
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        for linear in (self.query_key, self.value, self.output):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        xavier(self)
 
     def forward(self, content: Tensor, position: Tensor, plan: list[Bucket]) -> Tensor:
         """content, position: [B, N, C]. Returns [B, N, C]."""
-        query, key = self.query_key(content + position).chunk(2, -1)
+        if self.position is None:
+            query_key = self.query_key(content + position)
+        else:
+            query_key = self.query_key(content) + self.position(position)
+        query, key = query_key.chunk(2, -1)
         value = self.value(content)
         pieces = {}
         for bucket in plan:
@@ -86,7 +93,8 @@ class GroupSelfAttention(nn.Module):
         if first.sees:
             k, v = (self._append_seen(own, x, first, sum(blocks)) for own, x in ((k, key), (v, value)))
         mask = None if bucket.valid is None else _key_mask(bucket.valid, first, k.shape[2])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = out.transpose(1, 2).flatten(2).unflatten(0, (-1, sum(blocks)))  # [B, blocks, n, C]
         return [piece.flatten(1, 2) for piece in out.split(blocks, 1)]
 

@@ -2,8 +2,11 @@
 
 import itertools
 import math
+from typing import Literal
 
 from torch import Tensor, nn
+
+Activation = Literal["relu", "prelu"]
 
 
 class MLP(nn.Sequential):
@@ -20,11 +23,11 @@ class MLP(nn.Sequential):
 class FFN(nn.Module):
     """The feed-forward half of a post-norm transformer layer, residual and norm included."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, activation: Activation) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
-        self.activation = nn.ReLU(inplace=True)
+        self.activation: nn.Module = nn.PReLU() if activation == "prelu" else nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
         nn.init.xavier_uniform_(self.linear1.weight)
@@ -48,3 +51,11 @@ def box_head(width: int) -> MLP:
     nn.init.zeros_(head[-1].weight)  # type: ignore[arg-type]
     nn.init.zeros_(head[-1].bias)  # type: ignore[arg-type]
     return head
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer of `module`, as the DETR family starts them."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)

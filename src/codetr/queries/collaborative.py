@@ -24,8 +24,6 @@ class CollaborativeQueries(nn.Module):
     layer. weight: lambda_1 of eq. 6.
     """
 
-    training_only = True
-
     def __init__(
         self,
         head: str,
@@ -49,7 +47,7 @@ class CollaborativeQueries(nn.Module):
         self.features = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) if use_features else None
         self.head_embedding = nn.Parameter(torch.zeros(width)) if embed_position else None
 
-    def forward(self, context: QueryContext) -> list[QueryGroup]:
+    def forward(self, context: QueryContext) -> QueryGroup:
         assert context.targets is not None
         positives = context.positives[self.head]
         chosen, valid = self._choose(positives)
@@ -58,17 +56,7 @@ class CollaborativeQueries(nn.Module):
         goals = box_convert(take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
         labels = positives.labels.gather(1, chosen).masked_fill(~valid, -1)
         content, position = self._embed(boxes, take(positives.features, chosen))
-        return [
-            QueryGroup(
-                name=self.head,
-                content=content,
-                reference=boxes,
-                targets=Known(labels, goals),
-                position=position,
-                valid=valid,
-                weight=self.weight,
-            )
-        ]
+        return QueryGroup(content, boxes, Known(labels, goals), position, valid, weight=self.weight)
 
     def _choose(self, positives: Positives) -> tuple[Tensor, Tensor]:
         """Indices [B, n] of the candidates that become queries, and which of them are real."""

@@ -14,17 +14,34 @@ from codetr.types import Matching, Memory, Prediction, Proposals, QueryContext, 
 BASE_SIZE = 0.05  # box side of a proposal on the finest level, as a share of the image; doubles per level
 
 
+class ProposalEmbedding(nn.Module):
+    """Positions and contents of queries from their boxes, once (Deformable DETR's two-stage form).
+
+    With mixed selection the contents are learned and that half of the projection is unused, as in the original code.
+    """
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.width, self.temperature = width, temperature
+        self.projection = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
+
+    def forward(self, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """reference: [B, N, 4]. Returns positions and contents, [B, N, C] each."""
+        sine = sine_reference(reference, self.width // 2, self.temperature, "xywh")
+        position, content = self.projection(sine).chunk(2, -1)
+        return position, content
+
+
 class TwoStageQueries(nn.Module):
-    """The main group: top proposals as references, a learned embedding as content (mixed selection).
+    """The top proposals as references.
 
     num_classes: of the first-stage classifier. class_agnostic: it only tells object from background, by its first
     logit, and its loss is computed over all tokens (Deformable DETR); otherwise proposals are ranked by their best
-    class and only the selected ones have a loss (DINO). embed_position: positions from the proposals' sine
-    encoding, computed once (Deformable-DETR++; the half of the embedding that was the content without mixed
-    selection is unused); otherwise the decoder derives them in every layer (DINO).
+    class and only the selected ones have a loss (DINO). mixed_selection: contents are learned (DINO, sec. 3.4);
+    otherwise they come from the proposals, which needs embed_position. embed_position: positions from the proposals,
+    computed once (Deformable DETR); otherwise the decoder derives them in every layer (DINO). repeats: every object is
+    matched so many times. weight: of the group's losses.
     """
-
-    training_only = False
 
     def __init__(
         self,
@@ -32,52 +49,57 @@ class TwoStageQueries(nn.Module):
         num_classes: int,
         num_queries: int,
         class_agnostic: bool,
+        mixed_selection: bool,
         embed_position: bool,
         temperature: float,
         eps: float,
+        repeats: int,
+        weight: float,
     ) -> None:
         super().__init__()
-        self.num_queries, self.class_agnostic = num_queries, class_agnostic
-        self.temperature, self.eps = temperature, eps
+        if not (mixed_selection or embed_position):
+            raise ValueError("without mixed_selection the contents come from the proposals: set embed_position: true")
+        self.num_queries, self.class_agnostic, self.eps = num_queries, class_agnostic, eps
+        self.repeats, self.weight = repeats, weight
         self.projection = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
         self.class_head = class_head(width, num_classes)
         self.box_head = box_head(width)
-        self.content = nn.Embedding(num_queries, width)
-        both = 2 * width
-        self.coordinates = nn.Sequential(nn.Linear(both, both), nn.LayerNorm(both)) if embed_position else None
+        self.content = nn.Embedding(num_queries, width) if mixed_selection else None
+        self.embedding = ProposalEmbedding(width, temperature) if embed_position else None
 
-    def forward(self, context: QueryContext) -> list[QueryGroup]:
+    def forward(self, context: QueryContext) -> QueryGroup:
         memory = context.memory
         anchors, legal = proposal_anchors(memory, self.eps)
         tokens = self.projection(memory.tokens.masked_fill(~legal[..., None], 0))
         logits = self.class_head(tokens)
-        scores = logits[..., 0] if self.class_agnostic else logits.amax(-1)
-        top = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+        top = best_tokens(logits, self.class_agnostic, self.num_queries)
         selected = Prediction(
             take(logits, top), (self.box_head(take(tokens, top)).float() + take(anchors, top)).sigmoid()
         )
         reference = selected.boxes.detach()
-        group = QueryGroup(
-            name="main",
-            content=self.content.weight[: top.shape[1]].expand(len(top), -1, -1),
-            reference=reference,
-            targets=Matching(),
-            position=self._embed(reference),
-        )
+        position, content = self._embed(reference)
+        group = QueryGroup(content, reference, Matching(self.repeats), position, weight=self.weight)
         if context.targets is not None:
             if self.class_agnostic:
                 every = Prediction(logits, (self.box_head(tokens).float() + anchors).sigmoid())
                 group.proposals = Proposals(every, class_agnostic=True)
             else:
                 group.proposals = Proposals(selected)
-        return [group]
+        return group
 
-    def _embed(self, reference: Tensor) -> Tensor | None:
-        if self.coordinates is None:
-            return None
-        width = self.content.embedding_dim
-        sine = sine_reference(reference, width // 2, self.temperature, "xywh")
-        return self.coordinates(sine)[..., :width]
+    def _embed(self, reference: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Positions, or None, and contents of queries at `reference` [B, N, 4]."""
+        position, content = (None, None) if self.embedding is None else self.embedding(reference)
+        if self.content is not None:
+            content = self.content.weight[: reference.shape[1]].expand(len(reference), -1, -1)
+        assert content is not None  # promised by __init__
+        return position, content
+
+
+def best_tokens(logits: Tensor, class_agnostic: bool, count: int) -> Tensor:
+    """Indices [B, min(count, S)] of the best proposals, best first. logits: [B, S, K]."""
+    scores = logits[..., 0] if class_agnostic else logits.amax(-1)
+    return scores.topk(min(count, scores.shape[1]), dim=1).indices
 
 
 def proposal_anchors(memory: Memory, eps: float) -> tuple[Tensor, Tensor]:

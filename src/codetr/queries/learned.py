@@ -1,0 +1,56 @@
+"""Queries that are parameters (DETR; DAB-DETR, sec. 3.1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from codetr.types import Matching, QueryContext, QueryGroup
+
+
+class LearnedQueries(nn.Module):
+    """The same queries for every image.
+
+    places: each query owns a `position`, from which the decoder predicts a reference point (DETR, Conditional DETR,
+    Deformable DETR), or an anchor `box` (DAB-DETR). content: `zeros` (DETR), one vector `shared` by all (DN-DETR: the
+    label "unknown"), or a vector of each query's own (Deformable DETR). indicator: the last channel of the content is
+    0, since denoising queries have 1 there (DN-DETR, sec. 3.5). repeats: every object is matched so many times, the
+    naive one-to-many assignment of Group DETR's figure 1. weight: of the group's losses.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_queries: int,
+        places: Literal["position", "box"],
+        content: Literal["zeros", "shared", "learned"],
+        indicator: bool,
+        repeats: int,
+        weight: float,
+    ) -> None:
+        super().__init__()
+        self.width, self.num_queries, self.indicator = width, num_queries, indicator
+        self.repeats, self.weight = repeats, weight
+        rows = {"zeros": 0, "shared": 1, "learned": num_queries}[content]
+        self.content = nn.Embedding(rows, width - indicator) if rows else None
+        self.position = nn.Embedding(num_queries, width) if places == "position" else None
+        self.anchors = nn.Embedding(num_queries, 4) if places == "box" else None
+
+    def forward(self, context: QueryContext) -> QueryGroup:
+        batch = len(context.memory.tokens)
+        return QueryGroup(
+            content=self._content(context.memory.tokens).expand(batch, self.num_queries, -1),
+            reference=None if self.anchors is None else self.anchors.weight.sigmoid().expand(batch, -1, -1),
+            targets=Matching(self.repeats),
+            position=None if self.position is None else self.position.weight.expand(batch, -1, -1),
+            weight=self.weight,
+        )
+
+    def _content(self, like: Tensor) -> Tensor:
+        """[1 or N, C]."""
+        if self.content is None:
+            return torch.zeros(1, self.width, dtype=like.dtype, device=like.device)
+        return pad(self.content.weight, (0, 1)) if self.indicator else self.content.weight
