@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare test test-all check format bench measure readme wheel lock clean
+.PHONY: help install demo compare compare-groups test test-all check format bench measure readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,10 @@ demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures
 	$(BIN)/python -m codetr.train experiment=demo
 
 compare: install ## The same budget with K = 0, 1, 2 auxiliary heads, three seeds: the table in the README
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/compare.py heads
+
+compare-groups: install ## The same for Group DETR: 1, 3, 11 groups and naive one-to-many assignment
+	$(BIN)/python benchmarks/compare.py groups
 
 test: install ## Everything that runs in minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cuda" --cov --cov-report=term:skip-covered

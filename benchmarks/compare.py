@@ -1,6 +1,6 @@
-"""The paper's claim in small: the same budget of steps with K = 0, 1, 2 auxiliary heads, several seeds.
+"""Claims of the papers in small: the same budget of steps for every variant, several seeds.
 
-Runs `experiment=compare` for every K and seed, two at a time with one thread each, and writes the table, the numbers
+Runs one experiment for every variant and seed, two at a time with one thread each, and writes the table, the numbers
 and the learning curves to benchmarks/results/. Finished runs are kept: an interrupted comparison goes on where it was.
 """
 
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -21,34 +22,78 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-COLLABORATORS = {0: "[]", 1: "[atss]", 2: "[faster_rcnn_small,atss]"}
 METRICS = ("map", "map_50", "map_75")
 RESULTS = Path(__file__).parent / "results"
 
 
-def train(out: Path, k: int, seed: int, overrides: list[str]) -> dict:
+@dataclass(frozen=True)
+class Study:
+    """experiment: what is run. variants: row of the table -> Hydra overrides. suppressed: rows that are evaluated once
+    more with class-wise NMS above `NMS_IOU`."""
+
+    experiment: str
+    variants: dict[str, list[str]]
+    suppressed: tuple[str, ...] = ()
+
+
+NMS_IOU = 0.6
+STUDIES = {
+    "heads": Study(
+        "compare",
+        {
+            "K = 0": ["model/collaborator=[]"],
+            "K = 1, ATSS": ["model/collaborator=[atss]"],
+            "K = 2, Faster R-CNN and ATSS": ["model/collaborator=[faster_rcnn_small,atss]"],
+        },
+    ),
+    "groups": Study(
+        "compare_groups",
+        {
+            "1 group": [],
+            "3 groups": ["model.query_groups=3"],
+            "11 groups": ["model.query_groups=11"],
+            "one-to-many: 1 group of as many queries, 11 matches per object": [
+                "model.detector.main.num_queries=330",
+                "model.detector.main.repeats=11",
+            ],
+        },
+        suppressed=("1 group", "one-to-many: 1 group of as many queries, 11 matches per object"),
+    ),
+}
+
+
+def train(out: Path, study: Study, variant: str, seed: int, overrides: list[str]) -> dict:
     """One run, or the result of a finished one."""
-    run_dir = out / f"k{k}_seed{seed}"
+    name = f"{list(study.variants).index(variant)}_seed{seed}"
+    run_dir = out / name
     if not (run_dir / "metrics.json").exists():
-        command = [sys.executable, "-m", "codetr.train", "experiment=compare", f"seed={seed}", f"run_dir={run_dir}"]
-        command += [f"model/collaborator={COLLABORATORS[k]}", "resume=auto", *overrides]
+        command = [sys.executable, "-m", "codetr.train", f"experiment={study.experiment}", f"seed={seed}"]
+        command += [f"run_dir={run_dir}", "resume=auto", *study.variants[variant], *overrides]
         run_dir.mkdir(parents=True, exist_ok=True)
-        with open(out / f"k{k}_seed{seed}.log", "w") as log:
+        with open(out / f"{name}.log", "w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         if done.returncode:
-            raise SystemExit(f"K = {k}, seed {seed} failed; see {log.name}")
-    return {"k": k, "seed": seed, **json.loads((run_dir / "metrics.json").read_text())}
+            raise SystemExit(f"{variant}, seed {seed} failed; see {log.name}")
+    return {"variant": variant, "seed": seed, **json.loads((run_dir / "metrics.json").read_text())}
+
+
+def suppressed(out: Path, study: Study, variant: str, seed: int) -> dict:
+    """The finished run's best checkpoint, evaluated with NMS."""
+    from nms import evaluate
+
+    checkpoint = out / f"{list(study.variants).index(variant)}_seed{seed}" / "checkpoints" / "best.ckpt"
+    return {"variant": f"{variant}, NMS", "seed": seed, **evaluate(checkpoint, (NMS_IOU,))[NMS_IOU]}
 
 
 def summary(runs: list[dict]) -> list[dict]:
-    """Mean and spread (sample standard deviation) per K."""
+    """Mean and spread (sample standard deviation) per variant."""
     rows = []
-    for k in COLLABORATORS:
-        mine = [r for r in runs if r["k"] == k]
-        values = {m: [r[m] for r in mine] for m in METRICS}
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        mine = [run for run in runs if run["variant"] == variant]
+        values = {m: [run[m] for run in mine] for m in METRICS}
         rows.append(
-            {"k": k, "seeds": len(mine)}
+            {"variant": variant, "seeds": len(mine)}
             | {m: statistics.mean(v) for m, v in values.items()}
             | {f"{m}_sd": statistics.stdev(v) if len(v) > 1 else 0.0 for m, v in values.items()}
         )
@@ -56,25 +101,26 @@ def summary(runs: list[dict]) -> list[dict]:
 
 
 def markdown(rows: list[dict], command: str) -> str:
-    lines = ["| K | heads | mAP | mAP50 | mAP75 |", "|---|---|---|---|---|"]
+    lines = ["| variant | mAP | mAP50 | mAP75 |", "|---|---|---|---|"]
     for row in rows:
         cells = [f"{100 * row[m]:.1f} ± {100 * row[f'{m}_sd']:.1f}" for m in METRICS]
-        lines.append(f"| {row['k']} | `{COLLABORATORS[row['k']]}` | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
     lines.append(f"\nMean ± standard deviation of {rows[0]['seeds']} seeds; `{command}`, {date.today()}, ")
     lines[-1] += f"{platform.machine()}, 2 CPU cores, torch {torch.__version__}."
     return "\n".join(lines) + "\n"
 
 
-def curves(out: Path, path: Path) -> None:
+def curves(out: Path, study: Study, path: Path) -> None:
     """Validation mAP over steps, one line per run."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for k, colour in zip(COLLABORATORS, ("tab:gray", "tab:blue", "tab:red"), strict=True):
-        for log in sorted(out.glob(f"k{k}_seed*/**/metrics.csv")):
+    colours = ("tab:gray", "tab:blue", "tab:red", "tab:orange")
+    for index, (variant, colour) in enumerate(zip(study.variants, colours, strict=False)):
+        for log in sorted(out.glob(f"{index}_seed*/**/metrics.csv")):
             with open(log) as file:
                 points = [(int(r["step"]), float(r["val/map"])) for r in csv.DictReader(file) if r.get("val/map")]
-            label = f"K = {k}" if "seed0" in str(log) else None
+            label = variant if "seed0" in str(log) else None
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label=label)
     axes.set(xlabel="step", ylabel="validation mAP", ylim=(0, None))
     axes.legend(frameon=False)
@@ -84,33 +130,38 @@ def curves(out: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=STUDIES, help="heads: Co-DETR's K; groups: Group DETR's K and its baseline")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("outputs/compare"))
+    parser.add_argument("--out", type=Path, help="default: outputs/<experiment>")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(k, seed) for seed in range(options.seeds) for k in COLLABORATORS]
+    study = STUDIES[options.study]
+    out = options.out or Path("outputs") / study.experiment
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [(variant, seed) for seed in range(options.seeds) for variant in study.variants]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
-        task = bar.add_task("K = 0, 1, 2", total=len(jobs))
+        task = bar.add_task(f"{len(jobs)} runs", total=len(jobs))
 
-        def one(job: tuple[int, int]) -> dict:
-            run = train(options.out, *job, options.overrides)
+        def one(job: tuple[str, int]) -> dict:
+            run = train(out, study, *job, options.overrides)
             bar.advance(task)
             return run
 
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = list(pool.map(one, jobs))
+    runs += [suppressed(out, study, v, seed) for v in study.suppressed for seed in range(options.seeds)]
     rows = summary(runs)
-    table = Table("K", *METRICS)
+    table = Table("variant", *METRICS)
     for row in rows:
-        table.add_row(str(row["k"]), *(f"{row[m]:.3f} ± {row[f'{m}_sd']:.3f}" for m in METRICS))
+        table.add_row(row["variant"], *(f"{row[m]:.3f} ± {row[f'{m}_sd']:.3f}" for m in METRICS))
     Console().print(table)
     if options.overrides:
         return  # a variation: the committed figures are those of the plain command
-    (RESULTS / "compare.md").write_text(markdown(rows, "make compare"))
-    (RESULTS / "compare.json").write_text(json.dumps({"summary": rows, "runs": runs}, indent=1))
-    curves(options.out, RESULTS / "compare.png")
+    result = RESULTS / study.experiment
+    result.with_suffix(".md").write_text(markdown(rows, f"make {study.experiment.replace('_', '-')}"))
+    result.with_suffix(".json").write_text(json.dumps({"summary": rows, "runs": runs}, indent=1))
+    curves(out, study, result.with_suffix(".png"))
 
 
 if __name__ == "__main__":
