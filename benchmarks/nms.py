@@ -1,6 +1,7 @@
 """What duplicates cost a checkpoint: its validation mAP with class-wise NMS at several thresholds, and without."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,30 +11,38 @@ from rich.progress import track
 import codetr
 from codetr.checkpoint import load_weights
 from codetr.evaluation.metrics import DetectionMetrics
-from codetr.postprocess import PostProcess
+from codetr.postprocess import NMS, PostProcess
 
 RESULT = Path(__file__).parent / "results" / "nms.md"
 
 
 @torch.no_grad()
+def evaluate(checkpoint: Path, thresholds: Sequence[float | None], root: str | None = None) -> dict:
+    """threshold -> metrics on the validation images; None is without suppression."""
+    config = load_weights(checkpoint).config["data"]
+    if root:
+        config |= {"root": root, "prepare": None}
+    data, detector = instantiate(config), codetr.load(checkpoint)
+    data.prepare_data()
+    data.setup("validate")
+    found = [(b, detector.detect(b.images, b.padding)) for b in track(data.val_dataloader(), "Predicting")]
+    results = {}
+    for iou in thresholds:
+        postprocess = PostProcess(100, None if iou is None else NMS(iou))
+        metrics = DetectionMetrics(data.class_names)
+        for batch, prediction in found:
+            metrics.update(batch.image_ids, postprocess(prediction, batch.original_sizes), batch.truth)
+        results[iou] = metrics.compute()
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="of codetr.train, e.g. outputs/demo/checkpoints/best.ckpt")
     parser.add_argument("--root", help="folder of the data set, if it has moved since")
     options = parser.parse_args()
-    config = load_weights(options.checkpoint).config["data"]
-    if options.root:
-        config |= {"root": options.root, "prepare": None}
-    data, detector = instantiate(config), codetr.load(options.checkpoint)
-    data.prepare_data()
-    data.setup("validate")
-    found = [(b, detector.detect(b.images, b.padding)) for b in track(data.val_dataloader(), "Predicting")]
     lines = ["| NMS above IoU | map | map_50 | map_75 |", "|---|---|---|---|"]
-    for iou in (None, 0.8, 0.7, 0.6, 0.5):
-        postprocess, metrics = PostProcess(100, iou), DetectionMetrics(data.class_names)
-        for batch, prediction in found:
-            metrics.update(batch.image_ids, postprocess(prediction, batch.original_sizes), batch.truth)
-        numbers = metrics.compute()
+    for iou, numbers in evaluate(options.checkpoint, (None, 0.8, 0.7, 0.6, 0.5), options.root).items():
         cells = [f"{numbers[name]:.3f}" for name in ("map", "map_50", "map_75")]
         lines.append(f"| {iou or 'none'} | " + " | ".join(cells) + " |")
     RESULT.write_text("\n".join(lines) + "\n")

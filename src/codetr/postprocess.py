@@ -2,35 +2,92 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torchvision.ops import batched_nms, box_convert
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+from codetr.ops.gather import take
+from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, Prediction, box_scale
+
+
+class Suppression(Protocol):
+    """Thins out overlapping detections of one class.
+
+    boxes: [B, n, 4] xyxy. scores, labels: [B, n]. Returns scores, index and whether it is kept of the `count` best
+    that are left, [B, min(count, n)] each, best first.
+    """
+
+    def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class NMS:
+    """Drops a detection that overlaps a better one of its class by more than `iou`."""
+
+    iou: float
+
+    def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        everything = torch.ones_like(labels, dtype=torch.bool)
+        index, kept = best_after_nms(boxes, scores, labels, everything, self.iou, count)
+        return scores.gather(1, index), index, kept
+
+
+@dataclass(frozen=True)
+class SoftNMS:
+    """Lowers the score of a detection that overlaps a better one of its class (Bodla et al. 2017, eq. 3 and 4).
+
+    linear: times 1 - IoU, from an IoU of `iou` on. gaussian: times exp(-IoU^2 / sigma), at any IoU. What falls below
+    `min_score` is dropped.
+    """
+
+    method: Literal["linear", "gaussian"]
+    iou: float
+    sigma: float
+    min_score: float
+
+    def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        factor = self._factor(box_iou(boxes, boxes).where(labels[:, :, None] == labels[:, None], 0))
+        image = torch.arange(len(scores), device=scores.device)
+        left, final, order = scores.clone(), [], []
+        for _ in range(min(count, scores.shape[1])):  # each detection depends on all better ones
+            score, best = left.max(1)
+            final.append(score)
+            order.append(best)
+            left = (left * factor[image, best]).index_put((image, best), left.new_tensor(-torch.inf))
+        ranked = torch.stack(final, 1)
+        return ranked, torch.stack(order, 1), ranked >= self.min_score
+
+    def _factor(self, iou: Tensor) -> Tensor:
+        if self.method == "gaussian":
+            return torch.exp(-(iou**2) / self.sigma)
+        return torch.where(iou >= self.iou, 1 - iou, 1)
 
 
 class PostProcess:
     """The `max_detections` best (query, class) pairs of an image; a query may appear with several classes.
 
-    nms_iou: suppress a detection that overlaps a better one of its class by more than this; None: no suppression, as
-    one-to-one matching promises. After a short training the decoder has not yet unlearned its duplicates.
+    suppression: applied to as many pairs as there are queries, in pixels of the original image; None: none, as
+    one-to-one matching promises.
     """
 
-    def __init__(self, max_detections: int, nms_iou: float | None) -> None:
-        self.max_detections, self.nms_iou = max_detections, nms_iou
+    def __init__(self, max_detections: int, suppression: Suppression | None) -> None:
+        self.max_detections, self.suppression = max_detections, suppression
 
     def __call__(self, prediction: Prediction, original_sizes: Tensor) -> list[Detections]:
         """prediction: one layer, [B, N, ...]. original_sizes: [B, 2] (height, width) in pixels."""
-        num_classes = prediction.logits.shape[-1]
+        num_queries, num_classes = prediction.logits.shape[-2:]
         probability = prediction.logits.float().sigmoid().flatten(1)
-        scores, index = probability.topk(min(self.max_detections, probability.shape[1]), dim=1)
+        count = self.max_detections if self.suppression is None else num_queries
+        scores, index = probability.topk(min(count, probability.shape[1]), dim=1)
         scale = box_scale(original_sizes).to(prediction.boxes)[:, None]
         boxes = box_convert(prediction.boxes.float(), "cxcywh", "xyxy") * scale
-        query = (index // num_classes)[..., None].expand(-1, -1, 4)
-        boxes = boxes.gather(1, query).clamp(min=0).minimum(scale)
-        found = [Detections(*one) for one in zip(scores, index % num_classes, boxes, strict=True)]
-        return found if self.nms_iou is None else [_suppress(one, self.nms_iou) for one in found]
-
-
-def _suppress(found: Detections, iou: float) -> Detections:
-    keep = batched_nms(found.boxes_xyxy, found.scores, found.labels, iou)
-    return Detections(found.scores[keep], found.labels[keep], found.boxes_xyxy[keep])
+        boxes, labels = take(boxes, index // num_classes).clamp(min=0).minimum(scale), index % num_classes
+        if self.suppression is None:
+            return [Detections(*one) for one in zip(scores, labels, boxes, strict=True)]
+        scores, index, kept = self.suppression(boxes, scores, labels, self.max_detections)
+        found = zip(scores, labels.gather(1, index), take(boxes, index), kept, strict=True)
+        return [Detections(s[k], c[k], b[k]) for s, c, b, k in found]
