@@ -1,0 +1,250 @@
+"""Detectors composed from conf/ with the official code's weights, and what that code computed with them.
+
+The official names are mapped here. The backbone is replaced by its recorded output, and has a test of its own.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import open_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from codetr.criterion import Criterion
+from codetr.models.detector import Detector
+from codetr.postprocess import PostProcess
+from codetr.types import Known, Memory, Prediction, QueryContext, QueryGroup, Targets
+
+HEADS = ("faster_rcnn", "atss")  # in the order of the official code's numbers
+RENAMES = [
+    (r"^neck\.convs\.(\d)\.conv", r"neck.lateral.\1.0"),
+    (r"^neck\.convs\.(\d)\.gn", r"neck.lateral.\1.1"),
+    (r"^neck\.extra_convs\.(\d)\.conv", r"neck.extra.\1.0"),
+    (r"^neck\.extra_convs\.(\d)\.gn", r"neck.extra.\1.1"),
+    (r"^query_head\.(transformer\.)?", ""),
+    (r"^level_embeds", "encoder.level_embedding"),
+    (r"^encoder\.layers\.(\d)\.attentions\.0", r"encoder.layers.\1.attention"),
+    (r"^encoder\.layers\.(\d)\.norms\.0", r"encoder.layers.\1.norm"),
+    (r"^encoder\.layers\.(\d)\.norms\.1", r"encoder.layers.\1.ffn.norm"),
+    (r"^decoder\.layers\.(\d)\.attentions\.1", r"decoder.layers.\1.cross_attention.attention"),
+    (r"^decoder\.layers\.(\d)\.attentions\.0\.attn\.out_proj", r"decoder.layers.\1.self_attention.output"),
+    (r"^decoder\.layers\.(\d)\.norms\.0", r"decoder.layers.\1.norm1"),
+    (r"^decoder\.layers\.(\d)\.norms\.1", r"decoder.layers.\1.norm2"),
+    (r"^decoder\.layers\.(\d)\.norms\.2", r"decoder.layers.\1.ffn.norm"),
+    (r"^decoder\.ref_point_head", "decoder.query_position.mlp"),
+    (r"ffns\.0\.layers\.0\.0", "ffn.linear1"),
+    (r"ffns\.0\.layers\.1", "ffn.linear2"),
+    (r"^enc_output_norm", "queries.main.projection.1"),
+    (r"^enc_output", "queries.main.projection.0"),
+    (r"^query_embed(ding)?\.", "queries.main.content."),
+    (r"^pos_trans_norm", "queries.main.embedding.projection.1"),
+    (r"^pos_trans", "queries.main.embedding.projection.0"),
+    (r"^label_embedding", "queries.denoising.label_embedding"),
+    (r"^cls_branches\.2", "queries.main.class_head"),
+    (r"^reg_branches\.2", "queries.main.box_head"),
+    (r"^cls_branches", "decoder.class_heads"),
+    (r"^reg_branches", "decoder.box_heads"),
+    (r"^downsample\.(\d)", r"adapter.downsample.0.\1"),
+    (r"^aux_pos_trans_norm\.(\d)", r"queries.\1.coordinates.1"),
+    (r"^aux_pos_trans\.(\d)", r"queries.\1.coordinates.0"),
+    (r"^pos_feats_norm\.(\d)", r"queries.\1.features.1"),
+    (r"^pos_feats_trans\.(\d)", r"queries.\1.features.0"),
+    (r"^rpn_head\.rpn_conv", "heads.faster_rcnn.rpn.conv"),
+    (r"^rpn_head\.rpn_cls", "heads.faster_rcnn.rpn.objectness"),
+    (r"^rpn_head\.rpn_reg", "heads.faster_rcnn.rpn.deltas"),
+    (r"^roi_head\.0\.bbox_head\.shared_fcs\.0", "heads.faster_rcnn.box_head.hidden.1"),
+    (r"^roi_head\.0\.bbox_head\.shared_fcs\.1", "heads.faster_rcnn.box_head.hidden.3"),
+    (r"^roi_head\.0\.bbox_head\.fc_cls", "heads.faster_rcnn.box_head.classes"),
+    (r"^roi_head\.0\.bbox_head\.fc_reg", "heads.faster_rcnn.box_head.deltas"),
+    (r"^bbox_head\.0\.atss_cls", "heads.atss.classes"),
+    (r"^bbox_head\.0\.atss_reg", "heads.atss.deltas"),
+    (r"^bbox_head\.0\.atss_centerness", "heads.atss.centerness"),
+    (r"^bbox_head\.0\.cls_convs\.0\.conv", "heads.atss.class_tower.0"),
+    (r"^bbox_head\.0\.cls_convs\.0\.gn", "heads.atss.class_tower.1"),
+    (r"^bbox_head\.0\.reg_convs\.0\.conv", "heads.atss.box_tower.0"),
+    (r"^bbox_head\.0\.reg_convs\.0\.gn", "heads.atss.box_tower.1"),
+    (r"^bbox_head\.0\.scales\.\d\.scale", "heads.atss.scales"),
+    *((rf"^queries\.{number}\.", f"queries.{name}.") for number, name in enumerate(HEADS)),
+]
+
+
+def ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official weights under the detector's names, without the backbone."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        tensor = tensor.float()
+        if name.startswith("backbone."):
+            continue
+        for old, new in RENAMES:
+            name = re.sub(old, new, name)
+        if packed := re.match(r"(.*)attentions\.0\.attn\.in_proj_(weight|bias)", name):
+            query, key, value = tensor.chunk(3)
+            stem = f"{packed[1]}self_attention."
+            out[f"{stem}query_key.{packed[2]}"] = torch.cat([query, key])
+            out[f"{stem}value.{packed[2]}"] = value
+        elif name == "head_pos_embed.weight":  # one scalar per head, broadcast over the channels
+            width = weights["query_head.transformer.level_embeds"].shape[1]
+            for number, head in enumerate(HEADS):
+                out[f"queries.{head}.head_embedding"] = tensor[number].expand(width)
+        elif name == "heads.atss.scales":  # one scalar per level, finest first
+            out[name] = torch.cat([out.get(name, torch.empty(0)), tensor[None]])
+        else:
+            out[name] = tensor
+    return out
+
+
+class RecordedBackbone(nn.Module):
+    """Feature maps that the official backbone computed."""
+
+    def __init__(self, features: list[Tensor], strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features, self.strides = features, strides
+        self.channels = tuple(feature.shape[1] for feature in features)
+
+    def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
+        return images
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.features
+
+
+@dataclass
+class Case:
+    """A detector with criterion and post-processing, composed; the official inputs, eval mode and training step."""
+
+    detector: Detector
+    criterion: Criterion
+    postprocess: PostProcess
+    inputs: dict[str, Tensor]
+    forward: dict[str, Tensor]
+    train: dict[str, Tensor]
+    padding: Tensor
+    memory: Memory
+    targets: Targets
+
+    def main(self) -> QueryGroup:
+        return self.detector.queries["main"](QueryContext(self.memory, self.targets))
+
+    def collaborative(self, number: int, prefix: str = "train") -> QueryGroup:
+        """The recorded positive queries of auxiliary head 0 or 1, embedded by our query source."""
+        record = {k.split(".")[-1]: v for k, v in self.train.items() if k.startswith(f"{prefix}.aux_query.{number}.")}
+        boxes, labels = record["coords"], record["labels"]
+        labels = labels.masked_fill(labels == self.train["train.cls_logits"].shape[-1], -1)
+        features = record.get("feats", torch.empty(0))
+        content, position = self.detector.queries[HEADS[number]]._embed(boxes, features)
+        return QueryGroup(content, boxes, Known(labels, record.get("targets", boxes)), position)
+
+
+def load_case(folder: Path, model: str, finest_stride: int, *overrides: str) -> Case:
+    """Compose `model` at the size of the bundle in `folder`; `finest_stride` of its backbone features."""
+    sizes = json.loads((folder / "config.json").read_text())
+    small = {
+        "num_classes": sizes["num_classes"],
+        "width": sizes["embed_dims"],
+        "num_heads": sizes["num_heads"],
+        "num_points": sizes["num_points"],
+        "ffn_width": sizes["ffn_dim"],
+        "detector.encoder.num_layers": sizes["enc_layers"],
+        "detector.decoder.num_layers": sizes["dec_layers"],
+        "detector.main.num_queries": sizes["num_query"],
+        "detector.heads.faster_rcnn.box_head.hidden_width": sizes["fc_dim"],
+        "detector.heads.faster_rcnn.num_samples": sizes["rcnn_sample_num"],
+        "detector.heads.faster_rcnn.rpn.num_samples": sizes["rpn_sample_num"],
+        "detector.heads.faster_rcnn.proposals.per_level": sizes["rpn_nms_pre"],
+        "detector.heads.faster_rcnn.proposals.count": sizes["rpn_max_per_img"],
+    }
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        config = compose("train", [f"model={model}", *overrides, *(f"model.{k}={v}" for k, v in small.items())])
+    inputs, forward, train = (load_file(folder / f"{f}.safetensors") for f in ("inputs", "forward", "train"))
+    features = [forward[name] for name in sorted(forward) if name.startswith("backbone.")]
+    strides = tuple(finest_stride * 2**i for i in range(len(features)))
+    with open_dict(config):
+        del config.model.detector.backbone
+    build = instantiate(config.model.detector, _convert_="all", _partial_=True)
+    detector = build(backbone=RecordedBackbone(features, strides))
+    detector.load_state_dict(ours(load_file(folder / "weights.safetensors")))
+    detector.heads["faster_rcnn"].priority = detector.heads["faster_rcnn"].rpn.priority = fixed_order
+    rows, columns = (torch.arange(n) for n in inputs["img"].shape[2:])
+    shape = inputs["img_shape"]
+    padding = (rows >= shape[:, :1])[:, :, None] | (columns >= shape[:, 1:])[:, None, :]
+    detector.eval()
+    with torch.no_grad():
+        memory = detector.encode(inputs["img"], padding)
+    criterion, postprocess = instantiate(config.criterion), instantiate(config.postprocess)
+    return Case(detector, criterion, postprocess, inputs, forward, train, padding, memory, padded_targets(inputs))
+
+
+def fixed_order(rank: Tensor) -> Tensor:
+    """The bundles' stand-in for a random permutation."""
+    return rank * 7919 % 104729
+
+
+def padded_targets(inputs: dict[str, Tensor]) -> Targets:
+    """The bundle's two images."""
+    counts = [len(inputs[f"gt_labels.{i}"]) for i in range(2)]
+    shape = (2, max(counts))
+    targets = Targets(
+        torch.full((*shape, 4), 0.5),
+        torch.zeros(shape, dtype=torch.long),
+        torch.zeros(shape, dtype=torch.bool),
+        inputs["img_shape"].long(),
+    )
+    for i, count in enumerate(counts):
+        scale = inputs["img_shape"][i].flip(0).repeat(2)
+        targets.boxes[i, :count] = box_convert(inputs[f"gt_boxes.{i}"] / scale, "xyxy", "cxcywh")
+        targets.labels[i, :count], targets.valid[i, :count] = inputs[f"gt_labels.{i}"], True
+    return targets
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to `tolerance` times the largest entry."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def close_levels(case: Case) -> None:
+    """Neck, masks, position encoding and valid ratios of every level."""
+    levels = case.detector.neck(case.detector.backbone(case.padding))
+    flat = case.detector.encoder.flatten(levels, case.padding)
+    start = 0
+    for i, level in enumerate(levels):
+        close(level, case.forward[f"neck.{i}"])
+        cells = level.shape[2] * level.shape[3]
+        mask = case.forward[f"mask.{i}"].flatten(1)
+        assert torch.equal(flat.padding[:, start : start + cells], mask)
+        position = flat.position[:, start : start + cells] - case.detector.encoder.level_embedding[i]
+        close(position[~mask], case.forward[f"pos.{i}"].flatten(2).transpose(1, 2)[~mask])
+        start += cells
+    close(flat.valid_ratios, case.forward["valid_ratios"])
+
+
+def close_matching(case: Case, solved: dict[str, Known], class_agnostic: tuple[str, ...] = ()) -> None:
+    """solved: per official layer name, labels [B, N] and boxes [B, N, 4] found by our matcher."""
+    for name, known in solved.items():
+        for image in range(2):
+            owner = case.train[f"train.match.{name}.img{image}.gt_inds"] - 1
+            labels = case.targets.labels[image] * (name not in class_agnostic)
+            assert torch.equal(known.labels[image], labels[owner.clamp(min=0)].masked_fill(owner < 0, -1))
+            positive = owner >= 0
+            assert torch.equal(known.boxes[image, positive], case.targets.boxes[image, owner[positive]])
+
+
+def close_losses(case: Case, losses: dict[str, Tensor], prefix: str = "train", tolerance: float = 1e-5) -> None:
+    """Every loss of the query groups by its official name; a loss of zero must be exactly zero."""
+    for name, value in losses.items():
+        group, layer, term = name.split("/")
+        stem = {"encoder": "enc_", "0": "d0.", "1": ""}[layer] + "dn_" * (group == "denoising")
+        stem += {"class": "loss_cls", "l1": "loss_bbox", "giou": "loss_iou"}[term]
+        suffix = f"_aux{HEADS.index(group)}" if group in HEADS else ""
+        close(value, case.train[f"{prefix}.loss.{stem}{suffix}"], tolerance)
+
+
+def stacked(prediction: Prediction) -> Prediction:
+    """One layer as a stack of layers."""
+    return Prediction(prediction.logits[None], prediction.boxes[None])
