@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,11 @@ from codetr.types import Known, Matching, Output, Prediction, QueryGroup, Target
 class _Stage:
     """Stacked predictions [L, B, N, ...] of a group's decoder layers, or of its first stage.
 
-    names: of the layers, "group/layer".
+    names: of the layers, "group/layer". weights: of their losses.
     """
 
     names: list[str]
-    weight: float
+    weights: list[float]
     prediction: Prediction
     targets: Matching | Known
     class_agnostic: bool = False
@@ -55,19 +54,13 @@ class Criterion(nn.Module):
     def forward(self, output: Output, targets: Targets) -> dict[str, Tensor]:
         """Returns scalars named group/layer/term and head/term, weighted; their sum is the loss."""
         losses: dict[str, Tensor] = {}
-        stages = [stage for name, group in output.groups.items() for stage in _stages(name, group, output)]
+        stages = _merged([stage for name, group in output.groups.items() for stage in _stages(name, group, output)])
         goals = self._goals(stages, targets)
         positives = mean_over_processes(torch.cat([(goal.labels >= 0).sum((1, 2)) for goal in goals])).clamp(min=1)
         counts = positives.split([len(stage.names) for stage in stages])
-        for members in _alike(stages):
-            together = [stages[i] for i in members]
-            predicted = Prediction(*_stacked((s.prediction.logits, s.prediction.boxes) for s in together))
-            goal = Known(*_stacked((goals[i].labels, goals[i].boxes) for i in members))
-            terms = self._terms(predicted, goal, torch.cat([counts[i] for i in members]), together[0].valid)
-            names = [name for stage in together for name in stage.names]
-            weights = [stage.weight for stage in together for _ in stage.names]
-            for term, per_layer in terms.items():
-                for name, weight, value in zip(names, weights, per_layer.unbind(), strict=True):
+        for stage, goal, count in zip(stages, goals, counts, strict=True):
+            for term, per_layer in self._terms(stage.prediction, goal, count, stage.valid).items():
+                for name, weight, value in zip(stage.names, stage.weights, per_layer.unbind(), strict=True):
                     losses[f"{name}/{term}"] = value * weight
         num_layers = len(next(iter(output.predictions.values())).boxes)
         for head, head_terms in output.head_losses.items():
@@ -109,30 +102,40 @@ class Criterion(nn.Module):
 def _stages(name: str, group: QueryGroup, output: Output) -> list[_Stage]:
     prediction = output.predictions[name]
     names = [f"{name}/{layer}" for layer in range(len(prediction.boxes))]
-    stage = _Stage(names, group.weight, prediction, group.targets, valid=group.valid)
+    stage = _Stage(names, [group.weight] * len(names), prediction, group.targets, valid=group.valid)
     if group.proposals is None:
         return [stage]
     first = group.proposals.prediction
     stacked = Prediction(first.logits[None], first.boxes[None])
     targets = group.targets if isinstance(group.targets, Matching) else Matching()
-    return [stage, _Stage([f"{name}/encoder"], group.weight, stacked, targets, group.proposals.class_agnostic)]
+    return [stage, _Stage([f"{name}/encoder"], [group.weight], stacked, targets, group.proposals.class_agnostic)]
 
 
 def _for_layers(known: Known, num_layers: int) -> Known:
     return Known(known.labels.expand(num_layers, -1, -1), known.boxes.expand(num_layers, -1, -1, -1))
 
 
-def _stacked(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
-    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-
-
-def _alike(stages: list[_Stage]) -> list[list[int]]:
-    """Indices of stages whose losses can be computed in one go: equal shapes, no mask (the replicas of a group)."""
-    buckets: dict[object, list[int]] = defaultdict(list)
+def _merged(stages: list[_Stage]) -> list[_Stage]:
+    """Stages that are alike, such as the replicas of a group, become one: costs and losses are computed in one go."""
+    alike: dict[object, list[_Stage]] = defaultdict(list)
     for index, stage in enumerate(stages):
-        shape = (stage.prediction.logits.shape[1:], stage.prediction.logits.dtype)
-        buckets[shape if stage.valid is None else index].append(index)
-    return list(buckets.values())
+        key: object = index
+        if isinstance(stage.targets, Matching) and stage.valid is None:
+            key = (stage.prediction.logits.shape[2:], stage.targets.repeats, stage.class_agnostic)
+        alike[key].append(stage)
+    return [_stacked(members) if len(members) > 1 else members[0] for members in alike.values()]
+
+
+def _stacked(stages: list[_Stage]) -> _Stage:
+    return replace(
+        stages[0],
+        names=[name for stage in stages for name in stage.names],
+        weights=[weight for stage in stages for weight in stage.weights],
+        prediction=Prediction(
+            torch.cat([stage.prediction.logits for stage in stages]),
+            torch.cat([stage.prediction.boxes for stage in stages]),
+        ),
+    )
 
 
 def _aligned_iou(a: Tensor, b: Tensor) -> Tensor:

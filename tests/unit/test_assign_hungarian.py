@@ -1,9 +1,12 @@
 """The matcher against brute force, and its behaviour at the edges."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
@@ -93,3 +96,52 @@ def test_predictions_that_are_not_finite_name_the_image() -> None:
     p.boxes[0, 2, 1, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="image 2 of the batch"):
         match([Problem(p)], targets((1, 1, 1), 1), COST)
+
+
+def test_every_problem_equals_scipy_on_its_own() -> None:
+    """Layers, images, groups and repeats, with hard ties: half of the queries are equal."""
+    goal = targets((6, 0, 4), 6)
+    goal.boxes[0, 3] = goal.boxes[0, 0]  # two objects in the same place
+    problems = []
+    for queries, repeats in ((12, 1), (12, 1), (30, 3)):
+        p = prediction(20, 3, queries)  # more layers than one block of costs
+        p.logits[:, :, 1::2], p.boxes[:, :, 1::2] = p.logits[:, :, ::2], p.boxes[:, :, ::2]
+        problems.append(Problem(p, repeats))
+    for problem, known in zip(problems, match(problems, goal, COST), strict=True):
+        cost = COST(problem.prediction, goal.labels, goal.boxes)
+        for layer, image in itertools.product(range(20), range(3)):
+            count = int(goal.counts[image])
+            matrix = cost[layer, image, :count].repeat(problem.repeats, 1)
+            best = matrix[linear_sum_assignment(matrix)].sum()
+            labels, boxes = known.labels[layer, image], known.boxes[layer, image]
+            queries = (labels >= 0).nonzero()[:, 0]
+            assert len(queries) == count * problem.repeats
+            mine = COST(
+                Prediction(
+                    *(x[layer : layer + 1, image : image + 1, queries] for x in vars(problem.prediction).values())
+                ),
+                labels[None, queries],
+                boxes[None, queries],
+            )
+            torch.testing.assert_close(mine[0, 0].diagonal().sum(), best, rtol=1e-5, atol=1e-5)
+            for k in range(count):  # every object exactly so often; objects in the same place share their number
+                same = (goal.boxes[image, :count] == goal.boxes[image, k]).all(1).sum()
+                assert (boxes[queries] == goal.boxes[image, k]).all(1).sum() == problem.repeats * same
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_matching_equals_the_official_one(official: Path, case: int) -> None:
+    data = load_file(official / "assigners" / "hungarian.safetensors")
+    own = {k.removeprefix(f"case{case}."): v for k, v in data.items() if k.startswith(f"case{case}.")}
+    height, width = own["img_shape"].tolist()[:2]
+    count = len(own["gt_boxes"])
+    goal = targets((count,), max(count, 1))
+    scaled = own["gt_boxes"] / torch.tensor([width, height, width, height])
+    goal.boxes[0, :count], goal.labels[0, :count] = box_convert(scaled, "xyxy", "cxcywh"), own["gt_labels"].long()
+    p = Prediction(own["logits"][None, None], own["boxes"][None, None])
+    (known,) = match([Problem(p)], goal, COST)
+    owner = own["gt_inds"].long() - 1
+    assert torch.equal(known.labels[0, 0] >= 0, owner >= 0)
+    positive = owner >= 0
+    torch.testing.assert_close(COST(p, goal.labels, goal.boxes)[0, 0, :count].T, own["cost"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(known.boxes[0, 0, positive], goal.boxes[0, owner[positive]])
