@@ -11,6 +11,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.losses import ClassLoss
+from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Known, Matching, Output, Prediction, QueryGroup, Targets
 
@@ -87,7 +88,7 @@ class Criterion(nn.Module):
         truth = box_convert(goal.boxes, "cxcywh", "xyxy")
         predicted = box_convert(boxes, "cxcywh", "xyxy")
         # One IoU per query beside K classes: 1 % of the class loss on 80 classes, so `Focal`, too, is just handed it.
-        classes = self.class_loss(logits, goal.labels, _aligned_iou(predicted.detach(), truth))
+        classes = self.class_loss(logits, goal.labels, aligned_iou(predicted.detach(), truth))
         if valid is not None:
             classes = classes * valid[None, :, :, None]
         l1 = (boxes - goal.boxes).abs().sum(-1)
@@ -136,10 +137,3 @@ def _stacked(stages: list[_Stage]) -> _Stage:
             torch.cat([stage.prediction.boxes for stage in stages]),
         ),
     )
-
-
-def _aligned_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of corresponding xyxy boxes: [..., 4], [..., 4] -> [...]."""
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
-    return overlap / union.clamp(min=1e-6)

@@ -12,6 +12,7 @@ from torch import Tensor
 from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
 from codetr.heads.atss import ATSSHead
+from codetr.heads.dense import Selection
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
@@ -59,7 +60,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def atss_head(weights: dict[str, Tensor]) -> ATSSHead:
-    head = ATSSHead(WIDTH, CLASSES, 5, 1, 32, 8, (0.1, 0.1, 0.2, 0.2), 9, 0.25, 2.0, 1, 2, 1, 1000, 0.6, 100)
+    head = ATSSHead(WIDTH, CLASSES, 5, 1, 32, 8, (0.1, 0.1, 0.2, 0.2), 9, 0.25, 2.0, 1, 2, 1, Selection(1000, 0.6, 100))
     head.load_state_dict(renamed(weights, "bbox_head.0."))
     return head
 

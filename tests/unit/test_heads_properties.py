@@ -11,7 +11,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
-from codetr.heads.atss import ATSSHead, centerness_target
+from codetr.heads.atss import ATSSHead
+from codetr.heads.common import centerness_target
+from codetr.heads.dense import Selection
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
@@ -23,7 +25,7 @@ WIDTH, CLASSES = 16, 3
 
 
 def atss() -> ATSSHead:
-    return ATSSHead(WIDTH, CLASSES, 3, 1, 4, 4, (0.1, 0.1, 0.2, 0.2), 9, 0.25, 2.0, 1, 2, 1, 100, 0.6, 20)
+    return ATSSHead(WIDTH, CLASSES, 3, 1, 4, 4, (0.1, 0.1, 0.2, 0.2), 9, 0.25, 2.0, 1, 2, 1, Selection(100, 0.6, 20))
 
 
 def faster_rcnn() -> FasterRCNNHead:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -11,19 +9,10 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from codetr.assign import BACKGROUND
 from codetr.assign.atss import assign_atss
-from codetr.heads.common import (
-    PRIOR,
-    assigned_boxes,
-    assigned_labels,
-    detections,
-    flatten,
-    init_normal,
-    take,
-    top_per_level,
-)
-from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
+from codetr.heads.common import assigned_boxes, assigned_labels, centerness_target, flatten, init_normal
+from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.ops.distributed import mean_over_processes
-from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -49,25 +38,21 @@ class ATSSHead(nn.Module):
         class_weight: float,
         giou_weight: float,
         centerness_weight: float,
-        candidates_per_level: int,
-        nms_iou: float,
-        max_detections: int,
+        selection: Selection,
     ) -> None:
         super().__init__()
         self.num_classes, self.topk, self.alpha, self.gamma = num_classes, topk, alpha, gamma
         self.weights = {"class": class_weight, "giou": giou_weight, "centerness": centerness_weight}
-        self.candidates_per_level, self.nms_iou, self.max_detections = candidates_per_level, nms_iou, max_detections
+        self.selection = selection
         self.grid = AnchorGrid((anchor_scale,), (1.0,))
         self.coder = BoxCoder(box_stds)
-        self.class_tower = _tower(width, num_convs, num_groups)
-        self.box_tower = _tower(width, num_convs, num_groups)
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
         self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
         self.deltas = nn.Conv2d(width, 4, 3, padding=1)
         self.centerness = nn.Conv2d(width, 1, 3, padding=1)
         self.scales = nn.Parameter(torch.ones(num_levels))
         init_normal(self, 0.01)
-        assert self.classes.bias is not None
-        nn.init.constant_(self.classes.bias, -math.log((1 - PRIOR) / PRIOR))
+        start_at_prior(self.classes)
 
     def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits [B, N, K], deltas [B, N, 4] and centerness logits [B, N], float32."""
@@ -120,27 +105,5 @@ class ATSSHead(nn.Module):
         """Boxes in network pixels, best first; the score is class probability times centerness."""
         logits, deltas, centerness = self.predict(pyramid)
         anchors = self.grid(pyramid)
-        probability = logits.sigmoid().flatten(1)
-        sizes_per_level = [len(level) * self.num_classes for level in anchors]
-        best, _ = top_per_level(probability, sizes_per_level, self.candidates_per_level)
-        cell, labels = best // self.num_classes, best % self.num_classes
-        scores = probability.gather(1, best) * centerness.sigmoid().gather(1, cell)
-        boxes = clip(self.coder.decode(torch.cat(anchors)[cell], take(deltas, cell)), sizes)
-        valid = (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        keep, kept = best_after_nms(boxes, scores, labels, valid, self.nms_iou, self.max_detections)
-        return detections(scores.gather(1, keep), labels.gather(1, keep), take(boxes, keep), kept)
-
-
-def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """FCOS, eq. 3, of the anchors' centres in the boxes: [..., 4], [..., 4] xyxy -> [...]; 0 for centres outside."""
-    center = (anchors[..., :2] + anchors[..., 2:]) / 2
-    low, high = center - boxes[..., :2], boxes[..., 2:] - center
-    ratio = torch.minimum(low, high).clamp(min=0) / torch.maximum(low, high).clamp(min=1e-6)
-    return ratio.prod(-1).sqrt()
-
-
-def _tower(width: int, num_convs: int, num_groups: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(num_convs):
-        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups, width), nn.ReLU(True)]
-    return nn.Sequential(*layers)
+        boxes = self.coder.decode(torch.cat(anchors).expand(len(deltas), -1, -1), deltas)
+        return self.selection(logits.sigmoid(), centerness.sigmoid(), boxes, [len(a) for a in anchors], sizes)

@@ -26,6 +26,14 @@ def assigned_labels(labels: Tensor, owner: Tensor) -> Tensor:
     return labels.gather(1, owner.clamp(min=0)).masked_fill(owner < 0, -1)
 
 
+def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """FCOS, eq. 3, of the anchors' centres in the boxes: [..., 4], [..., 4] xyxy -> [...]; 0 for centres outside."""
+    center = (anchors[..., :2] + anchors[..., 2:]) / 2
+    low, high = center - boxes[..., :2], boxes[..., 2:] - center
+    ratio = torch.minimum(low, high).clamp(min=0) / torch.maximum(low, high).clamp(min=1e-6)
+    return ratio.prod(-1).sqrt()
+
+
 def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor, Tensor]:
     """The `count` best of each level. scores: [B, sum(sizes)]. Returns (index, level), both [B, n]."""
     index, levels, start = [], [], 0

@@ -1,4 +1,4 @@
-"""Box arithmetic that torchvision lacks: inverse sigmoid and reference refinement."""
+"""Box arithmetic that torchvision lacks: inverse sigmoid, reference refinement, IoU of pairs."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,10 @@ def refine(reference: Tensor, delta: Tensor, eps: float) -> Tensor:
     if reference.shape[-1] == 2:
         shift = torch.cat([shift, torch.zeros_like(shift)], -1)
     return (delta + shift).sigmoid()
+
+
+def aligned_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of corresponding xyxy boxes: [..., 4], [..., 4] -> [...]."""
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
+    return overlap / union.clamp(min=1e-6)

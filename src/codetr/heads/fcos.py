@@ -1,0 +1,138 @@
+"""FCOS as auxiliary head (Tian et al. 2019; Co-DETR, table 1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from codetr.assign import BACKGROUND
+from codetr.assign.fcos import assign_fcos
+from codetr.heads.common import assigned_boxes, assigned_labels, centerness_target, flatten, init_normal
+from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.nn.anchors import AnchorGrid
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
+
+
+class Points(NamedTuple):
+    """Of all levels, one per cell. boxes: [N, 4] xyxy around them. strides: [N]. limits: [N, 2] see `assign_fcos`."""
+
+    boxes: Tensor
+    strides: Tensor
+    limits: Tensor
+
+    @property
+    def centers(self) -> Tensor:
+        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+
+
+class FCOSHead(nn.Module):
+    """One point per cell, in its middle; classes, distances to the four sides and centerness, shared by all levels but
+    for a scale of the distances.
+
+    Losses: focal loss; GIoU weighted by centerness; cross entropy of the centerness. Its positive coordinates are
+    boxes of side `box_side` strides around the points (Co-DETR: 8 strides), with the pyramid's features there.
+    center_radius: half side, in strides, of the square in the middle of an object in which its points must lie; None:
+    anywhere in it. reach: greatest distance to the farthest side, in strides, for which a level is responsible; the
+    next level goes on from there, the last one without limit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_levels: int,
+        num_convs: int,
+        num_groups: int,
+        box_side: float,
+        center_radius: float | None,
+        reach: float,
+        alpha: float,
+        gamma: float,
+        class_weight: float,
+        giou_weight: float,
+        centerness_weight: float,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.alpha, self.gamma = num_classes, alpha, gamma
+        self.center_radius, self.reach = center_radius, reach
+        self.weights = {"class": class_weight, "giou": giou_weight, "centerness": centerness_weight}
+        self.selection = selection
+        self.grid = AnchorGrid((box_side,), (1.0,), offset=0.5)
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
+        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.distances = nn.Conv2d(width, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(width, 1, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(num_levels))
+        init_normal(self, 0.01)
+        start_at_prior(self.classes)
+
+    def points(self, pyramid: Pyramid) -> Points:
+        boxes = self.grid(pyramid)
+        strides = [b.new_full((len(b),), stride) for b, stride in zip(boxes, pyramid.strides, strict=True)]
+        ends = [-1.0, *(self.reach * stride for stride in pyramid.strides[:-1]), float("inf")]
+        limits = [b.new_tensor(ends[i : i + 2]).expand(len(b), 2) for i, b in enumerate(boxes)]
+        return Points(torch.cat(boxes), torch.cat(strides), torch.cat(limits))
+
+    def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
+        """Class logits [B, N, K], pixels to the left, top, right, lower side [B, N, 4], centerness logits [B, N]."""
+        logits, distances, centerness = [], [], []
+        for level, stride, scale in zip(pyramid.levels, pyramid.strides, self.scales, strict=True):
+            boxes = self.box_tower(level)
+            logits.append(self.classes(self.class_tower(level)))
+            distances.append((self.distances(boxes).float() * scale).exp() * stride)
+            centerness.append(self.centerness(boxes))
+        return flatten(logits, 1).float(), flatten(distances, 1), flatten(centerness, 1).float()[..., 0]
+
+    def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
+        points, boxes = self.points(pyramid), targets.boxes_xyxy
+        valid = self.grid.valid(pyramid, targets.sizes)
+        radius = None if self.center_radius is None else points.strides * self.center_radius
+        owner = assign_fcos(points.centers, valid, radius, points.limits, boxes, targets.valid)
+        return Positives(
+            boxes_xyxy=points.boxes.expand(len(boxes), -1, -1),
+            features=flatten(pyramid.levels, 1),
+            labels=assigned_labels(targets.labels, owner),
+            target_boxes_xyxy=assigned_boxes(boxes, owner),
+            positive=owner >= 0,
+            negative=owner == BACKGROUND,
+        )
+
+    def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
+        assigned = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), assigned)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+
+    def losses(self, logits: Tensor, distances: Tensor, centerness: Tensor, assigned: Positives) -> dict[str, Tensor]:
+        positive, goals = assigned.positive, assigned.target_boxes_xyxy
+        count = mean_over_processes(positive.sum()).clamp(min=1)
+        quality = centerness_target(assigned.boxes_xyxy, goals).where(positive, 0)
+        labels = assigned.labels.clamp(min=0)[..., None]
+        classes = torch.zeros_like(logits).scatter_(-1, labels, positive.to(logits)[..., None])
+        focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma).sum(-1)
+        giou = generalized_box_iou_loss(around(assigned.boxes_xyxy, distances), goals)
+        entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")
+        return {
+            "class": focal.where(positive | assigned.negative, 0).sum() / count,
+            "giou": (giou.where(positive, 0) * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
+            "centerness": entropy.where(positive, 0).sum() / count,
+        }
+
+    @torch.no_grad()
+    def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
+        """Boxes in network pixels, best first; the score is class probability times centerness."""
+        logits, distances, centerness = self.predict(pyramid)
+        boxes = around(self.points(pyramid).boxes, distances)
+        level_sizes = [level.shape[-2] * level.shape[-1] for level in pyramid.levels]
+        return self.selection(logits.sigmoid(), centerness.sigmoid(), boxes, level_sizes, sizes)
+
+
+def around(boxes: Tensor, distances: Tensor) -> Tensor:
+    """Boxes at these distances (left, top, right, bottom) from the centres of `boxes`: [..., 4] xyxy."""
+    center = (boxes[..., :2] + boxes[..., 2:]) / 2
+    return torch.cat([center - distances[..., :2], center + distances[..., 2:]], -1)

@@ -1,0 +1,142 @@
+"""GFL as auxiliary head (Generalized Focal Loss, Li et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.ops import generalized_box_iou_loss
+
+from codetr.assign import BACKGROUND
+from codetr.assign.atss import assign_atss
+from codetr.assign.fcos import point_distances
+from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.fcos import around
+from codetr.losses import QualityFocal
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import aligned_iou
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
+
+
+class GFLHead(nn.Module):
+    """One anchor per cell, assigned by ATSS; class scores that are IoUs, and distributions over the distances to the
+    four sides, shared by all levels but for a scale of the distances.
+
+    Losses: quality focal loss; GIoU and distribution focal loss, weighted by the best class score. Its positive
+    coordinates are the anchors, with the pyramid's features at their cells. num_bins: a distance is the mean of a
+    distribution over 0, 1, ..., num_bins - 1 strides.
+    """
+
+    bins: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_levels: int,
+        num_convs: int,
+        num_groups: int,
+        anchor_scale: float,
+        topk: int,
+        num_bins: int,
+        beta: float,
+        class_weight: float,
+        giou_weight: float,
+        distribution_weight: float,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.topk, self.class_loss = num_classes, topk, QualityFocal(beta)
+        self.weights = {"class": class_weight, "giou": giou_weight, "distribution": distribution_weight}
+        self.selection = selection
+        self.grid = AnchorGrid((anchor_scale,), (1.0,))
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
+        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.distances = nn.Conv2d(width, 4 * num_bins, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(num_levels))
+        self.register_buffer("bins", torch.arange(float(num_bins)), persistent=False)
+        init_normal(self, 0.01)
+        start_at_prior(self.classes)
+
+    def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+        """Class logits [B, N, K], logits of the distances [B, N, 4, bins] (left, top, right, bottom), float32."""
+        logits, distances = [], []
+        for level, scale in zip(pyramid.levels, self.scales, strict=True):
+            logits.append(self.classes(self.class_tower(level)))
+            distances.append(self.distances(self.box_tower(level)) * scale)
+        return flatten(logits, 1).float(), flatten(distances, 1).float().unflatten(-1, (4, len(self.bins)))
+
+    def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
+        anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
+        valid = self.grid.valid(pyramid, targets.sizes)
+        owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
+        return Positives(
+            boxes_xyxy=torch.cat(anchors).expand(len(boxes), -1, -1),
+            features=flatten(pyramid.levels, 1),
+            labels=assigned_labels(targets.labels, owner),
+            target_boxes_xyxy=assigned_boxes(boxes, owner),
+            positive=owner >= 0,
+            negative=owner == BACKGROUND,
+        )
+
+    def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
+        assigned = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), _strides(pyramid), assigned)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+
+    def losses(self, logits: Tensor, distances: Tensor, strides: Tensor, assigned: Positives) -> dict[str, Tensor]:
+        """strides: [N, 1] of every candidate."""
+        positive = assigned.positive
+        anchors, goals = assigned.boxes_xyxy / strides, assigned.target_boxes_xyxy / strides
+        boxes = around(anchors, self.mean(distances))
+        quality = aligned_iou(boxes.detach(), goals)
+        classes = self.class_loss(logits, assigned.labels, quality).sum(-1)
+        count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
+        weight = logits.detach().sigmoid().amax(-1).where(positive, 0)
+        total = mean_over_processes(weight.sum()).clamp(min=1)
+        giou = generalized_box_iou_loss(boxes, goals)
+        center = (anchors[..., :2] + anchors[..., 2:]) / 2
+        spread = distribution_focal_loss(distances, point_distances(center, goals)).mean(-1)
+        return {
+            "class": classes.where(positive | assigned.negative, 0).sum() / count,
+            "giou": (giou.where(positive, 0) * weight).sum() / total,
+            "distribution": (spread.where(positive, 0) * weight).sum() / total,
+        }
+
+    def mean(self, distances: Tensor) -> Tensor:
+        """[..., 4, bins] logits -> [..., 4] expected distances in strides."""
+        return (distances.softmax(-1) * self.bins).sum(-1)
+
+    @torch.no_grad()
+    def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
+        """Boxes in network pixels, best first."""
+        logits, distances = self.predict(pyramid)
+        anchors = self.grid(pyramid)
+        boxes = around(torch.cat(anchors), self.mean(distances) * _strides(pyramid))
+        return self.selection(logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
+
+
+def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy with the two bins beside the target, weighted by nearness (GFL, eq. 6).
+
+    logits: [..., bins]. target: [...], clipped to 0 and just below the last bin. Returns [...].
+    """
+    target = target.clamp(0, logits.shape[-1] - 1 - 0.1)
+    left = target.floor()
+    flat = logits.flatten(0, -2)
+
+    def entropy(bins: Tensor) -> Tensor:
+        return cross_entropy(flat, bins.long().flatten(), reduction="none").view_as(target)
+
+    return entropy(left) * (left + 1 - target) + entropy(left + 1) * (target - left)
+
+
+def _strides(pyramid: Pyramid) -> Tensor:
+    """[N, 1]."""
+    parts = [
+        level.new_full((level.shape[-2] * level.shape[-1], 1), stride, dtype=torch.float32)
+        for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+    ]
+    return torch.cat(parts)

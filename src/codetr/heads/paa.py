@@ -1,0 +1,137 @@
+"""PAA as auxiliary head (Probabilistic Anchor Assignment, Kim and Lee 2020)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from codetr.assign import BACKGROUND
+from codetr.assign.max_iou import assign_max_iou
+from codetr.assign.paa import assign_paa
+from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.nn.anchors import AnchorGrid, BoxCoder
+from codetr.nn.boxes import aligned_iou
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
+
+
+class Dense(NamedTuple):
+    """Predictions, float32: class logits [B, N, K], deltas [B, N, 4], IoU logits [B, N]."""
+
+    logits: Tensor
+    deltas: Tensor
+    iou: Tensor
+
+
+class PAAHead(nn.Module):
+    """One anchor per cell; candidates by IoU, of which the model's own losses choose; classes, box deltas and the
+    predicted IoU, shared by all levels but for a scale of the deltas.
+
+    Losses: focal loss; GIoU weighted by the IoU; cross entropy of the IoU. Its positive coordinates are the anchors,
+    with the pyramid's features at their cells. candidate_iou: from here on an anchor is a candidate. topk: candidates
+    per object and level.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_levels: int,
+        num_convs: int,
+        num_groups: int,
+        anchor_scale: float,
+        box_stds: tuple[float, float, float, float],
+        candidate_iou: float,
+        topk: int,
+        alpha: float,
+        gamma: float,
+        class_weight: float,
+        giou_weight: float,
+        iou_weight: float,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.topk, self.alpha, self.gamma = num_classes, topk, alpha, gamma
+        self.candidate_iou = candidate_iou
+        self.weights = {"class": class_weight, "giou": giou_weight, "iou": iou_weight}
+        self.selection = selection
+        self.grid, self.coder = AnchorGrid((anchor_scale,), (1.0,)), BoxCoder(box_stds)
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
+        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.deltas = nn.Conv2d(width, 4, 3, padding=1)
+        self.iou = nn.Conv2d(width, 1, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(num_levels))
+        init_normal(self, 0.01)
+        start_at_prior(self.classes)
+
+    def predict(self, pyramid: Pyramid) -> Dense:
+        logits, deltas, iou = [], [], []
+        for level, scale in zip(pyramid.levels, self.scales, strict=True):
+            boxes = self.box_tower(level)
+            logits.append(self.classes(self.class_tower(level)))
+            deltas.append(self.deltas(boxes) * scale)
+            iou.append(self.iou(boxes))
+        return Dense(flatten(logits, 1).float(), flatten(deltas, 1).float(), flatten(iou, 1).float()[..., 0])
+
+    def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
+        dense = self.predict(pyramid)
+        assigned = self.assign(dense, pyramid, targets)
+        losses = self.losses(dense, assigned)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+
+    def assign(self, dense: Dense, pyramid: Pyramid, targets: Targets) -> Positives:
+        anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
+        every = torch.cat(anchors).expand(len(boxes), -1, -1)
+        valid = self.grid.valid(pyramid, targets.sizes)
+        owner = assign_max_iou(every, valid, boxes, targets.valid, self.candidate_iou, self.candidate_iou, 0.0)
+        labels, goals = assigned_labels(targets.labels, owner), assigned_boxes(boxes, owner)
+        cost = self._cost(dense, every, labels, goals)
+        owner = assign_paa(owner, cost, [len(level) for level in anchors], boxes.shape[1], self.topk)
+        return Positives(
+            boxes_xyxy=every,
+            features=flatten(pyramid.levels, 1),
+            labels=labels.masked_fill(owner < 0, -1),
+            target_boxes_xyxy=goals,
+            positive=owner >= 0,
+            negative=owner == BACKGROUND,
+        )
+
+    @torch.no_grad()
+    def _cost(self, dense: Dense, anchors: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
+        """[B, N] what it would cost to make each candidate (label >= 0) a positive."""
+        classes = self._one_hot(dense.logits, labels, labels >= 0)
+        focal = sigmoid_focal_loss(dense.logits, classes, self.alpha, self.gamma).sum(-1)
+        giou = generalized_box_iou_loss(self.coder.decode(anchors, dense.deltas), goals)
+        return (self.weights["class"] * focal + self.weights["giou"] * giou).where(labels >= 0, 0)
+
+    def losses(self, dense: Dense, assigned: Positives) -> dict[str, Tensor]:
+        positive, goals = assigned.positive, assigned.target_boxes_xyxy
+        found = mean_over_processes(positive.sum())
+        classes = self._one_hot(dense.logits, assigned.labels, positive)
+        focal = sigmoid_focal_loss(dense.logits, classes, self.alpha, self.gamma).sum(-1)
+        boxes = self.coder.decode(assigned.boxes_xyxy, dense.deltas)
+        quality = aligned_iou(boxes.detach(), goals).where(positive, 0)
+        giou = generalized_box_iou_loss(boxes, goals).where(positive, 0)
+        entropy = binary_cross_entropy_with_logits(dense.iou, quality, reduction="none")
+        return {
+            "class": focal.where(positive | assigned.negative, 0).sum() / found.clamp(min=len(positive)),
+            "giou": (giou * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
+            "iou": entropy.where(positive, 0).sum() / found.clamp(min=1),
+        }
+
+    @staticmethod
+    def _one_hot(logits: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
+        return torch.zeros_like(logits).scatter_(-1, labels.clamp(min=0)[..., None], positive.to(logits)[..., None])
+
+    @torch.no_grad()
+    def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
+        """Boxes in network pixels, best first; the score is the geometric mean of class probability and IoU."""
+        dense, anchors = self.predict(pyramid), self.grid(pyramid)
+        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.deltas), -1, -1), dense.deltas)
+        level_sizes = [len(level) for level in anchors]
+        return self.selection(dense.logits.sigmoid().sqrt(), dense.iou.sigmoid().sqrt(), boxes, level_sizes, sizes)

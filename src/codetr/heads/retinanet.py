@@ -1,0 +1,105 @@
+"""RetinaNet as auxiliary head (Lin et al. 2017; Co-DETR, table 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from codetr.assign import BACKGROUND
+from codetr.assign.max_iou import assign_max_iou
+from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.nn.anchors import AnchorGrid, BoxCoder
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
+
+
+class RetinaNetHead(nn.Module):
+    """Several anchors per cell, assigned by thresholds on the IoU; classes and box deltas, shared by all levels.
+
+    Losses: focal loss; on the boxes `giou` (Co-DETR) or `l1` of the deltas (the original). Its positive coordinates
+    are the anchors, with the pyramid's features at their cells.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_convs: int,
+        num_groups: int,
+        anchor_scales: Sequence[float],
+        anchor_ratios: Sequence[float],
+        box_stds: tuple[float, float, float, float],
+        positive_iou: float,
+        negative_iou: float,
+        alpha: float,
+        gamma: float,
+        box_loss: Literal["giou", "l1"],
+        class_weight: float,
+        box_weight: float,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.alpha, self.gamma = num_classes, alpha, gamma
+        self.positive_iou, self.negative_iou, self.box_loss = positive_iou, negative_iou, box_loss
+        self.weights = {"class": class_weight, box_loss: box_weight}
+        self.selection = selection
+        self.grid, self.coder = AnchorGrid(anchor_scales, anchor_ratios), BoxCoder(box_stds)
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
+        self.classes = nn.Conv2d(width, self.grid.per_cell * num_classes, 3, padding=1)
+        self.deltas = nn.Conv2d(width, self.grid.per_cell * 4, 3, padding=1)
+        init_normal(self, 0.01)
+        start_at_prior(self.classes)
+
+    def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+        """Class logits [B, N, K] and deltas [B, N, 4], float32."""
+        logits = [self.classes(self.class_tower(level)) for level in pyramid.levels]
+        deltas = [self.deltas(self.box_tower(level)) for level in pyramid.levels]
+        return flatten(logits, self.grid.per_cell).float(), flatten(deltas, self.grid.per_cell).float()
+
+    def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
+        anchors = torch.cat(self.grid(pyramid))
+        boxes = targets.boxes_xyxy
+        valid = self.grid.valid(pyramid, targets.sizes)
+        owner = assign_max_iou(anchors, valid, boxes, targets.valid, self.positive_iou, self.negative_iou, 0.0)
+        return Positives(
+            boxes_xyxy=anchors.expand(len(boxes), -1, -1),
+            features=flatten(pyramid.levels, 1).repeat_interleave(self.grid.per_cell, 1),
+            labels=assigned_labels(targets.labels, owner),
+            target_boxes_xyxy=assigned_boxes(boxes, owner),
+            positive=owner >= 0,
+            negative=owner == BACKGROUND,
+        )
+
+    def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
+        assigned = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), assigned)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+
+    def losses(self, logits: Tensor, deltas: Tensor, assigned: Positives) -> dict[str, Tensor]:
+        positive = assigned.positive
+        count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
+        labels = assigned.labels.clamp(min=0)[..., None]
+        classes = torch.zeros_like(logits).scatter_(-1, labels, positive.to(logits)[..., None])
+        focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma).sum(-1)
+        if self.box_loss == "giou":
+            boxes = self.coder.decode(assigned.boxes_xyxy, deltas)
+            error = generalized_box_iou_loss(boxes, assigned.target_boxes_xyxy)
+        else:
+            error = (deltas - self.coder.encode(assigned.boxes_xyxy, assigned.target_boxes_xyxy)).abs().sum(-1)
+        return {
+            "class": focal.where(positive | assigned.negative, 0).sum() / count,
+            self.box_loss: error.where(positive, 0).sum() / count,
+        }
+
+    @torch.no_grad()
+    def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
+        """Boxes in network pixels, best first."""
+        logits, deltas = self.predict(pyramid)
+        anchors = self.grid(pyramid)
+        boxes = self.coder.decode(torch.cat(anchors).expand(len(deltas), -1, -1), deltas)
+        return self.selection(logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
