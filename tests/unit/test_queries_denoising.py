@@ -77,3 +77,13 @@ def test_dn_detr_moves_centres_and_scales_sides_and_has_no_negatives() -> None:
     expected = targets.labels.masked_fill(~targets.valid, -1)
     assert torch.equal(made.targets.labels.view(2, 4, 3), expected[:, None].expand(-1, 4, -1))
     assert (made.content[..., -1] == 1).all()
+
+
+def test_no_box_is_turned_inside_out() -> None:
+    """A quarter of the negatives' corners pass each other, on either axis; their size is then zero."""
+    made, _ = group(box_noise=1.0)
+    sizes = made.reference.view(2, 4, 2, 3, 4)[..., 2:]
+    assert (sizes >= 0).all()
+    assert (sizes[:, :, 0] > 0).all()
+    share = (sizes[:, :, 1] == 0).float().mean()
+    assert 0.1 < share < 0.4

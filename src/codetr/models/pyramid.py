@@ -14,7 +14,7 @@ class PyramidAdapter(nn.Module):
 
     strides: of the memory's levels, in network pixels per cell.
 
-    Raises ValueError when the memory's strides do not belong to the pyramid's.
+    Raises ValueError when the memory's strides are no consecutive ones of the pyramid's.
     """
 
     def __init__(
@@ -22,10 +22,10 @@ class PyramidAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.strides = tuple(finest_stride * 2**i for i in range(num_levels))
-        if not set(strides) <= set(self.strides):
+        if strides not in [self.strides[i : i + len(strides)] for i in range(num_levels)]:
             raise ValueError(
                 f"the memory has strides {strides}, a pyramid of model.pyramid_levels={num_levels} from "
-                f"model.pyramid_stride={finest_stride} has {self.strides}: the second must include the first"
+                f"model.pyramid_stride={finest_stride} has {self.strides}: the first must be a run of the second"
             )
 
         def block(stride: int) -> nn.Sequential:

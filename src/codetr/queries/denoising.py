@@ -67,13 +67,16 @@ class DenoisingQueries(nn.Module):
 
 
 def move_corners(boxes: Tensor, positive: Tensor, noise: float) -> Tensor:
-    """Move each corner by a random share of the half size. boxes: [..., 4] cxcywh. positive: [...] bool."""
+    """Move each corner by a random share of the half size. boxes: [..., 4] cxcywh. positive: [...] bool.
+
+    A negative's corners may pass each other; its size is then zero.
+    """
     corners = box_convert(boxes, "cxcywh", "xyxy")
     half = boxes[..., 2:].repeat(*[1] * (boxes.dim() - 1), 2) / 2  # (w, h, w, h) / 2
     sign = torch.randint_like(boxes, 2) * 2 - 1
     amount = torch.rand_like(boxes) + (~positive)[..., None]
     moved = (corners + sign * amount * half * noise).clamp(0, 1)
-    return box_convert(moved, "xyxy", "cxcywh")
+    return box_convert(moved, "xyxy", "cxcywh").clamp(min=0)
 
 
 def jitter(boxes: Tensor, noise: float) -> Tensor:

@@ -73,15 +73,14 @@ class TwoStageQueries(nn.Module):
         tokens = self.projection(memory.tokens.masked_fill(~legal[..., None], 0))
         logits = self.class_head(tokens)
         top = best_tokens(logits, self.class_agnostic, self.num_queries)
-        selected = Prediction(
-            take(logits, top), (self.box_head(take(tokens, top)).float() + take(anchors, top)).sigmoid()
-        )
+        boxes = (self.box_head(take(tokens, top)) + take(anchors, top)).sigmoid()  # float32 under autocast: anchors are
+        selected = Prediction(take(logits, top), boxes)
         reference = selected.boxes.detach()
         position, content = self._embed(reference)
         group = QueryGroup(content, reference, Matching(self.repeats), position, weight=self.weight)
         if context.targets is not None:
             if self.class_agnostic:
-                every = Prediction(logits, (self.box_head(tokens).float() + anchors).sigmoid())
+                every = Prediction(logits, (self.box_head(tokens) + anchors).sigmoid())
                 group.proposals = Proposals(every, class_agnostic=True)
             else:
                 group.proposals = Proposals(selected)
