@@ -26,8 +26,9 @@ def evaluate(config: DictConfig) -> float:
     task = DetectionTask(
         detector=trained.detector,
         criterion=instantiate(saved["criterion"], _convert_="all"),
-        postprocess=instantiate(saved["postprocess"]),
+        postprocess=instantiate(config.get("postprocess") or saved["postprocess"]),
         metrics=instantiate(config.metrics)(trained.class_names),
+        branches=config.branches,
         optimizer=instantiate(saved["optimizer"]),
         schedule=instantiate(saved["schedule"]),
         settings={},

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from codetr.criterion import Criterion
 from codetr.evaluation.metrics import DetectionMetrics
-from codetr.models.detector import MAIN, Detector
+from codetr.models.detector import Detector
 from codetr.optim import Schedule
 from codetr.postprocess import PostProcess
-from codetr.types import Batch, Detections, Prediction
+from codetr.types import MAIN, Batch, Detections, Prediction
 
 
 class DetectionTask(LightningModule):
     """Trains and evaluates `detector`.
 
-    optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
+    branches: also evaluate every auxiliary head on its own, with its suppression (Co-DETR, table 11). optimizer:
+    (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
 
@@ -30,6 +31,7 @@ class DetectionTask(LightningModule):
         criterion: Criterion,
         postprocess: PostProcess,
         metrics: DetectionMetrics,
+        branches: bool,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Schedule,
         settings: dict[str, Any],
@@ -37,6 +39,7 @@ class DetectionTask(LightningModule):
         super().__init__()
         self.detector, self.criterion = detector, criterion
         self.postprocess, self.metrics = postprocess, metrics
+        self.branch_metrics = {name: metrics.like() for name in detector.heads} if branches else {}
         self.optimizer, self.schedule = optimizer, schedule
         self.settings = settings
         self._logged_step = -1
@@ -95,13 +98,19 @@ class DetectionTask(LightningModule):
             logger.log_metrics(numbers, step)
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics.reset()
+        for metrics in (self.metrics, *self.branch_metrics.values()):
+            metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
-        prediction = self.detector(batch.images, batch.padding).predictions[MAIN]
+        output = self.detector(batch.images, batch.padding)
+        prediction = output.predictions[MAIN]
         last = Prediction(prediction.logits[-1], prediction.boxes[-1])
         detections = self.postprocess(last, batch.original_sizes)
         self.metrics.update(batch.image_ids, detections, batch.truth)
+        if self.branch_metrics:
+            found = self.detector.detect_with_heads(output.memory, batch.targets.sizes, batch.original_sizes)
+            for name, metrics in self.branch_metrics.items():
+                metrics.update(batch.image_ids, found[name], batch.truth)
         return detections
 
     def on_validation_epoch_end(self) -> None:
@@ -109,6 +118,8 @@ class DetectionTask(LightningModule):
         evaluation = self.metrics.evaluation
         assert evaluation is not None
         numbers |= {f"val/ap/{name}": value for name, value in evaluation.map_per_class.items()}
+        for name, metrics in self.branch_metrics.items():
+            numbers |= {f"val/branch/{name}/{key}": value for key, value in metrics.compute().items()}
         # The evaluation after a fit is no point of its curves.
         fitting = self.trainer.state.fn == "fit"
         self.log("val/map", numbers.pop("val/map"), prog_bar=True, logger=fitting)

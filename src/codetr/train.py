@@ -40,6 +40,7 @@ def train(config: DictConfig) -> float | None:
         criterion=instantiate(config.criterion, _convert_="all"),
         postprocess=instantiate(config.postprocess),
         metrics=instantiate(config.metrics)(data.class_names),
+        branches=config.branches,
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule),
         settings=settings,

@@ -200,11 +200,12 @@ class QueryContext:
 
 @dataclass
 class Output:
-    """The result of a detector: per group, the stacked layers ([layers, B, N, ...]); and the heads' losses."""
+    """The result of a detector: per group, the stacked layers ([layers, B, N, ...]); the heads' losses; the memory."""
 
     groups: dict[str, QueryGroup]
     predictions: dict[str, Prediction]
     head_losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 @dataclass

@@ -38,11 +38,16 @@ class Report(Callback):
         if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
             return
         folder = Path(trainer.default_root_dir)
-        where = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        where: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        branches = branch_numbers(pl_module)
+        if branches:
+            where["branches"] = branches
         write_metrics(folder / "metrics.json", evaluation, where | self.about)
         save_precision_recall(evaluation.precision, evaluation.map_per_class, folder / "pr_curves.png")
         if trainer.state.fn != "fit":
             get_console().print(tables(evaluation))
+            if branches:
+                get_console().print("", branches_table(evaluation, branches))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -62,6 +67,12 @@ def last_evaluation(pl_module: LightningModule) -> Evaluation | None:
     return metrics.evaluation
 
 
+def branch_numbers(pl_module: LightningModule) -> dict[str, dict[str, float]]:
+    """The numbers of every auxiliary head that was evaluated."""
+    every = {name: metrics.evaluation for name, metrics in getattr(pl_module, "branch_metrics", {}).items()}
+    return {name: evaluation.numbers for name, evaluation in every.items() if evaluation is not None}
+
+
 def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
     """torchmetrics' keys, `map_per_class` and `objects_per_class` by name, and where the numbers come from."""
     content = {
@@ -77,6 +88,18 @@ def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) 
 def tables(evaluation: Evaluation) -> RenderableType:
     """COCO's twelve numbers, and AP per class, best first."""
     return Group(_numbers(evaluation), "", _classes(evaluation))
+
+
+def branches_table(evaluation: Evaluation, branches: Mapping[str, Mapping[str, float]]) -> Table:
+    """The decoder beside each auxiliary head on its own (Co-DETR, table 11)."""
+    table = Table(title="AP of every branch", title_style="bold", title_justify="left")
+    table.add_column("branch")
+    shown = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for branch, numbers in {"decoder": evaluation.numbers, **branches}.items():
+        table.add_row(branch, *(_number(numbers[name]) for name in shown))
+    return table
 
 
 def _numbers(evaluation: Evaluation) -> Table:

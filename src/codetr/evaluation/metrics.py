@@ -61,6 +61,10 @@ class DetectionMetrics:
         self.evaluation: Evaluation | None = None
         self._records: dict[int, Record] = {}
 
+    def like(self) -> DetectionMetrics:
+        """Another one with the same settings and no images."""
+        return DetectionMetrics(self.class_names, self.max_detections, self.backend)
+
     def reset(self) -> None:
         """Forget the images; `evaluation` stays until the next `compute`."""
         self._records = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from codetr.models.backbone import Backbone
-from codetr.types import MAIN, Memory, Output, Prediction, QueryContext, Targets
+from codetr.types import MAIN, Detections, Memory, Output, Prediction, QueryContext, Targets, box_scale
 
 
 class Detector(nn.Module):
@@ -52,7 +55,7 @@ class Detector(nn.Module):
                 output = head(pyramid, targets)
                 losses[name], context.positives[name] = output.losses, output.positives
         self._ask_sources(context)
-        return Output(context.groups, self.decoder(context.groups, memory), losses)
+        return Output(context.groups, self.decoder(context.groups, memory), losses, memory)
 
     def _ask_sources(self, context: QueryContext) -> None:
         for name, source in self.queries.items():
@@ -63,6 +66,23 @@ class Detector(nn.Module):
         """The last layer's predictions of the main group: logits [B, N, K], boxes [B, N, 4]."""
         prediction = self.forward(images, padding).predictions[MAIN]
         return Prediction(prediction.logits[-1], prediction.boxes[-1])
+
+    @torch.no_grad()
+    def detect_with_heads(self, memory: Memory, sizes: Tensor, original_sizes: Tensor) -> dict[str, list[Detections]]:
+        """What each auxiliary head finds on its own (Co-DETR, table 11), in pixels of the original images.
+
+        sizes, original_sizes: [B, 2] (height, width) of the images in the network and in their files.
+        """
+        if self.adapter is None:
+            return {}
+        pyramid = self.adapter(memory)
+        scale = (box_scale(original_sizes) / box_scale(sizes)).to(memory.tokens.device)
+        heads: dict[str, Any] = dict(self.heads.items())
+        found = {name: head.detect(pyramid, sizes) for name, head in heads.items()}
+        return {
+            name: [replace(d, boxes_xyxy=d.boxes_xyxy * s) for d, s in zip(images, scale, strict=True)]
+            for name, images in found.items()
+        }
 
     def training_only_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the parameters that inference neither needs nor builds."""

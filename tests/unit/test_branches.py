@@ -1,0 +1,84 @@
+"""Every auxiliary head evaluated on its own: in pixels of the original image, and against its own truth."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from toy_model import detector
+
+from codetr.callbacks.report import branch_numbers, branches_table
+from codetr.evaluation.metrics import DetectionMetrics
+from codetr.models.detector import Detector
+from codetr.postprocess import PostProcess
+from codetr.task import DetectionTask
+from codetr.types import Batch, Targets
+
+CLASSES = ("disc", "ring", "star")
+HEADS = ["faster_rcnn", "atss", "retinanet", "fcos", "gfl", "paa"]
+NETWORK, ORIGINAL = torch.tensor([[64, 96], [96, 64]]), torch.tensor([[128, 192], [48, 32]])
+
+
+@pytest.fixture(scope="module")
+def model() -> Detector:
+    torch.manual_seed(0)
+    collaborators = ["faster_rcnn_small", *HEADS[1:]]
+    return detector(CLASSES, f"model/collaborator=[{','.join(collaborators)}]").eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    torch.manual_seed(1)
+    rows, columns = torch.arange(96), torch.arange(96)
+    padding = (rows >= NETWORK[:, :1])[:, :, None] | (columns >= NETWORK[:, 1:])[:, None]
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    nothing = Targets(torch.full((2, 1, 4), 0.5), torch.zeros(2, 1).long(), torch.zeros(2, 1).bool(), NETWORK)
+    return Batch(images, padding, nothing, torch.tensor([3, 8]), ORIGINAL, [{}, {}])
+
+
+def found_by(model: Detector, batch: Batch, name: str) -> list[Tensor]:
+    """Straight from the head, in pixels of the network."""
+    with torch.no_grad():
+        pyramid = model.adapter(model.encode(batch.images, batch.padding))
+        return [found.boxes_xyxy for found in model.heads[name].detect(pyramid, NETWORK)]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_boxes_are_those_of_the_head_in_pixels_of_the_file(model: Detector, batch: Batch, name: str) -> None:
+    memory = model.encode(batch.images, batch.padding)
+    found = model.detect_with_heads(memory, NETWORK, ORIGINAL)[name]
+    for image, factor in enumerate((2.0, 0.5)):
+        assert len(found[image].scores) > 3
+        torch.testing.assert_close(found[image].boxes_xyxy, found_by(model, batch, name)[image] * factor)
+        assert (found[image].scores[:-1] >= found[image].scores[1:]).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector, batch: Batch, name: str) -> None:
+    memory = model.encode(batch.images, batch.padding)
+    truth = []
+    for found in model.detect_with_heads(memory, NETWORK, ORIGINAL)[name]:
+        boxes, labels = found.boxes_xyxy, found.labels
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        truth.append({"boxes": boxes, "labels": labels, "iscrowd": torch.zeros(len(labels)), "area": area})
+    task = DetectionTask(model, None, PostProcess(100, None), DetectionMetrics(CLASSES), True, partial(print), None, {})
+    batch.truth = truth
+    task.on_validation_epoch_start()
+    with torch.no_grad():
+        task.validation_step(batch, 0)
+    maps = {branch: metrics.compute()["map"] for branch, metrics in task.branch_metrics.items()}
+    assert set(maps) == set(HEADS)
+    assert maps[name] == pytest.approx(1.0)
+    assert task.metrics.compute()["map"] < 0.9
+    numbers = branch_numbers(task)
+    assert numbers[name]["map"] == maps[name]
+    assert task.metrics.evaluation is not None
+    table = branches_table(task.metrics.evaluation, numbers)
+    assert list(table.columns[0].cells) == ["decoder", *task.branch_metrics]
+
+
+def test_off_by_default(model: Detector) -> None:
+    task = DetectionTask(
+        model, None, PostProcess(100, None), DetectionMetrics(CLASSES), False, partial(print), None, {}
+    )
+    assert task.branch_metrics == {}
