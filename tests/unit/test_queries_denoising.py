@@ -45,6 +45,7 @@ def test_targets_are_the_objects_and_background() -> None:
     assert torch.equal(labels[:, :, 0], expected[:, None].expand(-1, 4, -1))
     assert (labels[:, :, 1] == -1).all()
     assert torch.equal(valid, targets.valid[:, None, None].expand_as(valid))
+    assert made.sees == ("main",)
     assert torch.equal(made.targets.boxes.view(2, 8, 3, 4), targets.boxes[:, None].expand(-1, 8, -1, -1))
 
 
