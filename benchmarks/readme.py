@@ -1,8 +1,10 @@
-"""Put the measured tables of benchmarks/results/*.md into the README, between their markers."""
+"""Put the measured tables of benchmarks/results/*.md into the README, between their markers, and write the docs."""
 
 import re
 import sys
 from pathlib import Path
+
+from codetr.papers import load_rows, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,9 +19,16 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
+def generated() -> dict[Path, str]:
+    """Every generated page, as it should be."""
     readme = ROOT / "README.md"
-    text = filled(readme.read_text())
-    if "--check" in sys.argv:
-        sys.exit(None if text == readme.read_text() else "README.md is not up to date: run `make readme`")
-    readme.write_text(text)
+    rows = markdown(load_rows(), ROOT / "benchmarks" / "results" / "rows")
+    return {readme: filled(readme.read_text()), ROOT / "docs" / "reproduction.md": rows}
+
+
+if __name__ == "__main__":
+    for path, text in generated().items():
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or text != path.read_text():
+            sys.exit(f"{path.name} is not up to date: run `make readme`")
