@@ -1,5 +1,6 @@
 """Every experiment composes and builds; the README says what the files say."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,12 +9,23 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
+from codetr.types import Targets
+
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 # The auxiliary heads and the query sources.
 EXPECTED = {
     "compare": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn"}),
+    "compare_groups": ([], {"main"}),
+    "conditional_detr_r50": ([], {"main"}),
+    "dab_deformable_detr_r50": ([], {"main"}),
+    "dab_detr_r50": ([], {"main"}),
+    "deformable_detr_r50": ([], {"main"}),
+    "dino_r50_12e": ([], {"main", "denoising"}),
+    "dn_deformable_detr_r50": ([], {"main", "denoising"}),
+    "dn_detr_r50": ([], {"main", "denoising"}),
+    "h_deformable_r50_12e": ([], {"main", "hybrid"}),
     "co_deformable_r50_12e": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn"}),
     "deformable_pp_r50_12e": ([], {"main"}),
     "demo": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn", "denoising"}),
@@ -50,11 +62,35 @@ def test_co_deformable_r50_has_the_official_number_of_parameters() -> None:
     assert sum(count[n] for n in ("encoder", "adapter", "queries", "decoder")) == 19698766 + 2 * (256 - 1)
 
 
-def test_the_readme_shows_the_measured_tables() -> None:
+def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
+    """Its file, in a folder of one's own, is a detector: at full size, and for one step in small."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"<!-- example: h_dino -->\n```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "h_dino.yaml").write_text(example)
+    overrides = ["experiment=dino_r50_12e", "model=h_dino", "model.num_classes=3", f"hydra.searchpath=[{tmp_path}]"]
+    small = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.norm_groups=4"]
+    small += ["model/backbone=resnet10_small", "model.detector.encoder.num_layers=1"]
+    for extra in (["model.detector.backbone.pretrained=false"], small):
+        with initialize_config_module("codetr.conf", version_base="1.3"):
+            config = compose("train", [*overrides, *extra])
+        with torch.device("meta" if extra is not small else "cpu"):
+            detector = instantiate(config.model.detector, _convert_="all")
+        assert list(detector.queries) == ["main", "group_2", "denoising", "hybrid"]
+    images, padding = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.bool)
+    one = torch.ones(1, 1, dtype=torch.long)
+    targets = Targets(torch.full((1, 1, 4), 0.5), one, one.bool(), torch.full((1, 2), 64))
+    losses = instantiate(config.criterion)(detector(images, padding, targets), targets)
+    torch.stack(list(losses.values())).sum().backward()
+    assert {name.split("/")[0] for name in losses} == set(detector.queries)
+    assert all(p.grad is not None for p in detector.parameters())
+
+
+def test_the_readme_and_the_reproduction_page_are_up_to_date() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from readme import filled
+        from readme import generated
     finally:
         sys.path.pop(0)
-    text = (ROOT / "README.md").read_text()
-    assert filled(text) == text, "run `make readme`"
+    for path, text in generated().items():
+        assert path.read_text() == text, "run `make readme`"
