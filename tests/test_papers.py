@@ -34,20 +34,17 @@ def composed(row: Row, *overrides: str) -> DictConfig:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Detector]:
-    """Every row that can be run, at full size without memory; rows that build the same model share it."""
-    built: dict[str, Detector] = {}
-    out = {}
+    """Every row that can be run, at full size without memory; rows that differ in epochs and batch only share it."""
+    built: dict[tuple[str, ...], Detector] = {}
     for row in READY:
-        config = composed(row, "model.detector.backbone.pretrained=false")
-        assert config.trainer.max_epochs == row.epochs
-        key = str(config.model)
-        if key not in built:
+        if row.overrides not in built:
+            config = composed(row, "model.detector.backbone.pretrained=false")
+            assert config.trainer.max_epochs == row.epochs
             with torch.device("meta"):
-                built[key] = instantiate(config.model.detector, _convert_="all")
+                built[row.overrides] = instantiate(config.model.detector, _convert_="all")
                 instantiate(config.criterion)
             instantiate(config.postprocess)
-        out[row.name] = built[key]
-    return out
+    return {row.name: built[row.overrides] for row in READY}
 
 
 def test_every_table_is_there() -> None:
