@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from codetr.types import Known, Prediction, Targets
+
+CACHED = 2**17  # costs computed at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -26,39 +29,42 @@ class MatchingCost:
         """prediction: [L, B, N, ...]. labels: [B, M]. boxes: [B, M, 4] cxcywh. Returns [L, B, M, N].
 
         Only between an image's own queries and objects, and only for the objects' classes; coordinate by coordinate
-        and in place, since passes over memory are what it costs.
+        and in place, since passes over memory are what it costs. With d the distance of two centres and e half the
+        difference of two widths, L1 has d + 2e, and the intervals overlap by their mean width - max(d, e), negative
+        where there is a gap; their hull is the mean width + max(d, e).
         """
         columns = labels[None, :, None].expand(*prediction.logits.shape[:3], -1)
-        logits = prediction.logits.gather(-1, columns).float().transpose(-1, -2).contiguous()
-        objects = boxes[None, :, :, None].unbind(-1)  # each [1, B, M, 1]
-        predicted = prediction.boxes.float()[:, :, None].unbind(-1)  # each [L, B, 1, N]
-        cost = self._focal(logits).mul_(self.focal)
-        for a, b in zip(objects, predicted, strict=True):
-            cost.add_((a - b).abs_(), alpha=self.l1)
-        return cost.sub_(_giou(objects, predicted), alpha=self.giou)
+        cost = self._focal(prediction.logits.gather(-1, columns).float().transpose(-1, -2).contiguous())
+        objects = _halved(boxes)[:, None, ..., None]  # [4, 1, B, M, 1]
+        queries = _halved(prediction.boxes.float())[..., None, :]  # [4, L, B, 1, N]
+        overlaps, hulls = [], []
+        for centre, side in ((0, 2), (1, 3)):
+            distance = (objects[centre] - queries[centre]).abs_()
+            difference = (objects[side] - queries[side]).abs_()
+            cost.add_(distance, alpha=self.l1).add_(difference, alpha=2 * self.l1)
+            apart = torch.maximum(distance, difference, out=distance)
+            mean = torch.add(objects[side], queries[side], out=difference)
+            overlaps.append((mean - apart).clamp_(min=0))
+            hulls.append(mean.add_(apart))
+        intersection, hull = overlaps[0].mul_(overlaps[1]), hulls[0].mul_(hulls[1]).clamp_(min=1e-7)
+        areas = [4 * half[2] * half[3] for half in (objects, queries)]
+        union = torch.add(*areas, out=overlaps[1]).sub_(intersection).clamp_(min=1e-7)
+        giou = intersection.div_(union).add_(union.div_(hull)).sub_(1)
+        return cost.sub_(giou, alpha=self.giou)
 
     def _focal(self, logits: Tensor) -> Tensor:
-        """Focal loss of a positive minus that of a negative; overwrites `logits`."""
-        probability = logits.sigmoid_()
-        rest = 1 - probability
-        positive = (probability + 1e-12).log_()
-        negative = (rest + 1e-12).log_()
-        negative.mul_(probability.pow_(self.gamma)).mul_(1 - self.alpha)
-        return negative.sub_(positive.mul_(rest.pow_(self.gamma)), alpha=self.alpha)
+        """Focal loss of a positive minus that of a negative: -log p = softplus(-x), -log(1 - p) = softplus(x)."""
+        probability, negative = logits.sigmoid(), softplus(logits)
+        positive = negative - logits
+        negative.mul_(probability**self.gamma)
+        positive.mul_(probability.neg_().add_(1).pow_(self.gamma))
+        return positive.mul_(self.focal * self.alpha).sub_(negative, alpha=self.focal * (1 - self.alpha))
 
 
-def _giou(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
-    """GIoU of all pairs; cx, cy, w, h of boxes that broadcast against one another. -> e.g. [L, B, M, N]."""
-    width, height = (
-        torch.minimum(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2).sub_(
-            torch.maximum(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2)
-        )
-        for i in (0, 1)
-    )  # of the overlap, negative where there is none
-    hull = (a[2] + b[2]).sub_(width).mul_((a[3] + b[3]).sub_(height)).clamp_(min=1e-7)
-    intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    union = (a[2] * a[3] + b[2] * b[3]).sub_(intersection).clamp_(min=1e-7)
-    return intersection.div_(union).add_(union.div_(hull)).sub_(1)
+def _halved(boxes: Tensor) -> Tensor:
+    """[..., 4] -> [4, ...], one coordinate after the other: cx, cy, w / 2, h / 2."""
+    cx, cy, w, h = boxes.unbind(-1)
+    return torch.stack([cx, cy, w / 2, h / 2])
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,14 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
     """
     if not problems:
         return []
-    costs = [_costs(problem, targets, cost) for problem in problems]
-    flat = torch.cat([targets.counts.float(), *(c.flatten() for c in costs)]).cpu().numpy()
+    blocks = [_costs(problem, targets, cost) for problem in problems]
+    flat = torch.cat([targets.counts.float(), *(block.flatten() for costs in blocks for block in costs)]).cpu().numpy()
     counts, flat = flat[: len(targets.labels)].astype(int), flat[len(targets.labels) :]
     owners = []
-    for problem, matrix in zip(problems, costs, strict=True):
-        values, flat = flat[: matrix.numel()].reshape(matrix.shape), flat[matrix.numel() :]
-        owners.append(_solve(values, counts, problem.repeats))
+    for problem, costs in zip(problems, blocks, strict=True):
+        size = sum(block.numel() for block in costs)
+        owners.append(_solve(flat[:size].reshape(-1, *costs[0].shape[1:]), counts, problem.repeats))
+        flat = flat[size:]
     packed = torch.from_numpy(np.concatenate([o.ravel() for o in owners])).to(targets.labels.device)
     return [
         _targets_of(owner.view(array.shape), targets, problem.class_agnostic)
@@ -95,13 +102,15 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
     ]
 
 
-def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> Tensor:
-    """[L, B, M, N]; on a CPU a few layers at a time, so that what lies between stays in the cache: twice as fast."""
+def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> list[Tensor]:
+    """[l, B, M, N] each; on a CPU so few layers at a time that what lies between stays in the cache: twice as fast."""
     labels = torch.zeros_like(targets.labels) if problem.class_agnostic else targets.labels
     logits, boxes = problem.prediction.logits, problem.prediction.boxes
-    block = 8 if logits.device.type == "cpu" else len(logits)
+    block = len(logits)
+    if logits.device.type == "cpu":
+        block = max(1, CACHED // (labels.shape[1] * boxes[0, ..., 0].numel()))
     parts = zip(logits.split(block), boxes.split(block), strict=True)
-    return torch.cat([cost(Prediction(*part), labels, targets.boxes) for part in parts])
+    return [cost(Prediction(*part), labels, targets.boxes) for part in parts]
 
 
 def _solve(costs: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
