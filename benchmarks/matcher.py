@@ -4,6 +4,7 @@ The usual way, per layer and group: costs between the queries and objects of all
 the host, scipy per image. Both run in one process, alternating; the total cost of the two matchings must agree.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -22,7 +23,7 @@ from codetr.types import Prediction, Targets
 
 RESULT = Path(__file__).parent / "results" / "matcher.md"
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
-LAYERS, IMAGES, CLASSES, REPEAT = 7, 2, 80, 9
+LAYERS, IMAGES, CLASSES, REPEAT = 7, 2, 80, 31
 CASES = [(11, 300, 20), (1, 300, 20), (1, 900, 100)]  # groups, queries, objects
 
 
@@ -121,7 +122,8 @@ def main() -> None:
         lines.append(f"| {groups} x {queries}, {objects} | {a:.1f} | {b:.1f} | {a / b:.1f} |")
     lines.append(
         f"\n{LAYERS} layers, {IMAGES} images, {CLASSES} classes; medians of {REPEAT}; `benchmarks/matcher.py`, "
-        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}."
+        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"load average {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores."
     )
     RESULT.write_text("\n".join(lines) + "\n")
     print(RESULT.read_text())
