@@ -1,8 +1,11 @@
-"""Conditional DETR, DAB-DETR and Deformable DETR against the `transformers` library: features to boxes, and losses.
+"""Conditional DETR, DAB-DETR and Deformable DETR against the `transformers` library: pixels to losses and gradients.
 
-Weights are random and move from their model to ours, which is composed from conf/.
+Weights are random and move from their model to ours, which is composed from conf/ like the criterion.
 """
 
+import copy
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +13,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor, nn
-from transformers import ResNetConfig
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.models.conditional_detr.configuration_conditional_detr import ConditionalDetrConfig
 from transformers.models.conditional_detr.modeling_conditional_detr import ConditionalDetrForObjectDetection
 from transformers.models.dab_detr.configuration_dab_detr import DabDetrConfig
@@ -20,17 +24,13 @@ from transformers.models.deformable_detr.configuration_deformable_detr import De
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrForObjectDetection
 from transformers_weights import CONDITIONAL, DAB, DEFORMABLE, Renames, ours
 
-from codetr.assign.hungarian import MatchingCost
-from codetr.criterion import Criterion
-from codetr.losses import Focal
 from codetr.models.detector import Detector
 from codetr.types import Output, QueryContext, Targets
 
-WIDTH, HEADS, FFN, LAYERS, QUERIES, CLASSES = 32, 4, 48, 3, 9, 5
-CHANNELS = [8, 16, 24, 32]
+WIDTH, HEADS, FFN, LAYERS, QUERIES, CLASSES = 64, 4, 48, 3, 9, 5
 COMMON = {
-    "use_timm_backbone": False,
-    "backbone": None,
+    "use_timm_backbone": True,
+    "backbone": "resnet18",
     "use_pretrained_backbone": False,
     "encoder_layers": 2,
     "decoder_layers": LAYERS,
@@ -42,45 +42,61 @@ COMMON = {
     "num_labels": CLASSES,
     "dropout": 0.0,
 }
+OURS = {
+    "model.width": WIDTH,
+    "model.num_heads": HEADS,
+    "model.ffn_width": FFN,
+    "model.num_classes": CLASSES,
+    "model.dropout": 0.0,
+    "model.eps": 1e-5,  # theirs everywhere; DAB-DETR's own is 1e-3
+    "model.detector.encoder.num_layers": 2,
+    "model.detector.decoder.num_layers": LAYERS,
+    "model.detector.main.num_queries": QUERIES,
+    "model.detector.backbone.name": "resnet18",
+    "model.detector.backbone.pretrained": "false",
+}
+LOSSES = {"class": ("loss_ce", 2.0), "l1": ("loss_bbox", 5.0), "giou": ("loss_giou", 2.0)}  # and their weights
+
+# Without gradient by the mathematics: biases of keys, which softmax removes, and in a first layer whose contents are
+# zero whatever self-attention weighs with. Any other idle weight would be one that these tests do not see.
+IDLE = r"layers\.0\.self_attention\.(query_key|position|value\.weight)|cross_attention\.key(_position)?\.bias"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Our preset and their classes. stages: of the backbone. options: of their configuration. eps: of the inverse
-    sigmoid, which theirs has at 1e-5 everywhere."""
+    """Our preset and their classes. options: of their configuration."""
 
     preset: str
     model: type[nn.Module]
     config: type
     renames: Renames
-    stages: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def theirs(self, **options: Any) -> nn.Module:
-        body = ResNetConfig(
-            embedding_size=8,
-            hidden_sizes=CHANNELS,
-            depths=[1, 1, 1, 1],
-            layer_type="basic",
-            out_features=[f"stage{i}" for i in self.stages],
-        )
+    def theirs(self) -> nn.Module:
+        """Such weights that attention is neither uniform nor one-hot: then every one of them matters."""
         torch.manual_seed(0)
-        model = self.model(self.config(**{**COMMON, **self.options, **options}, backbone_config=body)).eval()
-        for name, parameter in model.named_parameters():  # so that queries differ, layer after layer
-            std = 1.5 if "query_" in name and "embeddings" in name else 0.3
-            nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=std)
+        model = self.model(self.config(**COMMON, **self.options)).eval()
+        if self.preset == "deformable_detr_refine":  # theirs ties the class heads, the original clones them
+            model.class_embed = nn.ModuleList(copy.deepcopy(head) for head in model.class_embed)
+        for name, parameter in model.named_parameters():
+            if "backbone" not in name:
+                std = 1.5 if name.endswith(("embeddings.weight", "level_embed")) else 0.15
+                nn.init.normal_(parameter, mean=_mean(name), std=std)
+        for name, buffer in model.named_buffers():
+            if "backbone" in name:  # the frozen batch norms
+                buffer += 0.2 * torch.rand_like(buffer)
         return model
 
-    def ours(self) -> Detector:
-        values = {"width": WIDTH, "num_heads": HEADS, "ffn_width": FFN, "num_classes": CLASSES, "eps": 1e-5}
-        overrides = [f"model={self.preset}", *(f"model.{key}={value}" for key, value in values.items())]
-        overrides += ["model.detector.encoder.num_layers=2", f"model.detector.decoder.num_layers={LAYERS}"]
-        overrides += [f"model.detector.main.num_queries={QUERIES}", "model/backbone=resnet10_small"]
-        overrides += [f"model.detector.backbone.out_indices={list(self.stages)}"]
-        overrides += [f"model.detector.backbone.arguments.channels={CHANNELS}"]
+    def ours(self) -> DictConfig:
         with initialize_config_module("codetr.conf", version_base="1.3"):
-            config = compose("train", overrides)
-        return instantiate(config.model.detector, _convert_="all").eval()
+            return compose("train", [f"model={self.preset}", *(f"{key}={value}" for key, value in OURS.items())])
+
+
+def _mean(name: str) -> float:
+    """1 for the weights of norms; logits start near a probability of 0.01 (RetinaNet, sec. 4.1), as the papers' do."""
+    if re.search(r"(class_embed|class_labels_classifier)\.(\d\.)?bias$", name):
+        return -4.6
+    return float("norm" in name and name.endswith("weight"))
 
 
 CONDITIONAL_PAIR = Pair(
@@ -88,16 +104,16 @@ CONDITIONAL_PAIR = Pair(
     ConditionalDetrForObjectDetection,
     ConditionalDetrConfig,
     CONDITIONAL,
-    (4,),
-    {"d_model": WIDTH, "attention_dropout": 0.0, "activation_dropout": 0.0},
+    {"d_model": WIDTH, "attention_dropout": 0.0, "activation_dropout": 0.0, "auxiliary_loss": False},
 )
-DAB_PAIR = Pair("dab_detr", DabDetrForObjectDetection, DabDetrConfig, DAB, (4,), {"hidden_size": WIDTH})
+DAB_PAIR = Pair(
+    "dab_detr", DabDetrForObjectDetection, DabDetrConfig, DAB, {"hidden_size": WIDTH, "auxiliary_loss": True}
+)
 
 
 def deformable(preset: str, **options: Any) -> Pair:
-    options |= {"d_model": WIDTH, "num_feature_levels": 4, "two_stage_num_proposals": QUERIES}
-    model = DeformableDetrForObjectDetection
-    return Pair(preset, model, DeformableDetrConfig, DEFORMABLE, (2, 3, 4), options)
+    options |= {"d_model": WIDTH, "num_feature_levels": 4, "two_stage_num_proposals": QUERIES, "auxiliary_loss": True}
+    return Pair(preset, DeformableDetrForObjectDetection, DeformableDetrConfig, DEFORMABLE, options)
 
 
 PAIRS = [
@@ -107,19 +123,27 @@ PAIRS = [
     deformable("deformable_detr_refine", with_box_refine=True),
     deformable("deformable_detr_two_stage", with_box_refine=True, two_stage=True),
 ]
-every_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.preset)
 
 
-def moved(pair: Pair, theirs: nn.Module) -> Detector:
-    """Our detector with their weights; none is left over on either side."""
-    detector = pair.ours()
-    weights = ours(theirs.state_dict(), pair.renames, LAYERS)
-    own = {name for name, _ in detector.named_parameters() if not name.startswith("backbone.")}
-    assert own <= set(weights)
-    used = {weights[name].data_ptr() for name in own}
-    assert all(weights[name].data_ptr() in used for name in set(weights) - own)  # a shared head under several names
-    detector.load_state_dict({name: weights[name] for name in own}, strict=False)
-    return detector
+@dataclass(frozen=True)
+class Models:
+    pair: Pair
+    theirs: nn.Module
+    ours: Detector
+    criterion: nn.Module
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: pair.preset)
+def models(request: pytest.FixtureRequest) -> Models:
+    """Both with their weights; none is left over on either side."""
+    theirs, config = request.param.theirs(), request.param.ours()
+    detector = instantiate(config.model.detector, _convert_="all").eval()
+    weights = ours(theirs.state_dict(), request.param.renames, LAYERS)
+    own = {name: weights[name] for name in detector.state_dict()}
+    used = {tensor.data_ptr() for tensor in own.values()}
+    assert all(weights[name].data_ptr() in used for name in weights.keys() - own.keys())  # a shared head's other names
+    detector.load_state_dict(own)
+    return Models(request.param, theirs, detector, instantiate(config.criterion))
 
 
 def images(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -137,84 +161,106 @@ BATCHES = {
 }
 
 
-@torch.no_grad()
-def features(theirs: nn.Module, pixels: Tensor, mask: Tensor) -> list[Tensor]:
-    """Of their backbone, for ours too."""
-    found = theirs.model.backbone(pixels, mask)
-    levels = found[0] if isinstance(found, tuple) else found
-    return [level[0] for level in levels]
+def objects(mask: Tensor, counts: tuple[int, ...]) -> tuple[Targets, list[dict[str, Tensor]]]:
+    """For us and for them."""
+    generator = torch.Generator().manual_seed(2)
+    most = max(*counts, 1)
+    centres, sides = torch.rand(2, len(counts), most, 2, generator=generator)
+    boxes = torch.cat([centres * 0.4 + 0.3, sides * 0.3 + 0.1], -1)
+    valid = torch.arange(most) < torch.tensor(counts)[:, None]
+    labels = torch.randint(CLASSES, (len(counts), most), generator=generator) * valid
+    sizes = torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], 1)
+    theirs = [{"boxes": b[ok], "class_labels": c[ok]} for b, c, ok in zip(boxes, labels, valid, strict=True)]
+    return Targets(boxes, labels, valid, sizes), theirs
 
 
-def decode(detector: Detector, levels: list[Tensor], mask: Tensor, targets: Targets | None = None) -> Output:
-    memory = detector.encoder(detector.neck(levels), mask == 0)
+def detect(detector: Detector, pixels: Tensor, mask: Tensor, targets: Targets) -> Output:
+    """What `Detector.forward` does with an image whose colours are normalised already."""
+    memory = detector.encoder(detector.neck(detector.backbone(pixels)), mask == 0)
     groups = {"main": detector.queries["main"](QueryContext(memory, targets))}
     return Output(groups, detector.decoder(groups, memory), memory=memory)
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+def their_layers(pair: Pair, theirs: nn.Module, pixels: Tensor, mask: Tensor, labels: list) -> Iterator[dict]:
+    """What every decoder layer predicts, and at last the first stage, if there is one."""
+    if pair is CONDITIONAL_PAIR:
+        # With auxiliary_loss theirs feeds the normalised output of a layer to the next one, unlike the original; so
+        # each layer's predictions come from a decoder that ends there.
+        layers = theirs.model.decoder.layers
+        for count in range(1, LAYERS + 1):
+            theirs.model.decoder.layers = layers[:count]
+            out = theirs(pixels, mask)
+            yield {"logits": out.logits, "pred_boxes": out.pred_boxes}
+        return
+    out = theirs(pixels, mask, labels=labels)  # no auxiliary outputs without labels
+    yield from [*out.auxiliary_outputs, {"logits": out.logits, "pred_boxes": out.pred_boxes}]
+    if pair.options.get("two_stage"):
+        yield {"logits": out.enc_outputs_class, "pred_boxes": out.enc_outputs_coord_logits.sigmoid()}
 
 
-@every_pair
+def their_losses(layers: list[dict], labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """By our names. The library leaves out the first stage's: as in the original code, all its objects are class 0."""
+    judge = DeformableDetrImageLoss(DeformableDetrHungarianMatcher(2, 5, 2), CLASSES, 0.25, ["labels", "boxes"])
+    *earlier, last = layers[:LAYERS]
+    found = judge({**last, "auxiliary_outputs": earlier}, labels)
+    names = {str(i): f"_{i}" for i in range(LAYERS - 1)} | {str(LAYERS - 1): ""}
+    if len(layers) > LAYERS:
+        first = judge(layers[-1], [{**image, "class_labels": image["class_labels"] * 0} for image in labels])
+        found |= {f"{name}_encoder": value for name, value in first.items()}
+        names["encoder"] = "_encoder"
+    return {
+        f"main/{layer}/{term}": weight * found[name + suffix]
+        for layer, suffix in names.items()
+        for term, (name, weight) in LOSSES.items()
+    }
+
+
+def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
-def test_logits_and_boxes_of_every_layer(pair: Pair, batch: str) -> None:
+def test_logits_and_boxes_of_every_layer(models: Models, batch: str) -> None:
     pixels, mask = BATCHES[batch]
-    theirs = pair.theirs(auxiliary_loss=True)
-    detector = moved(pair, theirs)
-    found = decode(detector, features(theirs, pixels, mask), mask).predictions["main"]
-    if pair is CONDITIONAL_PAIR:
-        expected = [_shortened(theirs, layers)(pixels, mask) for layers in range(1, LAYERS + 1)]
-        logits, boxes = ([getattr(o, key) for o in expected] for key in ("logits", "pred_boxes"))
-    else:
-        out = theirs(pixels, mask, labels=_labels(_targets(pixels, mask)))
-        steps = [*out.auxiliary_outputs, {"logits": out.logits, "pred_boxes": out.pred_boxes}]
-        logits, boxes = ([step[key] for step in steps] for key in ("logits", "pred_boxes"))
-    assert torch.stack(logits).std(2).mean() > 1e-2  # the queries differ
-    for layer in range(LAYERS):
-        close(found.logits[layer], logits[layer])
-        close(found.boxes[layer], boxes[layer])
+    targets, labels = objects(mask, (2,) * len(mask))
+    output = detect(models.ours, pixels, mask, targets)
+    found = list(zip(output.predictions["main"].logits, output.predictions["main"].boxes, strict=True))
+    if (first := output.groups["main"].proposals) is not None:
+        found.append((first.prediction.logits, first.prediction.boxes))
+    layers = their_layers(models.pair, models.theirs, pixels, mask, labels)
+    for (logits, boxes), expected in zip(found, layers, strict=True):
+        close(logits, expected["logits"])
+        close(boxes, expected["pred_boxes"])
 
 
-def _shortened(theirs: nn.Module, layers: int) -> nn.Module:
-    """Their Conditional DETR feeds the normalised output of a layer to the next one when it is asked for all layers'
-    outputs, unlike the original; so each layer's come from a model that ends there."""
-    model = CONDITIONAL_PAIR.theirs(auxiliary_loss=False, decoder_layers=layers)
-    model.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in model.state_dict()})
-    return model
-
-
-def _targets(pixels: Tensor, mask: Tensor) -> Targets:
-    """3, 0 and 1 objects."""
-    torch.manual_seed(2)
-    batch = len(pixels)
-    boxes = torch.cat([torch.rand(batch, 3, 2) * 0.4 + 0.3, torch.rand(batch, 3, 2) * 0.3 + 0.1], -1)
-    valid = torch.arange(3) < torch.tensor([3, 0, 1])[:batch, None]
-    sizes = torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], 1)
-    return Targets(boxes, torch.randint(CLASSES, (batch, 3)) * valid, valid, sizes)
-
-
-def _labels(targets: Targets) -> list[dict[str, Tensor]]:
-    rows = zip(targets.boxes, targets.labels, targets.valid, strict=True)
-    return [{"boxes": boxes[ok], "class_labels": labels[ok]} for boxes, labels, ok in rows]
-
-
-@pytest.mark.parametrize("pair", PAIRS[1:], ids=lambda pair: pair.preset)
-@torch.no_grad()
-def test_losses_of_every_layer(pair: Pair) -> None:
-    """Matching and losses in one: theirs are computed from their predictions, ours from ours."""
+@pytest.mark.parametrize("counts", [(6, 0, 1), (0, 0, 0)], ids=["objects", "no objects"])
+def test_losses_and_gradients_of_every_layer(models: Models, counts: tuple[int, ...]) -> None:
+    """Gradients too, since where references are detached does not show in the values."""
     pixels, mask = BATCHES["padded"]
-    theirs = pair.theirs(auxiliary_loss=True, class_cost=2, bbox_cost=5, giou_cost=2)
-    targets = _targets(pixels, mask)
-    expected = theirs(pixels, mask, labels=_labels(targets)).loss_dict
-    criterion = Criterion(MatchingCost(2.0, 5.0, 2.0, 0.25, 2.0), Focal(0.25, 2.0), 1.0, 1.0, 1.0, 2.0)
-    output = decode(moved(pair, theirs), features(theirs, pixels, mask), mask, targets)
-    losses = criterion(output, targets)
-    names = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
-    layers = {str(i): f"_{i}" for i in range(LAYERS - 1)} | {str(LAYERS - 1): ""}
-    losses = {name: value for name, value in losses.items() if "/encoder/" not in name}  # theirs has no such loss
+    targets, labels = objects(mask, counts)
+    models.ours.zero_grad()
+    models.theirs.zero_grad()
+    losses = models.criterion(detect(models.ours, pixels, mask, targets), targets)
+    layers = list(their_layers(models.pair, models.theirs, pixels, mask, labels))
+    expected = their_losses(layers, labels)
+    assert losses.keys() == expected.keys()
     for name, value in losses.items():
-        _, layer, term = name.split("/")
-        close(value, expected[names[term] + layers[layer]])
-    assert len(losses) == len([k for k in expected if k.startswith(tuple(names.values()))])
+        close(value, expected[name])
+
+    torch.stack(list(losses.values())).sum().backward()
+    torch.stack(list(expected.values())).sum().backward()
+    theirs = {name: _gradient(p) for name, p in models.theirs.named_parameters(remove_duplicate=False)}
+    gradients = ours(theirs, models.pair.renames, LAYERS)
+    idle = []
+    for name, parameter in models.ours.named_parameters():
+        if parameter.requires_grad:
+            largest = float(gradients[name].abs().max())
+            close(_gradient(parameter), gradients[name], max(largest, 1.0))
+            idle += [name] if largest < 1e-5 else []
+    if any(counts):
+        assert all(re.search(IDLE, name) for name in idle), idle
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -13,7 +13,12 @@ MLP = [(rf"{theirs}\.layers\.{i}", f"{ours}.{2 * i}") for i in range(3) for thei
     (r"decoder\.ref_anchor_head", "decoder.query_position.size"),
 )]  # fmt: skip
 
+BACKBONE: Renames = [  # of timm, as ours
+    (r"^model\.backbone\.(?:conv_encoder\.)?model\.(?:_backbone\.)?", "backbone.body."),
+]
+
 DENSE: Renames = [
+    *BACKBONE,
     (r"^model\.", ""),
     *MLP,
     (r"^input_projection", "neck.lateral.0.0"),
@@ -70,6 +75,7 @@ DAB: Renames = [
 ]
 
 DEFORMABLE: Renames = [
+    *BACKBONE,
     (r"^model\.", ""),
     (r"^level_embed", "encoder.level_embedding"),
     (r"^input_proj\.([0-2])", r"neck.lateral.\1"),
@@ -97,12 +103,14 @@ PARTS = ["q", "k", "v", "query", "key"]  # of a projection that is one matrix he
 
 
 def ours(weights: dict[str, Tensor], renames: Renames, num_layers: int) -> dict[str, Tensor]:
-    """Everything but the backbone."""
+    """Their tensors under our names.
+
+    Their detectors hold every head once per layer, also where all layers share one: `decoder.class_heads.1` and so on
+    are then the tensors of `decoder.class_heads.0`.
+    """
     out: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, tensor in weights.items():
-        if "backbone" in name:
-            continue
         for theirs, new in renames:
             name = re.sub(theirs, new, name)
         if match := re.match(rf"(.*)\.@({'|'.join(PARTS)})\.(weight|bias)$", name):
