@@ -79,7 +79,7 @@ def load_rows() -> dict[str, Row]:
 
 
 def _rows_of(paper: str) -> Iterator[Row]:
-    text = (files("codetr.conf") / "papers" / f"{paper}.yaml").read_text(encoding="utf-8")
+    text = (files("codetr.papers") / f"{paper}.yaml").read_text(encoding="utf-8")
     content: Any = OmegaConf.to_container(OmegaConf.create(text))
     for section in content["sections"]:
         shared = {key: value for key, value in section.items() if key not in ("rows", "overrides")}
@@ -271,6 +271,3 @@ def _describe(row: Row, arguments: argparse.Namespace) -> None:
         print(f"cannot run yet, needs {row.needs}", file=sys.stderr)
     print(text)
 
-
-if __name__ == "__main__":
-    sys.exit(main())
