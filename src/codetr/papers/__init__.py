@@ -270,4 +270,3 @@ def _describe(row: Row, arguments: argparse.Namespace) -> None:
     if row.needs:
         print(f"cannot run yet, needs {row.needs}", file=sys.stderr)
     print(text)
-
