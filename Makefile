@@ -48,7 +48,8 @@ format: install ## Format and sort imports
 bench: install ## CPU benchmarks side by side; results in benchmarks/results
 	$(BIN)/python benchmarks/msda_cpu.py
 	$(BIN)/python benchmarks/matcher.py
-	$(BIN)/python benchmarks/groups.py --repeat 5
+	$(BIN)/python benchmarks/step_cost.py groups
+	$(BIN)/python benchmarks/step_cost.py heads
 
 measure: install ## `make demo` from a fresh clone, twice: time, mAP, the same digits
 	$(BIN)/python benchmarks/demo.py --repeat 2

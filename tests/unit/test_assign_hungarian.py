@@ -145,3 +145,9 @@ def test_matching_equals_the_official_one(official: Path, case: int) -> None:
     positive = owner >= 0
     torch.testing.assert_close(COST(p, goal.labels, goal.boxes)[0, 0, :count].T, own["cost"], rtol=1e-5, atol=1e-5)
     assert torch.equal(known.boxes[0, 0, positive], goal.boxes[0, owner[positive]])
+
+
+def test_no_queries_match_nothing() -> None:
+    """A small image may have no proposals left for a group."""
+    (known,) = match([Problem(prediction(2, 1, 0))], targets((3,), 3), COST)
+    assert known.labels.shape == (2, 1, 0)

@@ -108,7 +108,7 @@ def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> list[Tenso
     logits, boxes = problem.prediction.logits, problem.prediction.boxes
     block = len(logits)
     if logits.device.type == "cpu":
-        block = max(1, CACHED // (labels.shape[1] * boxes[0, ..., 0].numel()))
+        block = max(1, CACHED // max(1, labels.shape[1] * boxes[0, ..., 0].numel()))
     parts = zip(logits.split(block), boxes.split(block), strict=True)
     return [cost(Prediction(*part), labels, targets.boxes) for part in parts]
 

@@ -1,7 +1,10 @@
-"""What K groups of queries cost a training step: Conditional DETR on C5, 300 queries per group (Group DETR, sec. 4.4).
+"""What a training scheme costs a training step: time and peak memory as ratios to the plain detector.
 
-Beside codetr's self-attention (group by group, equal ones folded into the batch) runs the usual form: one attention
-over all queries under a mask of their size. Times alternate in one process; peak memory is that of a process per case.
+groups: K groups of 300 queries on Conditional DETR C5 (Group DETR), with codetr's self-attention (group by group, equal
+ones folded into the batch) and with the usual form, one attention over all queries under a mask of their size. heads: K
+auxiliary heads on Deformable-DETR++ (Co-DETR, table 7).
+
+Times alternate in one process; peak memory is that of a process per case.
 """
 
 import argparse
@@ -25,7 +28,35 @@ from codetr.nn.group_attention import Bucket, GroupSelfAttention
 from codetr.types import Targets
 
 RESULTS = Path(__file__).parent / "results"
-GROUPS, OBJECTS, CLASSES = (1, 3, 6, 11), 7, 80
+OBJECTS, CLASSES = 7, 80
+MASKED = "one mask"  # a case with `OneMask`
+
+
+def groups(k: int) -> list[str]:
+    return ["model=conditional_detr", f"model.query_groups={k}"]
+
+
+def heads(*names: str) -> list[str]:
+    return ["model=deformable_pp", f"model/collaborator=[{','.join(names)}]"]
+
+
+SIX = ("faster_rcnn", "atss", "paa", "gfl", "fcos", "retinanet")
+# study -> case -> overrides. The first case is the plain detector.
+STUDIES = {
+    "groups": {
+        **{f"K = {k}": groups(k) for k in (1, 3, 6, 11)},
+        **{f"K = {k}, {MASKED}": groups(k) for k in (1, 3, 6, 11)},
+    },
+    "heads": {
+        "K = 0": heads(),
+        "K = 1, ATSS": heads("atss"),
+        "K = 2, Faster R-CNN and ATSS": heads(*SIX[:2]),
+        "K = 3, and PAA": heads(*SIX[:3]),
+        "K = 6, and GFL, FCOS, RetinaNet": heads(*SIX),
+    },
+}
+# The paper's ratios of the cases, time and memory (Co-DETR, table 7).
+PAPER = {"heads": ((1.0, 1.0), (1.23, 1.09), (1.71, 1.12), (2.14, 1.19), (4.0, 1.51))}
 
 
 class OneMask(GroupSelfAttention):
@@ -45,14 +76,14 @@ class OneMask(GroupSelfAttention):
 class Case:
     """One model with its optimizer and one batch."""
 
-    def __init__(self, groups: int, masked: bool, size: int, batch: int, device: str) -> None:
-        overrides = ["model=conditional_detr", f"model.query_groups={groups}", f"model.num_classes={CLASSES}"]
+    def __init__(self, study: str, name: str, size: int, batch: int, device: str) -> None:
+        overrides = [*STUDIES[study][name], f"model.num_classes={CLASSES}"]
         with initialize_config_module("codetr.conf", version_base="1.3"):
             config = compose("train", [*overrides, "model.detector.backbone.pretrained=false", "model.dropout=0"])
         torch.manual_seed(0)
         self.detector: nn.Module = instantiate(config.model.detector, _convert_="all").to(device)
         self.criterion = instantiate(config.criterion)
-        if masked:
+        if MASKED in name:
             for module in self.detector.modules():
                 if isinstance(module, GroupSelfAttention):
                     module.__class__ = OneMask
@@ -86,15 +117,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak(groups: int, masked: bool, options: argparse.Namespace) -> float:
+def peak(name: str, options: argparse.Namespace) -> float:
     """Megabytes at the highest point of three steps, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", str(groups), str(int(masked)), "--size", str(options.size)]
+    command = [sys.executable, __file__, options.study, "--peak", name, "--size", str(options.size)]
     command += ["--batch", str(options.batch), "--device", options.device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def own_peak(groups: int, masked: bool, options: argparse.Namespace) -> float:
-    case = Case(groups, masked, options.size, options.batch, options.device)
+def own_peak(name: str, options: argparse.Namespace) -> float:
+    case = Case(options.study, name, options.size, options.batch, options.device)
     for _ in range(3):
         case.step()
     if options.device == "cuda":
@@ -104,52 +135,53 @@ def own_peak(groups: int, masked: bool, options: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--size", type=int, default=512, help="side of the image")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print(own_peak(options.peak[0], bool(options.peak[1]), options))
+        print(own_peak(options.peak, options))
         return
-    keys = [(k, masked) for k in GROUPS for masked in (False, True)]
-    memory = {key: peak(*key, options) for key in track(keys, "Memory")}
-    cases = {key: Case(*key, options.size, options.batch, options.device) for key in keys}
-    times: dict[tuple[int, bool], list[float]] = {key: [] for key in keys}
+    names = list(STUDIES[options.study])
+    memory = {name: peak(name, options) for name in track(names, "Memory")}
+    cases = {name: Case(options.study, name, options.size, options.batch, options.device) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in track(range(options.repeat + 1), "Steps"):
-        for key, case in cases.items():
+        for name, case in cases.items():
             seconds = case.step()
             if repeat:  # the first is a warm-up
-                times[key].append(seconds)
-    numbers = {
-        f"{k}{'_mask' if masked else ''}": {
-            "seconds": statistics.median(times[k, masked]),
-            "megabytes": memory[k, masked],
-        }
-        for k, masked in keys
-    }
-    name = "groups" if options.device == "cpu" else f"groups_{options.device}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(numbers, indent=1))
-    (RESULTS / f"{name}.md").write_text(markdown(numbers, options))
-    print((RESULTS / f"{name}.md").read_text())
+                times[name].append(seconds)
+    numbers = {n: {"seconds": statistics.median(times[n]), "megabytes": memory[n]} for n in names}
+    result = RESULTS / (options.study if options.device == "cpu" else f"{options.study}_{options.device}")
+    result.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
+    result.with_suffix(".md").write_text(markdown(numbers, options))
+    print(result.with_suffix(".md").read_text())
 
 
 def markdown(numbers: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
-    base = numbers["1"]
-    lines = ["| K | step, s | of K = 1 | with one mask | peak memory, GB | of K = 1 | with one mask |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for k in GROUPS:
-        ours, mask = numbers[f"{k}"], numbers[f"{k}_mask"]
-        time_ratios = [f"{x['seconds'] / base['seconds']:.2f}" for x in (ours, mask)]
-        memory_ratios = [f"{x['megabytes'] / base['megabytes']:.2f}" for x in (ours, mask)]
-        cells = [f"{ours['seconds']:.2f}", *time_ratios, f"{ours['megabytes'] / 1024:.2f}", *memory_ratios]
-        lines.append(f"| {k} | " + " | ".join(cells) + " |")
+    """Ratios to the first case; beside them those of the paper, or of the same case with one mask."""
+    base = next(iter(numbers.values()))
+    paper = PAPER.get(options.study)
+    beside = "paper" if paper else f"with {MASKED}"
+    lines = [
+        f"| case | step, s | ratio | {beside} | peak memory, GB | ratio | {beside} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for index, (name, ours) in enumerate((n, x) for n, x in numbers.items() if MASKED not in n):
+        ratios = [ours[key] / base[key] for key in ("seconds", "megabytes")]
+        other = numbers.get(f"{name}, {MASKED}")
+        second = paper[index] if paper else [other[key] / base[key] for key in ("seconds", "megabytes")]  # type: ignore[index]
+        cells = [f"{ours['seconds']:.2f}", f"{ratios[0]:.2f}", f"{second[0]:.2f}"]
+        cells += [f"{ours['megabytes'] / 1024:.2f}", f"{ratios[1]:.2f}", f"{second[1]:.2f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, 2 CPU cores"
     lines.append(
         f"\nMedians of {options.repeat} alternating steps, batch {options.batch}, {options.size} x {options.size}; "
-        f"`benchmarks/groups.py`, {date.today()}, {where}, torch {torch.__version__}."
+        f"`benchmarks/step_cost.py {options.study}`, {date.today()}, {where}, torch {torch.__version__}."
     )
     return "\n".join(lines) + "\n"
 
