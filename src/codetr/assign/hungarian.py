@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,8 +93,9 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
     counts, flat = flat[: len(targets.labels)].astype(int), flat[len(targets.labels) :]
     owners = []
     for problem, costs in zip(problems, blocks, strict=True):
-        size = sum(block.numel() for block in costs)
-        owners.append(_solve(flat[:size].reshape(-1, *costs[0].shape[1:]), counts, problem.repeats))
+        shape = (sum(len(block) for block in costs), *costs[0].shape[1:])
+        size = math.prod(shape)
+        owners.append(_solve(flat[:size].reshape(shape), counts, problem.repeats))
         flat = flat[size:]
     packed = torch.from_numpy(np.concatenate([o.ravel() for o in owners])).to(targets.labels.device)
     return [
