@@ -86,6 +86,22 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in detector.parameters())
 
 
+def test_two_heads_of_one_kind() -> None:
+    """As the README adds them: each with weights and queries of its own."""
+    overrides = ["model=co_deformable_tiny", "model/collaborator=[atss]", "model.num_classes=3"]
+    overrides += ["+model/head@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
+    overrides += ["+model/query@model.detector.queries.second=collaborative"]
+    overrides += ["model.detector.queries.second.head=second"]
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        config = compose("train", overrides)
+    detector = instantiate(config.model.detector, _convert_="all")
+    one = torch.zeros(1, 1, dtype=torch.long)
+    targets = Targets(torch.full((1, 1, 4), 0.5), one, one == 0, torch.full((1, 2), 64))
+    output = detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64).bool(), targets)
+    assert list(output.groups) == ["main", "atss", "second"]
+    assert output.head_losses["atss"]["class"] != output.head_losses["second"]["class"]
+
+
 def test_the_readme_and_the_reproduction_page_are_up_to_date() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:

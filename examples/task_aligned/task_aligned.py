@@ -1,0 +1,116 @@
+"""An auxiliary head that codetr does not have: anchor-free, with task-aligned assignment (TOOD, Feng et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import box_iou, generalized_box_iou_loss
+
+from codetr.assign import BACKGROUND, IGNORED
+from codetr.assign.fcos import point_distances
+from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.fcos import around
+from codetr.nn.anchors import AnchorGrid
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
+
+
+class TaskAlignedHead(nn.Module):
+    """One point per cell; the points that are best at class and box together become an object's positives.
+
+    Alignment of a point with an object: t = p^alpha * IoU^beta, of its predicted class and box. Positive are the `topk`
+    points in the object with the highest t; a point with several objects takes the one of highest IoU. Losses: cross
+    entropy with t, scaled per object to its best IoU, as target; GIoU weighted by the same.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_convs: int,
+        num_groups: int,
+        box_side: float,
+        topk: int,
+        alpha: float,
+        beta: float,
+        class_weight: float,
+        giou_weight: float,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.topk, self.alpha, self.beta = num_classes, topk, alpha, beta
+        self.weights = {"class": class_weight, "giou": giou_weight}
+        self.selection = selection
+        self.grid = AnchorGrid((box_side,), (1.0,), offset=0.5)
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
+        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.distances = nn.Conv2d(width, 4, 3, padding=1)
+        init_normal(self, 0.01)
+        start_at_prior(self.classes)
+
+    def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+        """Class logits [B, N, K] and boxes [B, N, 4] xyxy in pixels, float32."""
+        logits = [self.classes(self.class_tower(level)) for level in pyramid.levels]
+        distances = [
+            self.distances(self.box_tower(level)).float().exp() * stride
+            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+        ]
+        return flatten(logits, 1).float(), around(torch.cat(self.grid(pyramid)), flatten(distances, 1))
+
+    def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
+        logits, boxes = self.predict(pyramid)
+        points = torch.cat(self.grid(pyramid))
+        owner, quality = self.assign(points, self.grid.valid(pyramid, targets.sizes), logits, boxes, targets)
+        positives = Positives(
+            boxes_xyxy=points.expand(len(boxes), -1, -1),
+            features=flatten(pyramid.levels, 1),
+            labels=assigned_labels(targets.labels, owner),
+            target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, owner),
+            positive=owner >= 0,
+            negative=owner == BACKGROUND,
+        )
+        losses = self.losses(logits, boxes, quality, positives)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, positives)
+
+    @torch.no_grad()
+    def assign(
+        self, points: Tensor, valid: Tensor, logits: Tensor, boxes: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        """points: [N, 4] boxes around the points. valid: [B, N]. Returns the owner [B, N] (object index, BACKGROUND or
+        IGNORED) and the quality [B, N], 0 where there is no owner."""
+        objects = targets.boxes_xyxy
+        centers = (points[:, :2] + points[:, 2:]) / 2
+        inside = point_distances(centers[None, None], objects[:, :, None]).amin(-1) > 0  # [B, M, N]
+        usable = inside & valid[:, None] & targets.valid[:, :, None]
+        iou = box_iou(objects, boxes)
+        scores = logits.sigmoid().transpose(1, 2)
+        scores = scores.gather(1, targets.labels[..., None].expand(-1, -1, scores.shape[-1]))
+        alignment = (scores**self.alpha * iou**self.beta).where(usable, -1)
+        best = alignment.topk(min(self.topk, alignment.shape[2]), dim=2).indices
+        chosen = torch.zeros_like(usable).scatter_(2, best, True) & usable
+        overlap, owner = iou.where(chosen, -1).max(1)
+        owner = owner.masked_fill(overlap < 0, BACKGROUND).masked_fill(~valid, IGNORED)
+        mine = chosen & (owner[:, None] == torch.arange(objects.shape[1], device=owner.device)[:, None])
+        alignment, iou = alignment.where(mine, 0), iou.where(mine, 0)
+        scaled = alignment / alignment.amax(2, keepdim=True).clamp(min=1e-9) * iou.amax(2, keepdim=True)
+        return owner, scaled.amax(1)
+
+    def losses(self, logits: Tensor, boxes: Tensor, quality: Tensor, assigned: Positives) -> dict[str, Tensor]:
+        total = mean_over_processes(quality.sum()).clamp(min=1)
+        target = torch.zeros_like(logits).scatter_(-1, assigned.labels.clamp(min=0)[..., None], quality[..., None])
+        weight = (target - logits.sigmoid()).abs().square().detach() + target  # hard negatives count most
+        entropy = (binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).sum(-1)
+        giou = generalized_box_iou_loss(boxes, assigned.target_boxes_xyxy)
+        return {
+            "class": entropy.where(assigned.positive | assigned.negative, 0).sum() / total,
+            "giou": (giou.where(assigned.positive, 0) * quality).sum() / total,
+        }
+
+    @torch.no_grad()
+    def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
+        """Boxes in network pixels, best first."""
+        logits, boxes = self.predict(pyramid)
+        level_sizes = [level.shape[-2] * level.shape[-1] for level in pyramid.levels]
+        return self.selection(logits.sigmoid(), None, boxes, level_sizes, sizes)
