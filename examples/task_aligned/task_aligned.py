@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.fcos import point_distances
-from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.common import assigned, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
 from codetr.heads.fcos import around
 from codetr.nn.anchors import AnchorGrid
@@ -40,7 +40,7 @@ class TaskAlignedHead(nn.Module):
         selection: Selection,
     ) -> None:
         super().__init__()
-        self.num_classes, self.topk, self.alpha, self.beta = num_classes, topk, alpha, beta
+        self.topk, self.alpha, self.beta = topk, alpha, beta
         self.weights = {"class": class_weight, "giou": giou_weight}
         self.selection = selection
         self.grid = AnchorGrid((box_side,), (1.0,), offset=0.5)
@@ -63,14 +63,8 @@ class TaskAlignedHead(nn.Module):
         logits, boxes = self.predict(pyramid)
         points = torch.cat(self.grid(pyramid))
         owner, quality = self.assign(points, self.grid.valid(pyramid, targets.sizes), logits, boxes, targets)
-        positives = Positives(
-            boxes_xyxy=points.expand(len(boxes), -1, -1),
-            features=flatten(pyramid.levels, 1),
-            labels=assigned_labels(targets.labels, owner),
-            target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, owner),
-            positive=owner >= 0,
-            negative=owner == BACKGROUND,
-        )
+        features = flatten(pyramid.levels, 1)
+        positives = assigned(points.expand(len(boxes), -1, -1), features, owner, targets)
         losses = self.losses(logits, boxes, quality, positives)
         return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, positives)
 
@@ -97,15 +91,15 @@ class TaskAlignedHead(nn.Module):
         scaled = alignment / alignment.amax(2, keepdim=True).clamp(min=1e-9) * iou.amax(2, keepdim=True)
         return owner, scaled.amax(1)
 
-    def losses(self, logits: Tensor, boxes: Tensor, quality: Tensor, assigned: Positives) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, boxes: Tensor, quality: Tensor, found: Positives) -> dict[str, Tensor]:
         total = mean_over_processes(quality.sum()).clamp(min=1)
-        target = torch.zeros_like(logits).scatter_(-1, assigned.labels.clamp(min=0)[..., None], quality[..., None])
+        target = torch.zeros_like(logits).scatter_(-1, found.labels.clamp(min=0)[..., None], quality[..., None])
         weight = (target - logits.sigmoid()).abs().square().detach() + target  # hard negatives count most
         entropy = (binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).sum(-1)
-        giou = generalized_box_iou_loss(boxes, assigned.target_boxes_xyxy)
+        giou = generalized_box_iou_loss(boxes, found.target_boxes_xyxy)
         return {
-            "class": entropy.where(assigned.positive | assigned.negative, 0).sum() / total,
-            "giou": (giou.where(assigned.positive, 0) * quality).sum() / total,
+            "class": entropy.where(found.positive | found.negative, 0).sum() / total,
+            "giou": (giou.where(found.positive, 0) * quality).sum() / total,
         }
 
     @torch.no_grad()

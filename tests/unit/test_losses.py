@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
+from transformers.loss.loss_rt_detr import RTDetrLoss
+from transformers.models.rt_detr.configuration_rt_detr import RTDetrConfig
 
 from codetr.losses import ClassLoss, Focal, QualityFocal, Varifocal
 
@@ -123,8 +125,7 @@ def test_a_positive_is_best_at_its_quality(loss: ClassLoss) -> None:
 
 def test_varifocal_equals_the_transformers_library() -> None:
     """Values only: theirs keeps the gradient out of the weights, the paper's equation does not."""
-    library = pytest.importorskip("transformers.models.rt_detr")
-    reference = pytest.importorskip("transformers.loss.loss_rt_detr").RTDetrLoss(library.RTDetrConfig(num_labels=3))
+    reference = RTDetrLoss(RTDetrConfig(num_labels=3))
     logits, boxes, goal = torch.randn(1, 6, 3), torch.rand(1, 6, 4) * 0.3 + 0.2, torch.rand(2, 4) * 0.3 + 0.2
     queries, objects, classes = torch.tensor([1, 4]), torch.tensor([1, 0]), torch.tensor([2, 0])
     outputs, targets = {"logits": logits, "pred_boxes": boxes}, [{"class_labels": classes, "boxes": goal}]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 
-from codetr.assign import BACKGROUND
 from codetr.assign.atss import assign_atss
-from codetr.heads.common import assigned_boxes, assigned_labels, centerness_target, flatten, init_normal
+from codetr.heads.common import assigned, centerness_target, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.losses import Focal
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
@@ -41,7 +41,7 @@ class ATSSHead(nn.Module):
         selection: Selection,
     ) -> None:
         super().__init__()
-        self.num_classes, self.topk, self.alpha, self.gamma = num_classes, topk, alpha, gamma
+        self.topk, self.class_loss = topk, Focal(alpha, gamma)
         self.weights = {"class": class_weight, "giou": giou_weight, "centerness": centerness_weight}
         self.selection = selection
         self.grid = AnchorGrid((anchor_scale,), (1.0,))
@@ -71,31 +71,22 @@ class ATSSHead(nn.Module):
         boxes = targets.boxes_xyxy
         valid = self.grid.valid(pyramid, targets.sizes)
         owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
-        return Positives(
-            boxes_xyxy=torch.cat(anchors).expand(len(boxes), -1, -1),
-            features=flatten(pyramid.levels, 1),
-            labels=assigned_labels(targets.labels, owner),
-            target_boxes_xyxy=assigned_boxes(boxes, owner),
-            positive=owner >= 0,
-            negative=owner == BACKGROUND,
-        )
+        return assigned(torch.cat(anchors).expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
-        assigned = self.assign(pyramid, targets)
-        losses = self.losses(*self.predict(pyramid), assigned)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+        found = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), found)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
 
-    def losses(self, logits: Tensor, deltas: Tensor, centerness: Tensor, assigned: Positives) -> dict[str, Tensor]:
-        positive, goals = assigned.positive, assigned.target_boxes_xyxy
+    def losses(self, logits: Tensor, deltas: Tensor, centerness: Tensor, found: Positives) -> dict[str, Tensor]:
+        positive, goals = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
-        quality = centerness_target(assigned.boxes_xyxy, goals).where(positive, 0)
-        labels = assigned.labels.clamp(min=0)[..., None]
-        classes = torch.zeros_like(logits).scatter_(-1, labels, positive.to(logits)[..., None])
-        focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma).sum(-1)
-        giou = generalized_box_iou_loss(self.coder.decode(assigned.boxes_xyxy, deltas), goals)
+        quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
+        focal = self.class_loss(logits, found.labels, quality).sum(-1)
+        giou = generalized_box_iou_loss(self.coder.decode(found.boxes_xyxy, deltas), goals)
         entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")
         return {
-            "class": focal.where(positive | assigned.negative, 0).sum() / count,
+            "class": focal.where(positive | found.negative, 0).sum() / count,
             "giou": (giou * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1),
             "centerness": entropy.where(positive, 0).sum() / count,
         }

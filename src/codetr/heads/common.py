@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from codetr.assign import BACKGROUND
 from codetr.ops.gather import take
-from codetr.types import Detections
+from codetr.types import Detections, Positives, Pyramid, Targets
 
 PRIOR = 0.01  # probability of every class at the start of training (Focal loss, sec. 3.3)
 
@@ -24,6 +25,28 @@ def assigned_boxes(boxes: Tensor, owner: Tensor) -> Tensor:
 def assigned_labels(labels: Tensor, owner: Tensor) -> Tensor:
     """The objects' labels [B, M] for every candidate [B, N]; -1 where it has none."""
     return labels.gather(1, owner.clamp(min=0)).masked_fill(owner < 0, -1)
+
+
+def assigned(candidates: Tensor, features: Tensor, owner: Tensor, targets: Targets) -> Positives:
+    """Candidates [B, N, 4] xyxy in pixels with their features [B, N, C] and owners [B, N] from an assigner."""
+    return Positives(
+        boxes_xyxy=candidates,
+        features=features,
+        labels=assigned_labels(targets.labels, owner),
+        target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, owner),
+        positive=owner >= 0,
+        negative=owner == BACKGROUND,
+    )
+
+
+def cell_strides(pyramid: Pyramid) -> Tensor:
+    """[cells of all levels] network pixels per cell."""
+    return torch.cat(
+        [
+            level.new_full((level.shape[-2] * level.shape[-1],), stride, dtype=torch.float32)
+            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+        ]
+    )
 
 
 def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torchvision.ops import generalized_box_iou_loss
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.sampling import Priority, pack, sample_both
-from codetr.heads.common import assigned_boxes, assigned_labels, detections
+from codetr.heads.common import assigned, detections
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.nn.anchors import BoxCoder, clip
@@ -70,14 +70,7 @@ class FasterRCNNHead(nn.Module):
         proposals, valid = self.rpn.propose(logits, deltas, pyramid, targets.sizes, self.proposals)
         regions = self.sample(proposals, valid, targets)
         pooled = self.pool(pyramid, regions.boxes, regions.owner != IGNORED)
-        positives = Positives(
-            boxes_xyxy=regions.boxes,
-            features=pooled.mean((-2, -1)),
-            labels=assigned_labels(targets.labels, regions.owner),
-            target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, regions.owner),
-            positive=regions.owner >= 0,
-            negative=regions.owner == BACKGROUND,
-        )
+        positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.owner, targets)
         logits, deltas = self.box_head(pooled)
         for term, value in self.losses(logits, deltas, positives).items():
             losses[term] = value * self.weights[term]

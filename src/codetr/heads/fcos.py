@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 
-from codetr.assign import BACKGROUND
 from codetr.assign.fcos import assign_fcos
-from codetr.heads.common import assigned_boxes, assigned_labels, centerness_target, flatten, init_normal
+from codetr.heads.common import assigned, cell_strides, centerness_target, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.losses import Focal
 from codetr.nn.anchors import AnchorGrid
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
@@ -59,7 +59,7 @@ class FCOSHead(nn.Module):
         selection: Selection,
     ) -> None:
         super().__init__()
-        self.num_classes, self.alpha, self.gamma = num_classes, alpha, gamma
+        self.class_loss = Focal(alpha, gamma)
         self.center_radius, self.reach = center_radius, reach
         self.weights = {"class": class_weight, "giou": giou_weight, "centerness": centerness_weight}
         self.selection = selection
@@ -73,11 +73,10 @@ class FCOSHead(nn.Module):
         start_at_prior(self.classes)
 
     def points(self, pyramid: Pyramid) -> Points:
-        boxes = self.grid(pyramid)
-        strides = [b.new_full((len(b),), stride) for b, stride in zip(boxes, pyramid.strides, strict=True)]
-        ends = [-1.0, *(self.reach * stride for stride in pyramid.strides[:-1]), float("inf")]
-        limits = [b.new_tensor(ends[i : i + 2]).expand(len(b), 2) for i, b in enumerate(boxes)]
-        return Points(torch.cat(boxes), torch.cat(strides), torch.cat(limits))
+        boxes, strides = torch.cat(self.grid(pyramid)), cell_strides(pyramid)
+        far = (self.reach * strides).masked_fill(strides == pyramid.strides[-1], torch.inf)
+        near = (self.reach * strides / 2).masked_fill(strides == pyramid.strides[0], -1)  # levels double
+        return Points(boxes, strides, torch.stack([near, far], -1))
 
     def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits [B, N, K], pixels to the left, top, right, lower side [B, N, 4], centerness logits [B, N]."""
@@ -94,31 +93,22 @@ class FCOSHead(nn.Module):
         valid = self.grid.valid(pyramid, targets.sizes)
         radius = None if self.center_radius is None else points.strides * self.center_radius
         owner = assign_fcos(points.centers, valid, radius, points.limits, boxes, targets.valid)
-        return Positives(
-            boxes_xyxy=points.boxes.expand(len(boxes), -1, -1),
-            features=flatten(pyramid.levels, 1),
-            labels=assigned_labels(targets.labels, owner),
-            target_boxes_xyxy=assigned_boxes(boxes, owner),
-            positive=owner >= 0,
-            negative=owner == BACKGROUND,
-        )
+        return assigned(points.boxes.expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
-        assigned = self.assign(pyramid, targets)
-        losses = self.losses(*self.predict(pyramid), assigned)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+        found = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), found)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
 
-    def losses(self, logits: Tensor, distances: Tensor, centerness: Tensor, assigned: Positives) -> dict[str, Tensor]:
-        positive, goals = assigned.positive, assigned.target_boxes_xyxy
+    def losses(self, logits: Tensor, distances: Tensor, centerness: Tensor, found: Positives) -> dict[str, Tensor]:
+        positive, goals = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum()).clamp(min=1)
-        quality = centerness_target(assigned.boxes_xyxy, goals).where(positive, 0)
-        labels = assigned.labels.clamp(min=0)[..., None]
-        classes = torch.zeros_like(logits).scatter_(-1, labels, positive.to(logits)[..., None])
-        focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma).sum(-1)
-        giou = generalized_box_iou_loss(around(assigned.boxes_xyxy, distances), goals)
+        quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
+        focal = self.class_loss(logits, found.labels, quality).sum(-1)
+        giou = generalized_box_iou_loss(around(found.boxes_xyxy, distances), goals)
         entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")
         return {
-            "class": focal.where(positive | assigned.negative, 0).sum() / count,
+            "class": focal.where(positive | found.negative, 0).sum() / count,
             "giou": (giou.where(positive, 0) * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
             "centerness": entropy.where(positive, 0).sum() / count,
         }

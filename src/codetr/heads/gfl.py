@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.ops import generalized_box_iou_loss
 
-from codetr.assign import BACKGROUND
 from codetr.assign.atss import assign_atss
 from codetr.assign.fcos import point_distances
-from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.common import assigned, cell_strides, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
 from codetr.heads.fcos import around
 from codetr.losses import QualityFocal
@@ -48,7 +47,7 @@ class GFLHead(nn.Module):
         selection: Selection,
     ) -> None:
         super().__init__()
-        self.num_classes, self.topk, self.class_loss = num_classes, topk, QualityFocal(beta)
+        self.topk, self.class_loss = topk, QualityFocal(beta)
         self.weights = {"class": class_weight, "giou": giou_weight, "distribution": distribution_weight}
         self.selection = selection
         self.grid = AnchorGrid((anchor_scale,), (1.0,))
@@ -72,27 +71,20 @@ class GFLHead(nn.Module):
         anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
         valid = self.grid.valid(pyramid, targets.sizes)
         owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
-        return Positives(
-            boxes_xyxy=torch.cat(anchors).expand(len(boxes), -1, -1),
-            features=flatten(pyramid.levels, 1),
-            labels=assigned_labels(targets.labels, owner),
-            target_boxes_xyxy=assigned_boxes(boxes, owner),
-            positive=owner >= 0,
-            negative=owner == BACKGROUND,
-        )
+        return assigned(torch.cat(anchors).expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
-        assigned = self.assign(pyramid, targets)
-        losses = self.losses(*self.predict(pyramid), _strides(pyramid), assigned)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+        found = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), cell_strides(pyramid), found)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
 
-    def losses(self, logits: Tensor, distances: Tensor, strides: Tensor, assigned: Positives) -> dict[str, Tensor]:
-        """strides: [N, 1] of every candidate."""
-        positive = assigned.positive
-        anchors, goals = assigned.boxes_xyxy / strides, assigned.target_boxes_xyxy / strides
+    def losses(self, logits: Tensor, distances: Tensor, strides: Tensor, found: Positives) -> dict[str, Tensor]:
+        """strides: [N] of every candidate."""
+        positive = found.positive
+        anchors, goals = (boxes / strides[:, None] for boxes in (found.boxes_xyxy, found.target_boxes_xyxy))
         boxes = around(anchors, self.mean(distances))
         quality = aligned_iou(boxes.detach(), goals)
-        classes = self.class_loss(logits, assigned.labels, quality).sum(-1)
+        classes = self.class_loss(logits, found.labels, quality).sum(-1)
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
         weight = logits.detach().sigmoid().amax(-1).where(positive, 0)
         total = mean_over_processes(weight.sum()).clamp(min=1)
@@ -100,7 +92,7 @@ class GFLHead(nn.Module):
         center = (anchors[..., :2] + anchors[..., 2:]) / 2
         spread = distribution_focal_loss(distances, point_distances(center, goals)).mean(-1)
         return {
-            "class": classes.where(positive | assigned.negative, 0).sum() / count,
+            "class": classes.where(positive | found.negative, 0).sum() / count,
             "giou": (giou.where(positive, 0) * weight).sum() / total,
             "distribution": (spread.where(positive, 0) * weight).sum() / total,
         }
@@ -114,7 +106,7 @@ class GFLHead(nn.Module):
         """Boxes in network pixels, best first."""
         logits, distances = self.predict(pyramid)
         anchors = self.grid(pyramid)
-        boxes = around(torch.cat(anchors), self.mean(distances) * _strides(pyramid))
+        boxes = around(torch.cat(anchors), self.mean(distances) * cell_strides(pyramid)[:, None])
         return self.selection(logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
 
 
@@ -131,12 +123,3 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(flat, bins.long().flatten(), reduction="none").view_as(target)
 
     return entropy(left) * (left + 1 - target) + entropy(left + 1) * (target - left)
-
-
-def _strides(pyramid: Pyramid) -> Tensor:
-    """[N, 1]."""
-    parts = [
-        level.new_full((level.shape[-2] * level.shape[-1], 1), stride, dtype=torch.float32)
-        for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
-    ]
-    return torch.cat(parts)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 
-from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.paa import assign_paa
-from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.common import assigned, assigned_boxes, assigned_labels, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.losses import Focal
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
@@ -56,7 +56,7 @@ class PAAHead(nn.Module):
         selection: Selection,
     ) -> None:
         super().__init__()
-        self.num_classes, self.topk, self.alpha, self.gamma = num_classes, topk, alpha, gamma
+        self.topk, self.class_loss = topk, Focal(alpha, gamma)
         self.candidate_iou = candidate_iou
         self.weights = {"class": class_weight, "giou": giou_weight, "iou": iou_weight}
         self.selection = selection
@@ -80,9 +80,9 @@ class PAAHead(nn.Module):
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         dense = self.predict(pyramid)
-        assigned = self.assign(dense, pyramid, targets)
-        losses = self.losses(dense, assigned)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+        found = self.assign(dense, pyramid, targets)
+        losses = self.losses(dense, found)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
 
     def assign(self, dense: Dense, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
@@ -92,41 +92,28 @@ class PAAHead(nn.Module):
         labels, goals = assigned_labels(targets.labels, owner), assigned_boxes(boxes, owner)
         cost = self._cost(dense, every, labels, goals)
         owner = assign_paa(owner, cost, [len(level) for level in anchors], boxes.shape[1], self.topk)
-        return Positives(
-            boxes_xyxy=every,
-            features=flatten(pyramid.levels, 1),
-            labels=labels.masked_fill(owner < 0, -1),
-            target_boxes_xyxy=goals,
-            positive=owner >= 0,
-            negative=owner == BACKGROUND,
-        )
+        return assigned(every, flatten(pyramid.levels, 1), owner, targets)
 
     @torch.no_grad()
     def _cost(self, dense: Dense, anchors: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
         """[B, N] what it would cost to make each candidate (label >= 0) a positive."""
-        classes = self._one_hot(dense.logits, labels, labels >= 0)
-        focal = sigmoid_focal_loss(dense.logits, classes, self.alpha, self.gamma).sum(-1)
+        focal = self.class_loss(dense.logits, labels, (labels >= 0).float()).sum(-1)
         giou = generalized_box_iou_loss(self.coder.decode(anchors, dense.deltas), goals)
         return (self.weights["class"] * focal + self.weights["giou"] * giou).where(labels >= 0, 0)
 
-    def losses(self, dense: Dense, assigned: Positives) -> dict[str, Tensor]:
-        positive, goals = assigned.positive, assigned.target_boxes_xyxy
-        found = mean_over_processes(positive.sum())
-        classes = self._one_hot(dense.logits, assigned.labels, positive)
-        focal = sigmoid_focal_loss(dense.logits, classes, self.alpha, self.gamma).sum(-1)
-        boxes = self.coder.decode(assigned.boxes_xyxy, dense.deltas)
+    def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
+        positive, goals = found.positive, found.target_boxes_xyxy
+        count = mean_over_processes(positive.sum())
+        boxes = self.coder.decode(found.boxes_xyxy, dense.deltas)
         quality = aligned_iou(boxes.detach(), goals).where(positive, 0)
+        focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
         giou = generalized_box_iou_loss(boxes, goals).where(positive, 0)
         entropy = binary_cross_entropy_with_logits(dense.iou, quality, reduction="none")
         return {
-            "class": focal.where(positive | assigned.negative, 0).sum() / found.clamp(min=len(positive)),
+            "class": focal.where(positive | found.negative, 0).sum() / count.clamp(min=len(positive)),
             "giou": (giou * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
-            "iou": entropy.where(positive, 0).sum() / found.clamp(min=1),
+            "iou": entropy.where(positive, 0).sum() / count.clamp(min=1),
         }
-
-    @staticmethod
-    def _one_hot(logits: Tensor, labels: Tensor, positive: Tensor) -> Tensor:
-        return torch.zeros_like(logits).scatter_(-1, labels.clamp(min=0)[..., None], positive.to(logits)[..., None])
 
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:

@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss
 
-from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
-from codetr.heads.common import assigned_boxes, assigned_labels, flatten, init_normal
+from codetr.heads.common import assigned, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.losses import Focal
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
@@ -44,7 +44,7 @@ class RetinaNetHead(nn.Module):
         selection: Selection,
     ) -> None:
         super().__init__()
-        self.num_classes, self.alpha, self.gamma = num_classes, alpha, gamma
+        self.class_loss = Focal(alpha, gamma)
         self.positive_iou, self.negative_iou, self.box_loss = positive_iou, negative_iou, box_loss
         self.weights = {"class": class_weight, box_loss: box_weight}
         self.selection = selection
@@ -66,33 +66,25 @@ class RetinaNetHead(nn.Module):
         boxes = targets.boxes_xyxy
         valid = self.grid.valid(pyramid, targets.sizes)
         owner = assign_max_iou(anchors, valid, boxes, targets.valid, self.positive_iou, self.negative_iou, 0.0)
-        return Positives(
-            boxes_xyxy=anchors.expand(len(boxes), -1, -1),
-            features=flatten(pyramid.levels, 1).repeat_interleave(self.grid.per_cell, 1),
-            labels=assigned_labels(targets.labels, owner),
-            target_boxes_xyxy=assigned_boxes(boxes, owner),
-            positive=owner >= 0,
-            negative=owner == BACKGROUND,
-        )
+        features = flatten(pyramid.levels, 1).repeat_interleave(self.grid.per_cell, 1)
+        return assigned(anchors.expand(len(boxes), -1, -1), features, owner, targets)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
-        assigned = self.assign(pyramid, targets)
-        losses = self.losses(*self.predict(pyramid), assigned)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, assigned)
+        found = self.assign(pyramid, targets)
+        losses = self.losses(*self.predict(pyramid), found)
+        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
 
-    def losses(self, logits: Tensor, deltas: Tensor, assigned: Positives) -> dict[str, Tensor]:
-        positive = assigned.positive
+    def losses(self, logits: Tensor, deltas: Tensor, found: Positives) -> dict[str, Tensor]:
+        positive = found.positive
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
-        labels = assigned.labels.clamp(min=0)[..., None]
-        classes = torch.zeros_like(logits).scatter_(-1, labels, positive.to(logits)[..., None])
-        focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma).sum(-1)
+        focal = self.class_loss(logits, found.labels, positive.float()).sum(-1)
         if self.box_loss == "giou":
-            boxes = self.coder.decode(assigned.boxes_xyxy, deltas)
-            error = generalized_box_iou_loss(boxes, assigned.target_boxes_xyxy)
+            boxes = self.coder.decode(found.boxes_xyxy, deltas)
+            error = generalized_box_iou_loss(boxes, found.target_boxes_xyxy)
         else:
-            error = (deltas - self.coder.encode(assigned.boxes_xyxy, assigned.target_boxes_xyxy)).abs().sum(-1)
+            error = (deltas - self.coder.encode(found.boxes_xyxy, found.target_boxes_xyxy)).abs().sum(-1)
         return {
-            "class": focal.where(positive | assigned.negative, 0).sum() / count,
+            "class": focal.where(positive | found.negative, 0).sum() / count,
             self.box_loss: error.where(positive, 0).sum() / count,
         }
 
