@@ -120,7 +120,7 @@ def curves(out: Path, study: Study, path: Path) -> None:
         for log in sorted(out.glob(f"{index}_seed*/**/metrics.csv")):
             with open(log) as file:
                 points = [(int(r["step"]), float(r["val/map"])) for r in csv.DictReader(file) if r.get("val/map")]
-            label = variant if "seed0" in str(log) else None
+            label = variant.partition(":")[0] if "seed0" in str(log) else None
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label=label)
     axes.set(xlabel="step", ylabel="validation mAP", ylim=(0, None))
     axes.legend(frameon=False)
