@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -22,31 +23,65 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
+COLOURS = ("gray", "tab:blue", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:cyan")
 METRICS = ("map", "map_50", "map_75")
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Study:
-    """experiment: what is run. variants: row of the table -> Hydra overrides. suppressed: rows that are evaluated once
-    more with class-wise NMS above `NMS_IOU`."""
+    """claim: what the table is about. experiment: what is run. rows: label -> Hydra overrides; studies share the runs
+    of equal overrides. suppressed: rows that are evaluated once more with class-wise NMS above `NMS_IOU`."""
 
+    claim: str
     experiment: str
-    variants: dict[str, list[str]]
+    rows: dict[str, list[str]]
     suppressed: tuple[str, ...] = ()
+
+
+def _heads(*names: str) -> list[str]:
+    return [f"model/collaborator=[{','.join(names)}]"]
 
 
 NMS_IOU = 0.6
 STUDIES = {
     "heads": Study(
+        "Co-DETR, tables 2 and 7: K auxiliary heads",
         "compare",
         {
-            "K = 0": ["model/collaborator=[]"],
-            "K = 1, ATSS": ["model/collaborator=[atss]"],
-            "K = 2, Faster R-CNN and ATSS": ["model/collaborator=[faster_rcnn_small,atss]"],
+            "K = 0": _heads(),
+            "K = 1: ATSS": _heads("atss"),
+            "K = 2: Faster R-CNN and ATSS": _heads("faster_rcnn_small", "atss"),
+            "K = 3: and PAA": _heads("faster_rcnn_small", "atss", "paa"),
+            "K = 6: and RetinaNet, FCOS, GFL": _heads("faster_rcnn_small", "atss", "paa", "retinanet", "fcos", "gfl"),
+        },
+    ),
+    "kinds": Study(
+        "Co-DETR, table 8: each auxiliary head alone",
+        "compare",
+        {
+            "none": _heads(),
+            "RetinaNet": _heads("retinanet"),
+            "Faster R-CNN": _heads("faster_rcnn_small"),
+            "Mask R-CNN": _heads("mask_rcnn_small"),
+            "FCOS": _heads("fcos"),
+            "PAA": _heads("paa"),
+            "GFL": _heads("gfl"),
+            "ATSS": _heads("atss"),
+        },
+    ),
+    "parts": Study(
+        "Co-DETR, table 9: what contributes, with ATSS",
+        "compare",
+        {
+            "neither": _heads(),
+            "auxiliary head": [*_heads("atss"), "~model.detector.queries.atss"],
+            "positive queries": [*_heads("atss"), "criterion.lambda_2=0"],
+            "both": _heads("atss"),
         },
     ),
     "groups": Study(
+        "Group DETR, figure 1 and table 7: K groups and naive one-to-many assignment",
         "compare_groups",
         {
             "1 group": [],
@@ -62,13 +97,19 @@ STUDIES = {
 }
 
 
+def run_name(overrides: list[str], seed: int) -> str:
+    """The folder of a run: what it varies, readable and without special characters."""
+    parts = [re.sub(r"[^a-z0-9_]+", "-", o.removeprefix("model/").lower()).strip("-") for o in overrides]
+    return "_".join([*parts, f"seed{seed}"])
+
+
 def train(out: Path, study: Study, variant: str, seed: int, overrides: list[str]) -> dict:
     """One run, or the result of a finished one."""
-    name = f"{list(study.variants).index(variant)}_seed{seed}"
+    name = run_name(study.rows[variant], seed)
     run_dir = out / name
     if not (run_dir / "metrics.json").exists():
         command = [sys.executable, "-m", "codetr.train", f"experiment={study.experiment}", f"seed={seed}"]
-        command += [f"run_dir={run_dir}", "resume=auto", *study.variants[variant], *overrides]
+        command += [f"run_dir={run_dir}", "resume=auto", *study.rows[variant], *overrides]
         run_dir.mkdir(parents=True, exist_ok=True)
         with open(out / f"{name}.log", "w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -82,7 +123,7 @@ def suppressed(out: Path, study: Study, variant: str, seed: int) -> dict:
     """The finished run's best checkpoint, evaluated with NMS."""
     from nms import evaluate
 
-    checkpoint = out / f"{list(study.variants).index(variant)}_seed{seed}" / "checkpoints" / "best.ckpt"
+    checkpoint = out / run_name(study.rows[variant], seed) / "checkpoints" / "best.ckpt"
     return {"variant": f"{variant}, NMS", "seed": seed, **evaluate(checkpoint, (NMS_IOU,))[NMS_IOU]}
 
 
@@ -115,13 +156,12 @@ def curves(out: Path, study: Study, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    colours = ("tab:gray", "tab:blue", "tab:red", "tab:orange")
-    for index, (variant, colour) in enumerate(zip(study.variants, colours, strict=False)):
-        for log in sorted(out.glob(f"{index}_seed*/**/metrics.csv")):
+    for index, (variant, overrides) in enumerate(study.rows.items()):
+        for log in sorted(out.glob(f"{run_name(overrides, 0)[:-1]}*/**/metrics.csv")):
             with open(log) as file:
                 points = [(int(r["step"]), float(r["val/map"])) for r in csv.DictReader(file) if r.get("val/map")]
             label = variant.partition(":")[0] if "seed0" in str(log) else None
-            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label=label)
+            axes.plot(*zip(*points, strict=True), color=COLOURS[index], alpha=0.8, label=label)
     axes.set(xlabel="step", ylabel="validation mAP", ylim=(0, None))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -130,16 +170,18 @@ def curves(out: Path, study: Study, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", choices=STUDIES, help="heads: Co-DETR's K; groups: Group DETR's K and its baseline")
+    parser.add_argument("study", choices=STUDIES, help="; ".join(f"{k}: {s.claim}" for k, s in STUDIES.items()))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, help="default: outputs/<experiment>")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
     options = parser.parse_args()
+    if options.overrides and not options.out:
+        parser.error("a variation needs its own --out, beside the runs of the committed figures")
     study = STUDIES[options.study]
     out = options.out or Path("outputs") / study.experiment
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [(variant, seed) for seed in range(options.seeds) for variant in study.variants]
+    jobs = [(variant, seed) for seed in range(options.seeds) for variant in study.rows]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         task = bar.add_task(f"{len(jobs)} runs", total=len(jobs))
 
@@ -158,8 +200,8 @@ def main() -> None:
     Console().print(table)
     if options.overrides:
         return  # a variation: the committed figures are those of the plain command
-    result = RESULTS / study.experiment
-    result.with_suffix(".md").write_text(markdown(rows, f"make {study.experiment.replace('_', '-')}"))
+    result = RESULTS / f"compare_{options.study}"
+    result.with_suffix(".md").write_text(markdown(rows, f"make compare-{options.study}"))
     result.with_suffix(".json").write_text(json.dumps({"summary": rows, "runs": runs}, indent=1))
     curves(out, study, result.with_suffix(".png"))
 

@@ -38,13 +38,15 @@ class Targets(_Movable):
     """The objects of a batch, padded to the same number M >= 1 so that every step runs the same graph.
 
     boxes: [B, M, 4] normalised cxcywh; padded rows hold a valid dummy box. labels: [B, M] int64, padded rows 0.
-    valid: [B, M] bool. sizes: [B, 2] (height, width) of each image in network pixels, without padding.
+    valid: [B, M] bool. sizes: [B, 2] (height, width) of each image in network pixels, without padding. masks:
+    [B, M, H, W] bool of the padded images, padded rows empty; None unless the data set reads them.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
     sizes: Tensor
+    masks: Tensor | None = None
 
     @property
     def boxes_xyxy(self) -> Tensor:

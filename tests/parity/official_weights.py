@@ -5,6 +5,7 @@ The official names are mapped here. The backbone is replaced by its recorded out
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from torchvision.ops import box_convert
 
 from codetr.criterion import Criterion
 from codetr.models.detector import Detector
+from codetr.ops.gather import take
 from codetr.postprocess import PostProcess
-from codetr.types import Known, Memory, Prediction, QueryContext, QueryGroup, Targets
+from codetr.types import Known, Memory, Positives, Prediction, QueryContext, QueryGroup, Targets
 
 HEADS = ("faster_rcnn", "atss")  # in the order of the official code's numbers
 RENAMES = [
@@ -62,6 +64,10 @@ RENAMES = [
     (r"^roi_head\.0\.bbox_head\.shared_fcs\.1", "heads.faster_rcnn.box_head.hidden.3"),
     (r"^roi_head\.0\.bbox_head\.fc_cls", "heads.faster_rcnn.box_head.classes"),
     (r"^roi_head\.0\.bbox_head\.fc_reg", "heads.faster_rcnn.box_head.deltas"),
+    (r"^roi_head\.0\.mask_head\.convs\.0\.conv", "heads.faster_rcnn.mask.convs.0"),
+    (r"^roi_head\.0\.mask_head\.convs\.1\.conv", "heads.faster_rcnn.mask.convs.2"),
+    (r"^roi_head\.0\.mask_head\.upsample", "heads.faster_rcnn.mask.upsample"),
+    (r"^roi_head\.0\.mask_head\.conv_logits", "heads.faster_rcnn.mask.classes"),
     (r"^bbox_head\.0\.atss_cls", "heads.atss.classes"),
     (r"^bbox_head\.0\.atss_reg", "heads.atss.deltas"),
     (r"^bbox_head\.0\.atss_centerness", "heads.atss.centerness"),
@@ -88,10 +94,9 @@ def ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             stem = f"{packed[1]}self_attention."
             out[f"{stem}query_key.{packed[2]}"] = torch.cat([query, key])
             out[f"{stem}value.{packed[2]}"] = value
-        elif name == "head_pos_embed.weight":  # one scalar per head, broadcast over the channels
-            width = weights["query_head.transformer.level_embeds"].shape[1]
+        elif name == "head_pos_embed.weight":
             for number, head in enumerate(HEADS):
-                out[f"queries.{head}.head_embedding"] = tensor[number].expand(width)
+                out[f"queries.{head}.head_embedding"] = tensor[number]
         elif name == "heads.atss.scales":  # one scalar per level, finest first
             out[name] = torch.cat([out.get(name, torch.empty(0)), tensor[None]])
         else:
@@ -118,6 +123,7 @@ class RecordedBackbone(nn.Module):
 class Case:
     """A detector with criterion and post-processing, composed; the official inputs, eval mode and training step."""
 
+    folder: Path
     detector: Detector
     criterion: Criterion
     postprocess: PostProcess
@@ -131,12 +137,18 @@ class Case:
     def main(self) -> QueryGroup:
         return self.detector.queries["main"](QueryContext(self.memory, self.targets))
 
-    def collaborative(self, number: int, prefix: str = "train") -> QueryGroup:
-        """The recorded positive queries of auxiliary head 0 or 1, embedded by our query source."""
+    def collaborative(self, number: int, prefix: str = "train", found: Positives | None = None) -> QueryGroup:
+        """The recorded positive queries of auxiliary head 0 or 1, embedded by our query source.
+
+        found: what our head hands over; the features then come from there, with their gradients.
+        """
         record = {k.split(".")[-1]: v for k, v in self.train.items() if k.startswith(f"{prefix}.aux_query.{number}.")}
         boxes, labels = record["coords"], record["labels"]
         labels = labels.masked_fill(labels == self.train["train.cls_logits"].shape[-1], -1)
         features = record.get("feats", torch.empty(0))
+        if found is not None:
+            recorded, features = features, take(found.features, torch.cdist(features, found.features).argmin(-1))
+            close(features, recorded)
         content, position = self.detector.queries[HEADS[number]]._embed(boxes, features)
         return QueryGroup(content, boxes, Known(labels, record.get("targets", boxes)), position)
 
@@ -159,6 +171,9 @@ def load_case(folder: Path, model: str, finest_stride: int, *overrides: str) -> 
         "detector.heads.faster_rcnn.proposals.per_level": sizes["rpn_nms_pre"],
         "detector.heads.faster_rcnn.proposals.count": sizes["rpn_max_per_img"],
     }
+    if sizes.get("with_masks"):
+        overrides += ("model/head@model.detector.heads.faster_rcnn=mask_rcnn",)
+        small["detector.heads.faster_rcnn.mask.num_convs"] = sizes["mask_convs"]
     with initialize_config_module("codetr.conf", version_base="1.3"):
         config = compose("train", [f"model={model}", *overrides, *(f"model.{k}={v}" for k, v in small.items())])
     inputs, forward, train = (load_file(folder / f"{f}.safetensors") for f in ("inputs", "forward", "train"))
@@ -177,7 +192,9 @@ def load_case(folder: Path, model: str, finest_stride: int, *overrides: str) -> 
     with torch.no_grad():
         memory = detector.encode(inputs["img"], padding)
     criterion, postprocess = instantiate(config.criterion), instantiate(config.postprocess)
-    return Case(detector, criterion, postprocess, inputs, forward, train, padding, memory, padded_targets(inputs))
+    return Case(
+        folder, detector, criterion, postprocess, inputs, forward, train, padding, memory, padded_targets(inputs)
+    )
 
 
 def fixed_order(rank: Tensor) -> Tensor:
@@ -199,6 +216,9 @@ def padded_targets(inputs: dict[str, Tensor]) -> Targets:
         scale = inputs["img_shape"][i].flip(0).repeat(2)
         targets.boxes[i, :count] = box_convert(inputs[f"gt_boxes.{i}"] / scale, "xyxy", "cxcywh")
         targets.labels[i, :count], targets.valid[i, :count] = inputs[f"gt_labels.{i}"], True
+    if "gt_masks.0" in inputs:
+        masks = [inputs[f"gt_masks.{i}"].bool() for i in range(2)]
+        targets.masks = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     return targets
 
 
@@ -243,6 +263,26 @@ def close_losses(case: Case, losses: dict[str, Tensor], prefix: str = "train", t
         stem += {"class": "loss_cls", "l1": "loss_bbox", "giou": "loss_iou"}[term]
         suffix = f"_aux{HEADS.index(group)}" if group in HEADS else ""
         close(value, case.train[f"{prefix}.loss.{stem}{suffix}"], tolerance)
+
+
+def close_gradients(case: Case, total: Tensor, which: str = "train") -> None:
+    """The norm of every parameter's gradient behind the backbone.
+
+    The worst of these norms has an error of 1e-4 in the official run itself (float32 against float64).
+    """
+    names, parameters = zip(*case.detector.named_parameters(), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+    norms = json.loads((case.folder / "train.json").read_text())["grad_norm"][which]
+    weights = load_file(case.folder / "weights.safetensors")
+    squares: dict[tuple[str, ...], float] = defaultdict(float)  # some of ours are several of theirs, or the reverse
+    for name, norm in norms.items():
+        squares[tuple(ours({name: weights[name]}))] += norm**2
+    del squares[()]
+    noise = 1e-6 * max(squares.values()) ** 0.5  # float32, where a large gradient cancels to a small one
+    assert {name for together in squares for name in together} == gradients.keys()
+    for together, square in squares.items():
+        own = torch.cat([gradients[name].flatten() for name in together]).norm()
+        assert abs(own - square**0.5) <= 2e-4 * square**0.5 + noise, together
 
 
 def stacked(prediction: Prediction) -> Prediction:

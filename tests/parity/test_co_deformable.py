@@ -1,10 +1,22 @@
-"""Co-Deformable-DETR against tensors recorded from the official code: encoder, proposals, decoder, detections."""
+"""Co-Deformable-DETR against tensors recorded from the official code, with Faster R-CNN and with Mask R-CNN: encoder,
+proposals, decoder, detections, a training step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from official_weights import HEADS, Case, close, close_levels, close_losses, close_matching, load_case, stacked
+from official_weights import (
+    HEADS,
+    Case,
+    close,
+    close_gradients,
+    close_levels,
+    close_losses,
+    close_matching,
+    load_case,
+    stacked,
+)
 from safetensors.torch import load_file
 
 from codetr.assign.hungarian import Problem, match
@@ -12,9 +24,9 @@ from codetr.queries.two_stage import proposal_anchors
 from codetr.types import Known, Output, Prediction
 
 
-@pytest.fixture(scope="module")
-def case(official: Path) -> Case:
-    return load_case(official / "co_deformable_detr_r50", "co_deformable", 8)
+@pytest.fixture(scope="module", params=["co_deformable_detr_r50", "co_deformable_detr_mask_r50"])
+def case(official: Path, request: pytest.FixtureRequest) -> Case:
+    return load_case(official / request.param, "co_deformable", 8)
 
 
 def test_neck_and_masks(case: Case) -> None:
@@ -48,8 +60,8 @@ def test_decoder(case: Case) -> None:
     close(prediction.boxes, case.forward["boxes"])
 
 
-def test_detections(case: Case, official: Path) -> None:
-    expected = load_file(official / "co_deformable_detr_r50" / "detections.safetensors")
+def test_detections(case: Case) -> None:
+    expected = load_file(case.folder / "detections.safetensors")
     last = Prediction(case.forward["cls_logits"][-1], case.forward["boxes"][-1])
     detections = case.postprocess(last, case.inputs["ori_shape"])
     for i, found in enumerate(detections):
@@ -85,3 +97,31 @@ def test_decoder_losses(case: Case) -> None:
     losses = case.criterion(Output(groups, case.detector.decoder(groups, case.memory)), case.targets)
     assert len(losses) == 3 * (1 + 2 + 2 + 2)
     close_losses(case, losses, tolerance=2e-5)
+
+
+def test_mask_branch(case: Case) -> None:
+    head = case.detector.heads["faster_rcnn"]
+    if head.mask is None:
+        return
+    aux = load_file(case.folder / "aux_forward.safetensors")
+    rois = aux["roi.rois"][:8]
+    logits = head.mask(case.detector.adapter(case.memory), rois[:, 0].long(), rois[:, 1:])
+    close(logits, aux["roi.mask_logits_first8"])
+
+
+def test_a_whole_training_step(case: Case) -> None:
+    """With the auxiliary heads: their losses by name, the sum of all losses, and every gradient."""
+    memory = case.detector.encode(case.inputs["img"], case.padding)
+    step = replace(case, memory=memory)
+    pyramid = case.detector.adapter(memory)
+    outputs = {name: head(pyramid, case.targets) for name, head in case.detector.heads.items()}
+    head_losses = {name: output.losses for name, output in outputs.items()}
+    positive = {h: step.collaborative(i, found=outputs[h].positives) for i, h in enumerate(HEADS)}
+    groups = {"main": step.main(), **positive}
+    losses = case.criterion(Output(groups, case.detector.decoder(groups, memory), head_losses), case.targets)
+    names = {"class": "loss_cls0", "giou": "loss_bbox0", "mask": "loss_mask0"}
+    for term in head_losses["faster_rcnn"].keys() & names:
+        close(losses[f"head_faster_rcnn/{term}"], case.train[f"train.loss.{names[term]}"])
+    total = sum(losses.values())
+    close(total, case.train["train.loss_total"])
+    close_gradients(case, total)

@@ -76,6 +76,7 @@ def module(folder: Path, **changes: Any) -> DetectionDataModule:
         "classes": None,
         "on_error": "stop",
         "verify": "complete",
+        "masks": False,
         "prepare": None,
     }
     return DetectionDataModule(**arguments | changes)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from codetr.data import segmentations
 from codetr.data.images import UnreadableImage, looks_complete, read_image
 from codetr.errors import UserError
 
@@ -36,6 +37,7 @@ _ADVICE = {
     "box that is not 4 finite numbers": "write bbox as [x, y, width, height] in pixels",
     "box without area": "bbox is [x, y, width, height]; width and height must be above 0",
     "box outside its image": "check the box, and the image's width and height",
+    "object without a usable mask": "mend its `segmentation`, or train without masks: data.masks=false",
 }
 
 
@@ -225,6 +227,20 @@ def check_annotations(
     reach_out = (boxes[:, :2] < 0) | (boxes[:, 2:] > extent)
     report.clipped = int((reach_out.any(1) & good).sum())
     return [r for r, g in zip(kept, good, strict=True) if g], boxes[good]
+
+
+def check_masks(
+    records: list[dict[str, Any]], boxes: np.ndarray, sizes: Mapping[int, tuple[int, int]], report: Report
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Those of `records`, with their `boxes`, whose segmentation can be decoded; crowds need none."""
+    good = np.ones(len(records), bool)
+    for i, record in enumerate(records):
+        wrong = segmentations.fault(record.get("segmentation"), sizes[record["image_id"]])
+        if wrong and not record.get("iscrowd", 0):
+            where = f"annotation {record.get('id')} of image {record['image_id']}"
+            report.add("object without a usable mask", f"{where}: {wrong}")
+            good[i] = False
+    return [r for r, g in zip(records, good, strict=True) if g], boxes[good]
 
 
 def _xywh(record: dict[str, Any]) -> tuple[float, ...]:

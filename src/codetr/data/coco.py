@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
 from codetr.data.checks import (
     OnError,
@@ -19,10 +19,12 @@ from codetr.data.checks import (
     Verify,
     check_annotations,
     check_images,
+    check_masks,
     read_coco,
     select_classes,
 )
 from codetr.data.images import read_image
+from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
 
 
@@ -30,7 +32,8 @@ from codetr.errors import UserError
 class Sample:
     """One image with its objects.
 
-    image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; both without crowds.
+    image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
+    on the object, or None where the data set reads none; all without crowds.
     original_size: (height, width) of the file. truth: all objects, crowds included, in pixels of the file:
     `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m] bool, `area` [m] float64 as in the file.
     """
@@ -41,6 +44,7 @@ class Sample:
     image_id: int
     original_size: tuple[int, int]
     truth: dict[str, Tensor]
+    masks: Mask | None = None
 
 
 class CocoDetection(Dataset[Sample]):
@@ -49,7 +53,7 @@ class CocoDetection(Dataset[Sample]):
     Labels are 0, 1, ... in the order of `class_names`: all categories in the order of the file, or `classes`.
     `category_ids` holds the file's id of each label. `report` tells what was dropped (see `codetr.data.checks`).
     The annotations are numpy columns: unlike lists of dicts, they stay shared between worker processes, where
-    every touched Python object would be copied.
+    every touched Python object would be copied. masks: also read the objects' segmentations.
 
     Raises UserError for what `codetr.data.checks` lists; UnreadableImage from indexing.
     """
@@ -62,6 +66,7 @@ class CocoDetection(Dataset[Sample]):
         classes: Sequence[str] | None = None,
         on_error: OnError = "stop",
         verify: Verify = "complete",
+        masks: bool = False,
     ) -> None:
         self.root, source = Path(root), Path(annotations)
         document = read_coco(source)
@@ -69,25 +74,28 @@ class CocoDetection(Dataset[Sample]):
         names = select_classes(document["categories"], classes, source)
         self.class_names, self.category_ids = tuple(names.values()), tuple(names)
         images = check_images(document["images"], self.root, verify, self.report)
+        sizes = {i["id"]: (i["height"], i["width"]) for i in images}
         records, boxes = check_annotations(
             document["annotations"],
             known_images={i.get("id") for i in document["images"]},
-            sizes={i["id"]: (i["height"], i["width"]) for i in images},
+            sizes=sizes,
             categories={c["id"] for c in document["categories"]},
             report=self.report,
         )
+        if masks:
+            records, boxes = check_masks(records, boxes, sizes, self.report)
         self.report.settle(on_error)
         if not images:
             raise UserError(f"{source} names no usable image in {self.root}")
         self._set_images(images)
-        self._set_objects(records, boxes)
+        self._set_objects(records, boxes, masks)
 
     def _set_images(self, images: list[dict[str, Any]]) -> None:
         self.image_ids = np.array([i["id"] for i in images], np.int64)
         self.sizes = np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2)
         self._files = np.array([i["file_name"] for i in images], np.str_)
 
-    def _set_objects(self, records: list[dict[str, Any]], boxes: np.ndarray) -> None:
+    def _set_objects(self, records: list[dict[str, Any]], boxes: np.ndarray, masks: bool) -> None:
         """Sort the objects of the selected classes by image; object j of image i is row offsets[i] + j."""
         label_of = {c: label for label, c in enumerate(self.category_ids)}
         position = {int(image): i for i, image in enumerate(self.image_ids)}
@@ -101,6 +109,7 @@ class CocoDetection(Dataset[Sample]):
         rows = rows[labels[rows] >= 0]
         self._boxes, self._labels, self._crowd, self._area = boxes[rows], labels[rows], crowd[rows], area[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.image_ids) + 1))
+        self._masks = Segmentations(records[row].get("segmentation") for row in rows) if masks else None
 
     @property
     def label_counts(self) -> dict[str, int]:
@@ -135,4 +144,10 @@ class CocoDetection(Dataset[Sample]):
             image_id=int(self.image_ids[index]),
             original_size=(height, width),
             truth=truth,
+            masks=Mask(self._read_masks(index, (height, width))) if self._masks else None,
         )
+
+    def _read_masks(self, index: int, size: tuple[int, int]) -> Tensor:
+        assert self._masks is not None
+        rows = np.arange(self._offsets[index], self._offsets[index + 1])
+        return self._masks.masks(rows[~self._crowd[rows]], size)

@@ -15,7 +15,8 @@ from codetr.types import Batch, Targets, box_scale
 def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
     """Pad images right and below to the largest height and width, rounded up to multiples of `size_divisor`.
 
-    Objects are padded to the largest number in the batch, at least 1, with the box (0.5, 0.5, 1, 1) and label 0.
+    Objects are padded to the largest number in the batch, at least 1, with the box (0.5, 0.5, 1, 1), label 0 and an
+    empty mask.
     """
     sizes = torch.tensor([s.image.shape[-2:] for s in samples])
     height, width = (int(-(-side // size_divisor) * size_divisor) for side in sizes.amax(0))
@@ -28,14 +29,14 @@ def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
     return Batch(
         images=images,
         padding=padding,
-        targets=_targets(samples, sizes),
+        targets=_targets(samples, sizes, (height, width)),
         image_ids=torch.tensor([s.image_id for s in samples]),
         original_sizes=torch.tensor([s.original_size for s in samples]),
         truth=[s.truth for s in samples],
     )
 
 
-def _targets(samples: Sequence[Sample], sizes: Tensor) -> Targets:
+def _targets(samples: Sequence[Sample], sizes: Tensor, canvas: tuple[int, int]) -> Targets:
     counts = torch.tensor([len(s.labels) for s in samples])
     slots = max(1, int(counts.max()))
     valid = torch.arange(slots) < counts[:, None]
@@ -45,4 +46,10 @@ def _targets(samples: Sequence[Sample], sizes: Tensor) -> Targets:
     scale = box_scale(sizes).repeat_interleave(counts, 0)
     boxes[valid] = box_convert(xyxy / scale, "xyxy", "cxcywh")
     labels[valid] = torch.cat([s.labels for s in samples])
-    return Targets(boxes=boxes, labels=labels, valid=valid, sizes=sizes)
+    masks = None
+    if samples[0].masks is not None:
+        masks = torch.zeros(len(samples), slots, *canvas, dtype=torch.bool)
+        for i, sample in enumerate(samples):
+            count, h, w = sample.masks.shape  # type: ignore[union-attr]
+            masks[i, :count, :h, :w] = sample.masks
+    return Targets(boxes=boxes, labels=labels, valid=valid, sizes=sizes, masks=masks)

@@ -22,8 +22,8 @@ class DetectionDataModule(LightningDataModule):
 
     *_images are folders, *_annotations COCO instances files, relative to `root`. batch_size and eval_batch_size
     count images per process. classes selects and orders categories by name (None: all, as in the training file).
-    on_error, verify: see `codetr.data.checks`. prepare: called once per node before anything is read, to make or
-    fetch the data.
+    on_error, verify: see `codetr.data.checks`. masks: read the training objects' masks. prepare: called once per node
+    before anything is read, to make or fetch the data.
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
     an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
@@ -49,6 +49,7 @@ class DetectionDataModule(LightningDataModule):
         classes: Sequence[str] | None,
         on_error: OnError,
         verify: Verify,
+        masks: bool,
         prepare: Callable[[], Any] | None,
     ) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class DetectionDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
         self.classes, self.on_error, self.verify = classes, on_error, verify
-        self.prepare = prepare
+        self.masks, self.prepare = masks, prepare
         self.train_set: CocoDetection | None = None
         self.val_set: CocoDetection | None = None
 
@@ -79,7 +80,7 @@ class DetectionDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
-            self.train_set = self._read(*self.train_paths, self.classes)
+            self.train_set = self._read(*self.train_paths, self.classes, self.masks)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
         if self.val_set is None:
@@ -125,5 +126,9 @@ class DetectionDataModule(LightningDataModule):
             return val
         return self._read(*self.val_paths, self.class_names)
 
-    def _read(self, images: Path, annotations: Path, classes: Sequence[str] | None) -> CocoDetection:
-        return CocoDetection(images, annotations, classes=classes, on_error=self.on_error, verify=self.verify)
+    def _read(
+        self, images: Path, annotations: Path, classes: Sequence[str] | None, masks: bool = False
+    ) -> CocoDetection:
+        return CocoDetection(
+            images, annotations, classes=classes, on_error=self.on_error, verify=self.verify, masks=masks
+        )

@@ -50,8 +50,9 @@ def _draw(low: int, high: int) -> int:
 class TransformedDataset(Dataset[Sample]):
     """`dataset` behind `transform`, indexed by (epoch, index) as the samplers of `codetr.data.sampler` yield.
 
-    transform: maps a dict of `image`, `boxes` and `labels`; boxes are afterwards clipped to the image, and those
-    that kept less than a pixel of height or width are removed with their labels. replace_unreadable: take the
+    transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks`; boxes are
+    afterwards clipped to the image, and those that kept less than a pixel of height or width are removed with their
+    labels and masks. replace_unreadable: take the
     next readable image, in the order of the data set, for one that does not decode.
 
     Raises UnreadableImage, which names the file.
@@ -74,7 +75,9 @@ class TransformedDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         sample = self._read(index)
-        parts = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
+        parts: dict[str, Any] = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
+        if sample.masks is not None:
+            parts["masks"] = sample.masks
         generator = torch.default_generator
         before = generator.get_state()
         generator.manual_seed(mix_seed(self.seed, epoch, index))

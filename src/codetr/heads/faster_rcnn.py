@@ -1,4 +1,4 @@
-"""Faster R-CNN as auxiliary head (Ren et al. 2015; Co-DETR, table 1)."""
+"""Faster R-CNN and, with a mask branch, Mask R-CNN as auxiliary head (Ren et al. 2015; Co-DETR, table 1)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.sampling import Priority, pack, sample_both
 from codetr.heads.common import assigned, detections
+from codetr.heads.mask import MaskBranch
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.nn.anchors import BoxCoder, clip
@@ -35,7 +36,8 @@ class FasterRCNNHead(nn.Module):
     Losses: those of the RPN; cross entropy over K classes and background; GIoU of the decoded boxes. Its positive
     coordinates are the sampled regions, with their pooled features' mean. proposals: the RPN's boxes in training
     and in `detect`. positive_iou: below it a proposal is background. num_samples: regions per image in the loss,
-    at most `positive_fraction` of them positive. score_threshold, nms_iou, max_detections: of `detect`.
+    at most `positive_fraction` of them positive. score_threshold, nms_iou, max_detections: of `detect`. mask: makes it
+    Mask R-CNN, whose positive regions also learn their object's mask.
     """
 
     def __init__(
@@ -53,14 +55,17 @@ class FasterRCNNHead(nn.Module):
         score_threshold: float,
         nms_iou: float,
         max_detections: int,
+        mask: MaskBranch | None = None,
+        mask_weight: float = 0.0,
         priority: Priority | None = None,
     ) -> None:
         super().__init__()
         self.rpn, self.proposals, self.pool, self.box_head = rpn, proposals, pool, box_head
+        self.mask = mask
         self.coder = BoxCoder(box_stds)
         self.positive_iou = positive_iou
         self.num_samples, self.most_positive = num_samples, int(num_samples * positive_fraction)
-        self.weights = {"class": class_weight, "giou": giou_weight}
+        self.weights = {"class": class_weight, "giou": giou_weight, "mask": mask_weight}
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
         self.priority = priority
 
@@ -72,8 +77,10 @@ class FasterRCNNHead(nn.Module):
         pooled = self.pool(pyramid, regions.boxes, regions.owner != IGNORED)
         positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.owner, targets)
         logits, deltas = self.box_head(pooled)
-        for term, value in self.losses(logits, deltas, positives).items():
-            losses[term] = value * self.weights[term]
+        own = self.losses(logits, deltas, positives)
+        if self.mask is not None:
+            own["mask"] = self.mask.loss(pyramid, regions.boxes, regions.owner, targets)
+        losses |= {term: value * self.weights[term] for term, value in own.items()}
         return HeadOutput(losses, positives)
 
     @torch.no_grad()

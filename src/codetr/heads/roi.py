@@ -29,19 +29,24 @@ class RoIPool(nn.Module):
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> Tensor:
         """boxes: [B, R, 4] xyxy in pixels. valid: [B, R]. Returns [B, R, C, size, size], 0 where not valid."""
-        images = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
-        regions = torch.cat([images.to(boxes), boxes], -1).flatten(0, 1)
+        (index,) = torch.where(valid.flatten())
+        found = self.regions(pyramid, index // boxes.shape[1], boxes.flatten(0, 1)[index])
+        result = found.new_zeros(valid.numel(), *found.shape[1:]).index_copy_(0, index, found)
+        return result.unflatten(0, boxes.shape[:2])
+
+    def regions(self, pyramid: Pyramid, images: Tensor, boxes: Tensor) -> Tensor:
+        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. Returns [R, C, size, size]."""
+        rois = torch.cat([images[:, None].to(boxes), boxes], 1)
         strides = pyramid.strides[:-1]
-        levels = self.levels(boxes, strides).masked_fill(~valid, -1).flatten()
+        levels = self.levels(boxes, strides)
         order, pooled = [], []
         for number, stride in enumerate(strides):
             (members,) = torch.where(levels == number)
-            features, scale = pyramid.levels[number].to(regions), 1 / stride
+            features, scale = pyramid.levels[number].to(rois), 1 / stride
             order.append(members)
-            pooled.append(roi_align(features, regions[members], self.size, scale, self.sampling_ratio, aligned=True))
+            pooled.append(roi_align(features, rois[members], self.size, scale, self.sampling_ratio, aligned=True))
         found = torch.cat(pooled)
-        result = found.new_zeros(len(regions), *found.shape[1:]).index_copy_(0, torch.cat(order), found)
-        return result.unflatten(0, boxes.shape[:2])
+        return torch.empty_like(found).index_copy_(0, torch.cat(order), found)
 
 
 class BoxHead(nn.Module):

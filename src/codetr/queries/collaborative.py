@@ -45,7 +45,7 @@ class CollaborativeQueries(nn.Module):
         out = 2 * width if embed_position else width
         self.coordinates = nn.Sequential(nn.Linear(2 * width, out), nn.LayerNorm(out))
         self.features = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) if use_features else None
-        self.head_embedding = nn.Parameter(torch.zeros(width)) if embed_position else None
+        self.head_embedding = nn.Parameter(torch.zeros(1)) if embed_position else None  # a scalar, officially
 
     def forward(self, context: QueryContext) -> QueryGroup:
         assert context.targets is not None

@@ -1,0 +1,65 @@
+"""The mask branch of Mask R-CNN (He et al. 2017, sec. 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import roi_align
+
+from codetr.errors import UserError
+from codetr.heads.roi import RoIPool
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Pyramid, Targets
+
+
+class MaskBranch(nn.Module):
+    """RoIAlign, convolutions, one upsampling, and a mask per class of twice the pool's size.
+
+    Loss: cross entropy of every pixel of the positive regions, for the class of their object alone.
+    """
+
+    def __init__(self, pool: RoIPool, width: int, num_convs: int, num_classes: int) -> None:
+        super().__init__()
+        self.pool = pool
+        convs = [m for _ in range(num_convs) for m in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True))]
+        self.convs = nn.Sequential(*convs)
+        self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.classes = nn.Conv2d(width, num_classes, 1)
+        for layer in (*self.convs[::2], self.upsample, self.classes):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pyramid: Pyramid, images: Tensor, boxes: Tensor) -> Tensor:
+        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. Returns logits [R, K, 2s, 2s], float32."""
+        features = self.convs(self.pool.regions(pyramid, images, boxes))
+        return self.classes(self.upsample(features).relu()).float()
+
+    def loss(self, pyramid: Pyramid, boxes: Tensor, owner: Tensor, targets: Targets) -> Tensor:
+        """boxes: [B, R, 4] xyxy in pixels. owner: [B, R], the object of positive regions, negative elsewhere.
+
+        Raises UserError when the targets come without masks.
+        """
+        if targets.masks is None:
+            raise UserError("the mask branch of Mask R-CNN needs the objects' masks: set data.masks=true")
+        images, places = torch.where(owner >= 0)
+        boxes, owner = boxes[images, places], owner[images, places]
+        logits = self(pyramid, images, boxes)
+        own = logits[torch.arange(len(logits), device=logits.device), targets.labels[images, owner]]
+        goal = region_masks(targets.masks, targets.valid, images, owner, boxes, own.shape[-1])
+        entropy = binary_cross_entropy_with_logits(own, goal, reduction="none").mean((1, 2))
+        count = mean_over_processes(entropy.new_tensor(float(len(entropy)))).clamp(min=1)
+        return entropy.sum() / count
+
+
+@torch.no_grad()
+def region_masks(masks: Tensor, valid: Tensor, images: Tensor, owner: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """What each region shows of its object's mask: [R, size, size], 0 or 1.
+
+    masks: [B, M, H, W] bool. valid: [B, M], the objects. images, owner: [R]. boxes: [R, 4] xyxy in pixels.
+    """
+    places = valid.flatten().cumsum(0).view_as(valid) - 1  # of the objects among the valid ones
+    rois = torch.cat([places[images, owner][:, None].to(boxes), boxes], 1)
+    # Only real objects: as floats the masks of large images are the head's largest tensor.
+    objects = masks[valid][:, None].to(boxes)
+    return (roi_align(objects, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(boxes)

@@ -1,0 +1,131 @@
+"""Swin Transformer (Liu et al., ICCV 2021) with the windows of the detection code that it came with."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import (
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from codetr.models.backbone import Backbone
+
+
+class Swin(Backbone):
+    """timm's Swin for images of any size, as the detection code of Swin and of Co-DETR computes it.
+
+    Layers, weights and names are timm's, which lacks:
+    - that order: a map whose sides are no multiples of the window is padded first and shifted then. timm shifts
+      first, which gives other windows and other numbers.
+    - a layer norm on every output.
+    - the mask of the shifted windows once per stage instead of once per block.
+
+    Windows neither shrink nor stop to shift on small maps. Padding takes part in attention, as in training of the
+    published weights. Images whose sides are no multiples of 4 are padded with zeros: level i has
+    ceil(side / stride_i) cells.
+
+    out_indices: stages 0..3 have strides 4..32. checkpointing: blocks recompute their activations (less memory, more
+    time). The others: see `Backbone`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: tuple[int, ...],
+        pretrained: bool,
+        frozen_stages: int,
+        checkpointing: bool,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        arguments: dict[str, Any],
+    ) -> None:
+        arguments = {
+            **arguments,
+            "strict_img_size": False,
+            "always_partition": True,
+            "embed_layer": partial(PatchEmbed, dynamic_img_pad=True),
+        }
+        super().__init__(name, out_indices, pretrained, "batch", frozen_stages, mean, std, arguments)
+        for child_name, child in self.body.named_children():
+            if isinstance(child, SwinTransformerStage):
+                self.body[child_name] = Stage(child, checkpointing)
+        self.norms = nn.ModuleDict(
+            {str(i): nn.LayerNorm(width) for i, width in zip(out_indices, self.channels, strict=True)}
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        levels = super().forward(images)
+        return [norm(level).permute(0, 3, 1, 2) for norm, level in zip(self.norms.values(), levels, strict=True)]
+
+
+class Stage(nn.Module):
+    """Patch merging and blocks of timm's `stage`. Maps are [B, H, W, C]."""
+
+    def __init__(self, stage: SwinTransformerStage, checkpointing: bool) -> None:
+        super().__init__()
+        self.downsample = stage.downsample
+        self.blocks = nn.ModuleList(Block(block) for block in stage.blocks)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        mask = shift_mask(x.shape[1], x.shape[2], self.blocks[-1].window, x)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        return x
+
+
+class Block(nn.Module):
+    """Window attention and feed-forward layer of timm's `block`."""
+
+    def __init__(self, block: SwinTransformerBlock) -> None:
+        super().__init__()
+        self.window: tuple[int, int] = block.window_size
+        self.shift: tuple[int, int] = block.shift_size
+        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
+        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
+        self.attn.fused_attn = True  # scaled_dot_product_attention, which timm leaves off by default
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: [B, H, W, C]. mask: of `shift_mask`, for blocks that shift."""
+        x = x + self.drop_path1(self._attend(self.norm1(x), mask))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        shifts = any(self.shift)
+        x = F.pad(x, (0, 0, 0, -width % self.window[1], 0, -height % self.window[0]))
+        padded = x.shape[1:3]
+        if shifts:
+            x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
+        windows = window_partition(x, self.window).flatten(1, 2)
+        windows = self.attn(windows, mask if shifts else None)
+        x = window_reverse(windows.unflatten(1, self.window), self.window, *padded)
+        if shifts:
+            x = x.roll(self.shift, (1, 2))
+        return x[:, :height, :width]
+
+
+def shift_mask(height: int, width: int, window: tuple[int, int], like: Tensor) -> Tensor:
+    """[windows, N, N] of `like`'s type and device: -100 between cells that only the cyclic shift by half a window
+    made neighbours, else 0, for the padded map (paper, figure 4). -100 as in training of the published weights.
+    """
+    regions = []
+    for side, size in zip((height, width), window, strict=True):
+        cells = torch.arange(side + -side % size, device=like.device)
+        regions.append((cells >= len(cells) - size).int() + (cells >= len(cells) - size // 2))
+    region = 3 * regions[0][:, None] + regions[1]
+    region = window_partition(region[None, :, :, None], window).flatten(1)
+    return (region[:, None] != region[:, :, None]).to(like.dtype) * -100
