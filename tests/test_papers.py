@@ -145,6 +145,7 @@ def test_a_step_of_every_distinct_composition(row: Row) -> None:
         labels=torch.tensor([[0, 2]]),
         valid=torch.ones(1, 2, dtype=torch.bool),
         sizes=torch.tensor([[64, 64]]),
+        masks=torch.rand(1, 2, 64, 64) < 0.5 if config.data.masks else None,
     )
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     losses = criterion(detector(images, torch.zeros(1, 64, 64, dtype=torch.bool), targets), targets)

@@ -15,14 +15,14 @@ from codetr.task import DetectionTask
 from codetr.types import Batch, Targets
 
 CLASSES = ("disc", "ring", "star")
-HEADS = ["faster_rcnn", "atss", "retinanet", "fcos", "gfl", "paa"]
+HEADS = ["faster_rcnn", "atss", "retinanet", "fcos", "gfl", "paa", "mask_rcnn"]
 NETWORK, ORIGINAL = torch.tensor([[64, 96], [96, 64]]), torch.tensor([[128, 192], [48, 32]])
 
 
 @pytest.fixture(scope="module")
 def model() -> Detector:
     torch.manual_seed(0)
-    collaborators = ["faster_rcnn_small", *HEADS[1:]]
+    collaborators = ["faster_rcnn_small", *HEADS[1:-1], "mask_rcnn_small"]
     return detector(CLASSES, f"model/collaborator=[{','.join(collaborators)}]").eval()
 
 

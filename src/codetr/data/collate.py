@@ -46,10 +46,14 @@ def _targets(samples: Sequence[Sample], sizes: Tensor, canvas: tuple[int, int]) 
     scale = box_scale(sizes).repeat_interleave(counts, 0)
     boxes[valid] = box_convert(xyxy / scale, "xyxy", "cxcywh")
     labels[valid] = torch.cat([s.labels for s in samples])
-    masks = None
-    if samples[0].masks is not None:
-        masks = torch.zeros(len(samples), slots, *canvas, dtype=torch.bool)
-        for i, sample in enumerate(samples):
-            count, h, w = sample.masks.shape  # type: ignore[union-attr]
-            masks[i, :count, :h, :w] = sample.masks
-    return Targets(boxes=boxes, labels=labels, valid=valid, sizes=sizes, masks=masks)
+    return Targets(boxes=boxes, labels=labels, valid=valid, sizes=sizes, masks=_masks(samples, slots, canvas))
+
+
+def _masks(samples: Sequence[Sample], slots: int, canvas: tuple[int, int]) -> Tensor | None:
+    masks = torch.zeros(len(samples), slots, *canvas, dtype=torch.bool)
+    for padded, sample in zip(masks, samples, strict=True):
+        if sample.masks is None:
+            return None
+        count, height, width = sample.masks.shape
+        padded[:count, :height, :width] = sample.masks
+    return masks

@@ -28,7 +28,7 @@ class Segmentations:
         return torch.from_numpy(coco_mask.decode(runs)).permute(2, 0, 1)
 
     def _segmentation(self, row: int) -> Any:
-        return pickle.loads(self._bytes[self._offsets[row] : self._offsets[row + 1]])
+        return pickle.loads(self._bytes[self._offsets[row] : self._offsets[row + 1]].data)
 
 
 def _compact(segmentation: Any) -> Any:
