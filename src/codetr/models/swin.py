@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from codetr.errors import UserError
 from codetr.models.backbone import Backbone
 
 
@@ -24,10 +25,10 @@ class Swin(Backbone):
     """timm's Swin for images of any size, as the detection code of Swin and of Co-DETR computes it.
 
     Layers, weights and names are timm's, which lacks:
-    - that order: a map whose sides are no multiples of the window is padded first and shifted then. timm shifts
-      first, which gives other windows and other numbers.
+    - their order of padding and shifting: maps whose sides are no multiples of the window are padded first. timm
+      shifts first, which gives other windows and other numbers.
     - a layer norm on every output.
-    - the mask of the shifted windows once per stage instead of once per block.
+    - one mask of the shifted windows for all blocks of a stage.
 
     Windows neither shrink nor stop to shift on small maps. Padding takes part in attention, as in training of the
     published weights. Images whose sides are no multiples of 4 are padded with zeros: level i has
@@ -35,6 +36,8 @@ class Swin(Backbone):
 
     out_indices: stages 0..3 have strides 4..32. checkpointing: blocks recompute their activations (less memory, more
     time). The others: see `Backbone`.
+
+    Raises UserError when `name` is no Swin of timm's.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Swin(Backbone):
         std: tuple[float, float, float],
         arguments: dict[str, Any],
     ) -> None:
+        if not name.startswith("swin_"):
+            raise UserError(f"model.backbone.name={name}: not a Swin of timm's, which are named swin_*")
         arguments = {
             **arguments,
             "strict_img_size": False,
@@ -72,13 +77,15 @@ class Stage(nn.Module):
 
     def __init__(self, stage: SwinTransformerStage, checkpointing: bool) -> None:
         super().__init__()
-        self.downsample = stage.downsample
-        self.blocks = nn.ModuleList(Block(block) for block in stage.blocks)
+        blocks: Any = stage.blocks
+        self.window: tuple[int, int] = blocks[0].window_size
         self.checkpointing = checkpointing
+        self.downsample = stage.downsample
+        self.blocks = nn.ModuleList(Block(block) for block in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        mask = shift_mask(x.shape[1], x.shape[2], self.blocks[-1].window, x)
+        mask = shift_mask(x.shape[1], x.shape[2], self.window, x)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, use_reentrant=False)
@@ -94,9 +101,10 @@ class Block(nn.Module):
         super().__init__()
         self.window: tuple[int, int] = block.window_size
         self.shift: tuple[int, int] = block.shift_size
-        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
+        attention: Any = block.attn
+        attention.fused_attn = True  # scaled_dot_product_attention, which timm leaves off by default
+        self.norm1, self.attn, self.drop_path1 = block.norm1, attention, block.drop_path1
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
-        self.attn.fused_attn = True  # scaled_dot_product_attention, which timm leaves off by default
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: [B, H, W, C]. mask: of `shift_mask`, for blocks that shift."""
