@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from codetr.assign.hungarian import MatchingCost, Problem, match
+from codetr.errors import UserError
 from codetr.losses import ClassLoss
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
@@ -35,7 +37,8 @@ class Criterion(nn.Module):
     """L = sum over decoder layers of (L_dec + lambda_1 L_aux_queries + lambda_2 L_aux_heads).
 
     The auxiliary heads' losses do not depend on the layer, so their sum over layers is a factor. lambda_1 is the
-    `weight` of each collaborative group. focal, l1, giou: weights of the class loss and of the two box losses.
+    `weight` of each collaborative group. own_lambda_2: of single heads, by name, in place of `lambda_2`. focal, l1,
+    giou: weights of the class loss and of the two box losses.
     """
 
     def __init__(
@@ -46,14 +49,18 @@ class Criterion(nn.Module):
         l1: float,
         giou: float,
         lambda_2: float,
+        own_lambda_2: Mapping[str, float],
     ) -> None:
         super().__init__()
         self.matching_cost, self.class_loss = matching_cost, class_loss
         self.focal, self.l1, self.giou = focal, l1, giou
-        self.lambda_2 = lambda_2
+        self.lambda_2, self.own_lambda_2 = lambda_2, own_lambda_2
 
     def forward(self, output: Output, targets: Targets) -> dict[str, Tensor]:
-        """Returns scalars named group/layer/term and head/term, weighted; their sum is the loss."""
+        """Returns scalars named group/layer/term and head/term, weighted; their sum is the loss.
+
+        Raises UserError when `own_lambda_2` names a head that the detector does not have.
+        """
         losses: dict[str, Tensor] = {}
         stages = _merged([stage for name, group in output.groups.items() for stage in _stages(name, group, output)])
         goals = self._goals(stages, targets)
@@ -63,11 +70,17 @@ class Criterion(nn.Module):
             for term, per_layer in self._terms(stage.prediction, goal, count, stage.valid).items():
                 for name, weight, value in zip(stage.names, stage.weights, per_layer.unbind(), strict=True):
                     losses[f"{name}/{term}"] = value * weight
+        return losses | self._head_losses(output)
+
+    def _head_losses(self, output: Output) -> dict[str, Tensor]:
+        if unknown := self.own_lambda_2.keys() - output.head_losses.keys():
+            raise UserError(f"criterion.own_lambda_2 names {sorted(unknown)}; the heads are {list(output.head_losses)}")
         num_layers = len(next(iter(output.predictions.values())).boxes)
-        for head, head_terms in output.head_losses.items():
-            for term, value in head_terms.items():
-                losses[f"head_{head}/{term}"] = value * (self.lambda_2 * num_layers)
-        return losses
+        return {
+            f"head_{head}/{term}": value * (self.own_lambda_2.get(head, self.lambda_2) * num_layers)
+            for head, terms in output.head_losses.items()
+            for term, value in terms.items()
+        }
 
     def _goals(self, stages: list[_Stage], targets: Targets) -> list[Known]:
         """Per stage: labels [L, B, N], boxes [L, B, N, 4]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
@@ -117,6 +118,34 @@ def test_sweep_then_a_start_from_its_weights(tmp_path: Path) -> None:
     assert "moved by class name" in " ".join(again.stdout.split())
     moved = codetr.load("again/checkpoints/best.ckpt").decoder.class_heads[0].weight
     assert moved.equal(weights[0][[CLASSES.index("blue"), CLASSES.index("red")]])
+
+
+def test_every_head_at_once_and_evaluated_on_its_own(tmp_path: Path) -> None:
+    """All seven heads of the Co-DETR paper, a second ATSS head, masks from the data set, a lambda of its own."""
+    data = tmp_path / "data"
+    make_coco(data, train=4, val=2)
+    heads = ["faster_rcnn", "mask_rcnn", "atss", "retinanet", "fcos", "paa", "gfl"]
+    chosen = ",".join(f"{head}_small" if head.endswith("rcnn") else head for head in heads)
+    done = train(
+        data,
+        tmp_path,
+        f"model/collaborator=[{chosen}]",
+        "+model/head@model.detector.heads.second=atss",
+        "+model/query@model.detector.queries.second=collaborative",
+        "model.detector.queries.second.head=second",
+        "+criterion.own_lambda_2.second=0.5",
+        "trainer.max_epochs=1",
+        "branches=true",
+        "run_dir=run",
+    )
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "run").rglob("metrics.csv")
+    with log.open() as file:
+        logged = {name: value for row in csv.DictReader(file) for name, value in row.items() if value}
+    everyone = {*heads, "second"}
+    assert {name.split("/")[1] for name in logged if name.startswith("train/head_")} == {f"head_{h}" for h in everyone}
+    assert {name.split("/")[2] for name in logged if name.startswith("val/branch/")} == everyone
+    assert float(logged["train/head_mask_rcnn/mask"]) > 0
 
 
 def test_an_error_of_the_user_has_no_stack_trace(tmp_path: Path) -> None:

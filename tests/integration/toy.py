@@ -29,7 +29,9 @@ def make_coco(folder: Path, train: int, val: int, empty: tuple[int, ...] = ()) -
                 (x, y), (w, h) = rng.integers(0, 30, 2).tolist(), rng.integers(12, 30, 2).tolist()
                 pixels[y : y + h, x : x + w] = np.eye(3, dtype=np.uint8)[label] * 255
                 entry = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1}
-                annotations.append({**entry, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+                corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+                shape = {"bbox": [x, y, w, h], "segmentation": [corners], "area": w * h, "iscrowd": 0}
+                annotations.append(entry | shape)
             Image.fromarray(pixels).save(folder / split / f"{i}.png")
         categories = [{"id": k + 1, "name": name} for k, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}

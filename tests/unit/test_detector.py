@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from codetr.criterion import Criterion
+from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.types import MAIN, QueryContext, QueryGroup, Targets
 
@@ -146,12 +147,18 @@ def test_k_is_a_matter_of_config(collaborators: str, heads: list[str]) -> None:
 
 
 def test_lambda_2_and_the_number_of_layers_multiply_the_heads_losses() -> None:
-    detector, criterion = build("model/collaborator=[atss]")
+    """lambda_2 is 2 for every head but those that have their own."""
+    detector, criterion = build("model/collaborator=[atss,fcos]")
     given = batch()
     output = detector(**given)
+    criterion.own_lambda_2 = {"fcos": 0.25}
     losses = criterion(output, given["targets"])
-    for term, value in output.head_losses["atss"].items():
-        torch.testing.assert_close(losses[f"head_atss/{term}"], value * 2 * 2)
+    for head, factor in (("atss", 2), ("fcos", 0.25)):
+        for term, value in output.head_losses[head].items():
+            torch.testing.assert_close(losses[f"head_{head}/{term}"], value * factor * 2)
+    criterion.own_lambda_2 = {"paa": 1.0}
+    with pytest.raises(UserError, match=r"own_lambda_2 names \['paa'\]; the heads are \['atss', 'fcos'\]"):
+        criterion(output, given["targets"])
 
 
 @pytest.mark.parametrize("head", ["faster_rcnn", "atss"])
