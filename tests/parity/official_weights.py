@@ -4,7 +4,6 @@ The official names are mapped here. The backbone is replaced by its recorded out
 """
 
 import json
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from codetr.convert.official import split, table
 from codetr.criterion import Criterion
 from codetr.models.detector import Detector
 from codetr.ops.gather import take
@@ -24,84 +24,15 @@ from codetr.postprocess import PostProcess
 from codetr.types import Known, Memory, Positives, Prediction, QueryContext, QueryGroup, Targets
 
 HEADS = ("faster_rcnn", "atss")  # in the order of the official code's numbers
-RENAMES = [
-    (r"^neck\.convs\.(\d)\.conv", r"neck.lateral.\1.0"),
-    (r"^neck\.convs\.(\d)\.gn", r"neck.lateral.\1.1"),
-    (r"^neck\.extra_convs\.(\d)\.conv", r"neck.extra.\1.0"),
-    (r"^neck\.extra_convs\.(\d)\.gn", r"neck.extra.\1.1"),
-    (r"^query_head\.(transformer\.)?", ""),
-    (r"^level_embeds", "encoder.level_embedding"),
-    (r"^encoder\.layers\.(\d)\.attentions\.0", r"encoder.layers.\1.attention"),
-    (r"^encoder\.layers\.(\d)\.norms\.0", r"encoder.layers.\1.norm"),
-    (r"^encoder\.layers\.(\d)\.norms\.1", r"encoder.layers.\1.ffn.norm"),
-    (r"^decoder\.layers\.(\d)\.attentions\.1", r"decoder.layers.\1.cross_attention.attention"),
-    (r"^decoder\.layers\.(\d)\.attentions\.0\.attn\.out_proj", r"decoder.layers.\1.self_attention.output"),
-    (r"^decoder\.layers\.(\d)\.norms\.0", r"decoder.layers.\1.norm1"),
-    (r"^decoder\.layers\.(\d)\.norms\.1", r"decoder.layers.\1.norm2"),
-    (r"^decoder\.layers\.(\d)\.norms\.2", r"decoder.layers.\1.ffn.norm"),
-    (r"^decoder\.ref_point_head", "decoder.query_position.mlp"),
-    (r"ffns\.0\.layers\.0\.0", "ffn.linear1"),
-    (r"ffns\.0\.layers\.1", "ffn.linear2"),
-    (r"^enc_output_norm", "queries.main.projection.1"),
-    (r"^enc_output", "queries.main.projection.0"),
-    (r"^query_embed(ding)?\.", "queries.main.content."),
-    (r"^pos_trans_norm", "queries.main.embedding.projection.1"),
-    (r"^pos_trans", "queries.main.embedding.projection.0"),
-    (r"^label_embedding", "queries.denoising.label_embedding"),
-    (r"^cls_branches\.2", "queries.main.class_head"),
-    (r"^reg_branches\.2", "queries.main.box_head"),
-    (r"^cls_branches", "decoder.class_heads"),
-    (r"^reg_branches", "decoder.box_heads"),
-    (r"^downsample\.(\d)", r"adapter.downsample.0.\1"),
-    (r"^aux_pos_trans_norm\.(\d)", r"queries.\1.coordinates.1"),
-    (r"^aux_pos_trans\.(\d)", r"queries.\1.coordinates.0"),
-    (r"^pos_feats_norm\.(\d)", r"queries.\1.features.1"),
-    (r"^pos_feats_trans\.(\d)", r"queries.\1.features.0"),
-    (r"^rpn_head\.rpn_conv", "heads.faster_rcnn.rpn.conv"),
-    (r"^rpn_head\.rpn_cls", "heads.faster_rcnn.rpn.objectness"),
-    (r"^rpn_head\.rpn_reg", "heads.faster_rcnn.rpn.deltas"),
-    (r"^roi_head\.0\.bbox_head\.shared_fcs\.0", "heads.faster_rcnn.box_head.hidden.1"),
-    (r"^roi_head\.0\.bbox_head\.shared_fcs\.1", "heads.faster_rcnn.box_head.hidden.3"),
-    (r"^roi_head\.0\.bbox_head\.fc_cls", "heads.faster_rcnn.box_head.classes"),
-    (r"^roi_head\.0\.bbox_head\.fc_reg", "heads.faster_rcnn.box_head.deltas"),
-    (r"^roi_head\.0\.mask_head\.convs\.0\.conv", "heads.faster_rcnn.mask.convs.0"),
-    (r"^roi_head\.0\.mask_head\.convs\.1\.conv", "heads.faster_rcnn.mask.convs.2"),
-    (r"^roi_head\.0\.mask_head\.upsample", "heads.faster_rcnn.mask.upsample"),
-    (r"^roi_head\.0\.mask_head\.conv_logits", "heads.faster_rcnn.mask.classes"),
-    (r"^bbox_head\.0\.atss_cls", "heads.atss.classes"),
-    (r"^bbox_head\.0\.atss_reg", "heads.atss.deltas"),
-    (r"^bbox_head\.0\.atss_centerness", "heads.atss.centerness"),
-    (r"^bbox_head\.0\.cls_convs\.0\.conv", "heads.atss.class_tower.0"),
-    (r"^bbox_head\.0\.cls_convs\.0\.gn", "heads.atss.class_tower.1"),
-    (r"^bbox_head\.0\.reg_convs\.0\.conv", "heads.atss.box_tower.0"),
-    (r"^bbox_head\.0\.reg_convs\.0\.gn", "heads.atss.box_tower.1"),
-    (r"^bbox_head\.0\.scales\.\d\.scale", "heads.atss.scales"),
-    *((rf"^queries\.{number}\.", f"queries.{name}.") for number, name in enumerate(HEADS)),
-]
 
 
 def ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official weights under the detector's names, without the backbone."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        tensor = tensor.float()
-        if name.startswith("backbone."):
-            continue
-        for old, new in RENAMES:
-            name = re.sub(old, new, name)
-        if packed := re.match(r"(.*)attentions\.0\.attn\.in_proj_(weight|bias)", name):
-            query, key, value = tensor.chunk(3)
-            stem = f"{packed[1]}self_attention."
-            out[f"{stem}query_key.{packed[2]}"] = torch.cat([query, key])
-            out[f"{stem}value.{packed[2]}"] = value
-        elif name == "head_pos_embed.weight":
-            for number, head in enumerate(HEADS):
-                out[f"queries.{head}.head_embedding"] = tensor[number]
-        elif name == "heads.atss.scales":  # one scalar per level, finest first
-            out[name] = torch.cat([out.get(name, torch.empty(0)), tensor[None]])
-        else:
-            out[name] = tensor
-    return out
+    names = table("faster_rcnn", num_layers=2)
+    found = {names.to_ours(name): tensor.float() for name, tensor in split(weights).items()}
+    assert None not in {names.to_ours(name) for name in split(weights) if not name.startswith("backbone.")}
+    found.pop(None, None)
+    return found
 
 
 class RecordedBackbone(nn.Module):

@@ -100,7 +100,6 @@ def build_detector(
     query_groups: int,
     queries: Mapping[str, nn.Module],
     decoder: nn.Module,
-    num_levels: int,
 ) -> Detector:
     """Put the parts together, with what follows from the backbone: the neck's input and the memory's strides.
 
@@ -108,14 +107,13 @@ def build_detector(
     their own, each matched on its own; all but the first only train. Their losses are averaged, as in the authors'
     code.
     """
-    extra = num_levels - len(backbone.strides)
-    strides = (*backbone.strides, *(backbone.strides[-1] * 2 ** (i + 1) for i in range(extra)))
+    levels: Any = neck(in_channels=backbone.channels)
     replicas = {MAIN if k == 1 else f"group_{k}": main(weight=1 / query_groups) for k in range(1, query_groups + 1)}
     return Detector(
         backbone=backbone,
-        neck=neck(in_channels=backbone.channels),
+        neck=levels,
         encoder=encoder,
-        adapter=adapter(strides=strides) if heads else None,
+        adapter=adapter(strides=levels.strides(backbone.strides)) if heads else None,
         heads=heads,
         queries={**replicas, **queries},
         decoder=decoder,

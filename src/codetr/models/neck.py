@@ -29,6 +29,10 @@ class ChannelMapper(nn.Module):
         self.lateral = nn.ModuleList(block(c, 1, 1) for c in in_channels)
         self.extra = nn.ModuleList(block(width if i else in_channels[-1], 3, 2) for i in range(extra))
 
+    def strides(self, in_strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the levels, given those of the feature maps."""
+        return (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(len(self.extra))))
+
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         levels = [conv(x) for conv, x in zip(self.lateral, features, strict=True)]
         source = features[-1]

@@ -1,0 +1,87 @@
+"""Which official configuration a state dict belongs to, from its names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from codetr.convert.official import Weights
+from codetr.errors import UserError
+
+_SWIN = {(96, 6): "swin_tiny", (96, 18): "swin_small", (128, 18): "swin_base", (192, 18): "swin_large"}
+LVIS = 1203
+
+
+@dataclass(frozen=True)
+class Features:
+    """What tells official configurations apart: their names say it, and so do the weights."""
+
+    dino: bool
+    backbone: str
+    lvis: bool
+    encoder_layers: int
+    many_queries: bool
+    mask_rcnn: bool
+    instance: bool
+
+
+def of_weights(weights: Weights) -> Features:
+    """Raises UserError where this is no Co-DETR of the official repository."""
+    dino = "query_head.label_embedding.weight" in weights
+    queries = weights.get("query_head.query_embedding.weight")
+    if not dino and queries is None:
+        raise UserError("no Co-DETR: neither query_head.label_embedding nor query_head.query_embedding is in it")
+    return Features(
+        dino=dino,
+        backbone=_backbone(weights),
+        lvis=num_classes(weights) == LVIS,
+        encoder_layers=_count(weights, r"query_head\.transformer\.encoder\.layers\.(\d+)\."),
+        many_queries=queries is not None and len(queries) == 900,
+        mask_rcnn=any(name.startswith("roi_head.0.mask_head.") for name in weights),
+        instance=any(name.startswith("mask_iou_head.") for name in weights),
+    )
+
+
+def of_name(config: str) -> Features:
+    """Of an official configuration's file name."""
+    (backbone,) = re.findall(r"r50|swin_tiny|swin_small|swin_base|swin_large|vit_large", config)
+    return Features(
+        dino=config.startswith("co_dino"),
+        backbone=backbone,
+        lvis=bool(re.search(r"lvis", config)),
+        encoder_layers=9 if "9encoder" in config else 6,
+        many_queries="900q" in config,
+        mask_rcnn="_mask_" in config,
+        instance=config.endswith("_instance"),
+    )
+
+
+def candidates(weights: Weights, configs: Iterable[str], file_name: str) -> list[str]:
+    """The configurations that the weights fit, the one whose name the file bears first.
+
+    Raises UserError when there is none.
+    """
+    features = of_weights(weights)
+    found = [config for config in sorted(configs) if of_name(config) == features]
+    if not found:
+        raise UserError(f"no official configuration has these features: {features}; name the nearest with config=")
+    return sorted(found, key=lambda config: (config not in file_name, -len(config) if config in file_name else 0))
+
+
+def num_classes(weights: Weights) -> int:
+    return len(weights["query_head.cls_branches.0.bias"])
+
+
+def _backbone(weights: Weights) -> str:
+    if "backbone.layer1.0.conv1.weight" in weights:
+        return "r50"
+    if "backbone.patch_embed.norm.weight" in weights:
+        width = len(weights["backbone.patch_embed.norm.weight"])
+        return _SWIN.get((width, _count(weights, r"backbone\.layers\.2\.blocks\.(\d+)\.")), "an unknown Swin")
+    return "vit_large"
+
+
+def _count(weights: Weights, pattern: str) -> int:
+    numbers = {int(found[1]) for name in weights if (found := re.match(pattern, name))}
+    return len(numbers)
