@@ -71,7 +71,7 @@ def rcnn_head(weights: dict[str, Tensor]) -> FasterRCNNHead:
         rpn=RPN(WIDTH, scales, (0.5, 1.0, 2.0), 0.7, 0.3, 0.3, 64, 0.5, 1, 1, fixed_order),
         proposals=ProposalSelection(400, 0.7, 200),
         pool=RoIPool(7, 14, 0),
-        box_head=BoxHead(WIDTH, 7, 32, CLASSES),
+        box_head=BoxHead(WIDTH, 7, 0, 1, 2, 32, CLASSES, False),
         box_stds=(0.1, 0.1, 0.2, 0.2),
         positive_iou=0.5,
         num_samples=64,

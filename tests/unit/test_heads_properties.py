@@ -33,7 +33,7 @@ def faster_rcnn() -> FasterRCNNHead:
         rpn=RPN(WIDTH, (2.0, 4.0), (0.5, 1.0), 0.7, 0.3, 0.3, 64, 0.5, 1, 1),
         proposals=ProposalSelection(100, 0.7, 50),
         pool=RoIPool(3, 4, 2),
-        box_head=BoxHead(WIDTH, 3, 8, CLASSES),
+        box_head=BoxHead(WIDTH, 3, 0, 1, 2, 8, CLASSES, False),
         box_stds=(0.1, 0.1, 0.2, 0.2),
         positive_iou=0.5,
         num_samples=128,  # more than there are: images differ in their number of regions

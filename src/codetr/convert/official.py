@@ -72,6 +72,11 @@ _RPN = (
 _REGIONS = (
     ("roi_head.0.bbox_head.shared_fcs.0.*", "heads.{region_head}.box_head.hidden.1.*"),
     ("roi_head.0.bbox_head.shared_fcs.1.*", "heads.{region_head}.box_head.hidden.3.*"),
+    *(
+        (f"roi_head.0.bbox_head.shared_convs.{i}.{part}.*", f"heads.{{region_head}}.box_head.convs.{3 * i + number}.*")
+        for i in range(4)
+        for number, part in enumerate(("conv", "gn"))
+    ),
     ("roi_head.0.bbox_head.fc_cls.*", "heads.{region_head}.box_head.classes.*"),
     ("roi_head.0.bbox_head.fc_reg.*", "heads.{region_head}.box_head.deltas.*"),
     *((f"roi_head.0.mask_head.convs.{i}.conv.*", f"heads.{{region_head}}.mask.convs.{2 * i}.*") for i in range(8)),
@@ -154,6 +159,7 @@ def join(weights: Weights) -> Weights:
         else:
             out[name] = tensor
     return out
+
 
 IGNORED: tuple[tuple[str, str], ...] = (
     ("ema_*", "the last step's values; the plain names hold the average, which the official hook swaps in"),

@@ -103,7 +103,7 @@ class FasterRCNNHead(nn.Module):
         background = logits.shape[-1] - 1
         labels = regions.labels.where(regions.positive, background)
         entropy = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        own = regions.labels.clamp(min=0)[..., None, None].expand(-1, -1, 1, 4)
+        own = regions.labels.clamp(min=0, max=deltas.shape[2] - 1)[..., None, None].expand(-1, -1, 1, 4)
         boxes = self.coder.decode(regions.boxes_xyxy, deltas.gather(2, own)[:, :, 0])
         giou = generalized_box_iou_loss(boxes, regions.target_boxes_xyxy)
         return {
@@ -118,6 +118,7 @@ class FasterRCNNHead(nn.Module):
         proposals, valid = self.rpn.propose(logits, deltas, pyramid, sizes, self.proposals)
         logits, deltas = self.box_head(self.pool(pyramid, proposals, valid))
         scores = logits.softmax(-1)[..., :-1]
+        deltas = deltas.expand(*scores.shape, 4)
         boxes = clip(self.coder.decode(proposals[:, :, None], deltas).flatten(1, 2), sizes)
         labels = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores).flatten(1)
         candidates = (valid[..., None] & (scores > self.score_threshold)).flatten(1)

@@ -50,20 +50,31 @@ class RoIPool(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Two hidden layers, then class logits with background last, and deltas per class."""
+    """Convolutions, hidden layers, then class logits with background last, and box deltas.
 
-    def __init__(self, width: int, size: int, hidden_width: int, num_classes: int) -> None:
+    num_convs: 3x3 convolutions with group norms of `num_groups`, before the hidden layers. class_agnostic: one delta
+    for all classes.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        num_convs: int,
+        num_groups: int,
+        num_hidden: int,
+        hidden_width: int,
+        num_classes: int,
+        class_agnostic: bool,
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.hidden = nn.Sequential(
-            nn.Flatten(2),
-            nn.Linear(width * size * size, hidden_width),
-            nn.ReLU(True),
-            nn.Linear(hidden_width, hidden_width),
-            nn.ReLU(True),
-        )
+        blocks = [conv_block(width, num_groups) for _ in range(num_convs)]
+        self.convs = nn.Sequential(*[layer for block in blocks for layer in block])
+        sizes = [width * size * size] + [hidden_width] * num_hidden
+        layers = [m for i in range(num_hidden) for m in (nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU(True))]
+        self.hidden = nn.Sequential(nn.Flatten(), *layers)
         self.classes = nn.Linear(hidden_width, num_classes + 1)
-        self.deltas = nn.Linear(hidden_width, num_classes * 4)
+        self.deltas = nn.Linear(hidden_width, 4 if class_agnostic else num_classes * 4)
         for layer in self.hidden:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -72,6 +83,10 @@ class BoxHead(nn.Module):
         init_normal(self.deltas, 0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, R, C, size, size] -> logits [B, R, K + 1], deltas [B, R, K, 4], float32."""
-        x = self.hidden(pooled)
-        return self.classes(x).float(), self.deltas(x).unflatten(-1, (self.num_classes, 4)).float()
+        """[B, R, C, size, size] -> logits [B, R, K + 1], deltas [B, R, K or 1, 4], float32."""
+        x = self.hidden(self.convs(pooled.flatten(0, 1))).unflatten(0, pooled.shape[:2])
+        return self.classes(x).float(), self.deltas(x).unflatten(-1, (-1, 4)).float()
+
+
+def conv_block(width: int, num_groups: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups, width), nn.ReLU(True)
