@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from codetr.errors import UserError
@@ -46,7 +48,7 @@ def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
     is executed. Raises UserError for a file that is missing, truncated or something else.
     """
     path = Path(path)
-    content = _read(path)
+    content = read(path)
     state = content.get("state_dict", content.get("model", content))
     weights = {name.removeprefix(PREFIX): value for name, value in state.items()}
     if average and "ema" in content:
@@ -60,17 +62,21 @@ def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """What a file of tensors holds: PyTorch's formats or safetensors. Nothing in it is executed.
+
+    Raises UserError for a file that is missing, damaged or something else.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: is no checkpoint of codetr, or was written by other code whose objects are not loaded for "
-            f"safety; convert it first ({_first_line(error)})"
+            f"{path}: holds objects that run code when they are read, and is not read for safety; save its tensors "
+            f'alone, torch.save({{"state_dict": ...}}) ({_first_line(error)})'
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, BadZipFile, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"{path}: is damaged, probably truncated while it was written or copied; take another one "
             f"({_first_line(error)})"
@@ -78,6 +84,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _unpickle(path: Path) -> Any:
+    # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
 
 
 def _first_line(error: Exception) -> str:

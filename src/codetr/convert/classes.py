@@ -1,0 +1,51 @@
+"""Names of the classes of a converted checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from codetr.data.checks import read_coco, select_classes
+from codetr.errors import UserError
+
+COCO = tuple(
+    """person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|
+bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|skis|
+snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|fork|
+knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|potted plant|bed|
+dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|oven|toaster|sink|refrigerator|book|clock|
+vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n", "").split("|")
+)
+
+
+def class_names(given: str | Sequence[str] | None, about: dict[str, Any], number: int) -> tuple[str, ...]:
+    """What the user gives, the checkpoint's own account `about` itself says, or COCO's for 80 classes.
+
+    given: names, or a COCO annotation file, whose categories count in the order of the file. Raises UserError where
+    nothing is known or the number is not `number`.
+    """
+    names = _given(given) if given is not None else _told(about)
+    if names is None and number == len(COCO):
+        names = COCO
+    if names is None:
+        raise UserError(
+            f"this checkpoint has {number} classes and does not name them: add class_names=ANNOTATIONS.json, a COCO "
+            "file with these categories in the order of training, or class_names=[...]"
+        )
+    if len(names) != number:
+        raise UserError(f"class_names has {len(names)} names, and the checkpoint {number} classes")
+    return names
+
+
+def _given(given: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(given, str):
+        return tuple(given)
+    path = Path(given)
+    return tuple(select_classes(read_coco(path)["categories"], None, path).values())
+
+
+def _told(about: dict[str, Any]) -> tuple[str, ...] | None:
+    """mmdet 2.x writes `CLASSES` into its account, 3.x `dataset_meta`."""
+    names = about.get("CLASSES") or about.get("dataset_meta", {}).get("classes")
+    return tuple(names) if names else None
