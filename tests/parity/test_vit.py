@@ -2,8 +2,6 @@
 a slow implementation by the formulas, window by window and with complex numbers for the rotary embedding."""
 
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,13 @@ from timm.layers import DropPath
 from torch import Tensor
 from torch.nn import functional as F
 
+from codetr.convert.names import NameTable
 from codetr.convert.vit import IGNORED, RULES
 from codetr.errors import UserError
 from codetr.models.simple_pyramid import SimplePyramid
 from codetr.models.vit import Block, ViT, rotary_table
 
+NAMES = NameTable(RULES, IGNORED)
 BUNDLES = ["co_dino_5scale_vit", "co_dino_5scale_lsj_vit_lvis", "co_dino_5scale_vit_instance"]
 CONFIGS = {"vit_large": "co_dino_5scale_vit_large_coco", "vit_large_lsj": "co_dino_5scale_lsj_vit_large_lvis"}
 SIZES = [(64, 96), (50, 75), (33, 130), (9, 13)]  # the first fits the patches, none the windows in both directions
@@ -52,43 +52,21 @@ def build(
     return vit.eval()
 
 
-def composed(config: str, *overrides: str) -> ViT:
+def composed(config: str, *overrides: str) -> tuple[ViT, SimplePyramid]:
     """From conf/, without memory."""
     overrides = (f"model/backbone={config}", "model.detector.backbone.pretrained=false", *overrides)
     with initialize_config_module("codetr.conf", version_base="1.3"):
-        given = compose("train", list(overrides)).model.detector.backbone
+        config = compose("train", ["model=dino_5scale", "model/neck=simple_pyramid", *overrides]).model.detector
     with torch.device("meta"):
-        return instantiate(given, _convert_="all")
-
-
-def composed_pyramid(vit: ViT) -> SimplePyramid:
-    with initialize_config_module("codetr.conf", version_base="1.3"):
-        given = compose("model/neck/simple_pyramid", ["+model.width=256", "+model.num_levels=5"]).model.detector.neck
-    with torch.device("meta"):
-        return instantiate(given, _convert_="all")(in_channels=vit.channels)
-
-
-def matched(name: str, template: str) -> re.Match[str] | None:
-    return re.fullmatch(re.escape(template).replace(r"\*", r"([^.]+)"), name)
-
-
-def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """By the one rule that matches."""
-    found = [(match, new) for old, new in rules if (match := matched(name, old))]
-    assert len(found) == 1, (name, found)
-    match, new = found[0]
-    return new.replace("*", "{}").format(*match.groups())
-
-
-def ignored(name: str) -> bool:
-    return any(matched(name, template) for template, _ in IGNORED)
+        vit, make_pyramid = (instantiate(part, _convert_="all") for part in (config.backbone, config.neck))
+        return vit, make_pyramid(in_channels=vit.channels)
 
 
 def from_official(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
-        renamed(name, RULES).removeprefix(prefix): tensor.float()
+        NAMES.to_ours(name).removeprefix(prefix): tensor.float()
         for name, tensor in weights.items()
-        if name.startswith(prefix) and not ignored(name)
+        if name.startswith(prefix) and not NAMES.reason_to_ignore(name)
     }
 
 
@@ -133,22 +111,20 @@ def test_features_and_levels_of_the_official_code(official: Path, bundle: str) -
 @pytest.mark.parametrize("instance", ["", "_instance"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_names_and_shapes_are_the_official_ones_in_both_directions(official: Path, config: str, instance: str) -> None:
-    vit = composed(config)
-    parts = {"backbone": vit, "neck": composed_pyramid(vit)}
+    parts = dict(zip(("backbone", "neck"), composed(config), strict=True))
     ours = {f"{part}.{k}": tuple(v.shape) for part, module in parts.items() for k, v in module.state_dict().items()}
     theirs = json.loads((official / "keys" / f"{CONFIGS[config]}{instance}.json").read_text())["keys"]
     theirs = {name: tuple(shape) for name, shape, _ in theirs if name.startswith(("backbone.", "neck."))}
-    assert {name for name in theirs if ignored(name)} == {name for name in theirs if "rope" in name}
-    learned = {name: shape for name, shape in theirs.items() if not ignored(name)}
-    assert {renamed(name, RULES): shape for name, shape in learned.items()} == ours
-    backwards = [(new, old) for old, new in RULES]
-    assert {renamed(name, backwards): shape for name, shape in ours.items()} == learned
+    learned = {name: shape for name, shape in theirs.items() if "rope" not in name}
+    assert {name for name in theirs if NAMES.reason_to_ignore(name)} == theirs.keys() - learned.keys()
+    assert {NAMES.to_ours(name): shape for name, shape in learned.items()} == ours
+    assert {NAMES.to_theirs(name): shape for name, shape in ours.items()} == learned
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_windows_and_canvas_are_those_of_the_official_tables(official: Path, config: str) -> None:
     """The official blocks say where they attend by the length of their rotary table; without one: everywhere."""
-    vit = composed(config)
+    vit, _ = composed(config)
     keys = json.loads((official / "keys" / f"{CONFIGS[config]}.json").read_text())["keys"]
     lengths = {name: shape[0] for name, shape, _ in keys if name.endswith("rope.freqs_cos")}
     assert len(vit.blocks) == 24
@@ -164,8 +140,8 @@ def test_windows_and_canvas_are_those_of_the_official_tables(official: Path, con
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_drop_path_rises_to_the_rate_of_the_last_block(config: str) -> None:
-    blocks = composed(config, "model.detector.backbone.arguments.drop_path_rate=0.46").blocks
-    for i, block in enumerate(blocks):
+    vit, _ = composed(config, "model.detector.backbone.arguments.drop_path_rate=0.46")
+    for i, block in enumerate(vit.blocks):
         for drop in (block.drop_path1, block.drop_path2):
             assert getattr(drop, "drop_prob", 0.0) == pytest.approx(0.46 * i / 23, abs=1e-7)
 
