@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -65,6 +66,29 @@ class Case:
     memory: Memory
     targets: Targets
 
+    def denoising(self, prefix: str = "train") -> QueryGroup:
+        """Our denoising queries with the recorded random draws."""
+        targets = self.targets
+        blocks = 2 * int(self.train["train.dn.num_groups"])
+        image, slot = targets.valid.nonzero().unbind(1)  # repeated as a whole, images in order
+        place = (image.repeat(blocks), torch.arange(blocks).repeat_interleave(len(slot)), slot.repeat(blocks))
+
+        def on_slots(draws: Tensor) -> Tensor:
+            shape = (*targets.valid.shape[:1], blocks, targets.valid.shape[1], *draws.shape[1:])
+            return draws.new_zeros(shape).index_put(place, draws).unflatten(1, (blocks // 2, 2))
+
+        select, labels, signs, amounts = (
+            self.train[f"{prefix}.random.{name}"]
+            for name in ("0.rand_like", "1.randint_like", "2.randint_like", "3.rand_like")
+        )
+        every = labels.new_zeros(len(select)).masked_scatter(select < 0.25, labels)
+        integers = iter([on_slots(signs), on_slots(every)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *_, **__: on_slots(select))
+            patch.setattr(torch, "randint_like", lambda *_: next(integers))
+            patch.setattr(torch, "rand_like", lambda *_: on_slots(amounts))
+            return self.detector.queries["denoising"](QueryContext(self.memory, targets))
+
     def main(self) -> QueryGroup:
         return self.detector.queries["main"](QueryContext(self.memory, self.targets))
 
@@ -102,6 +126,8 @@ def load_case(folder: Path, model: str, finest_stride: int, *overrides: str) -> 
         "detector.heads.faster_rcnn.proposals.per_level": sizes["rpn_nms_pre"],
         "detector.heads.faster_rcnn.proposals.count": sizes["rpn_max_per_img"],
     }
+    if "num_dn_queries" in sizes:
+        small["detector.queries.denoising.num_queries"] = sizes["num_dn_queries"]
     if sizes.get("with_masks"):
         overrides += ("model/head@model.detector.heads.faster_rcnn=mask_rcnn",)
         small["detector.heads.faster_rcnn.mask.num_convs"] = sizes["mask_convs"]

@@ -17,12 +17,9 @@ from official_weights import (
     load_case,
     stacked,
 )
-from torch import Tensor
 
 from codetr.assign.hungarian import Problem, match
-from codetr.nn.boxes import inverse_sigmoid
 from codetr.ops.gather import take
-from codetr.queries.denoising import move_corners
 from codetr.queries.two_stage import proposal_anchors
 from codetr.types import MAIN, Known, Output, Prediction, QueryGroup
 
@@ -37,31 +34,15 @@ def case(official: Path) -> Case:
         4,
         "model/collaborator=[faster_rcnn,atss]",
         *(f"model.detector.queries.{head}.use_features=false" for head in HEADS),
+        "model.detector.queries.denoising.unused=background",
         "criterion=quality_focal",
         "criterion.focal=1.0",
     )
 
 
-def denoising(case: Case) -> QueryGroup:
-    """The recorded denoising queries. Slots of an image with fewer objects than the other one are trained as
-    background there, so none is invalid."""
-    train = case.train
-    blocks = int(train["train.dn.num_groups"])
-    labels = case.targets.labels.masked_fill(~case.targets.valid, -1)[:, None].repeat(1, 2 * blocks, 1)
-    labels[:, 1::2] = -1
-    boxes = case.targets.boxes[:, None].expand(-1, 2 * blocks, -1, -1)
-    return QueryGroup(
-        train["train.dn.label_query"],
-        train["train.dn.bbox_query"].sigmoid(),
-        Known(labels.flatten(1), boxes.flatten(1, 2)),
-        sees=(MAIN,),
-        blocks=blocks,
-    )
-
-
 def every_group(case: Case) -> dict[str, QueryGroup]:
     collaborative = {head: case.collaborative(number) for number, head in enumerate(HEADS)}
-    return {MAIN: case.main(), "denoising": denoising(case), **collaborative}
+    return {MAIN: case.main(), "denoising": case.denoising(), **collaborative}
 
 
 def test_neck_and_masks(case: Case) -> None:
@@ -102,7 +83,7 @@ def test_inference(case: Case) -> None:
 
 def test_the_groups_see_what_the_official_mask_allows(case: Case) -> None:
     """The recorded mask (True = hidden), denoising queries first, from blocks and sees."""
-    group, total = denoising(case), len(case.train["train.dn.attn_mask"])
+    group, total = case.denoising(), len(case.train["train.dn.attn_mask"])
     own = group.content.shape[1]
     part = torch.arange(total) // (own // group.blocks)
     part[own:] = group.blocks
@@ -124,37 +105,16 @@ def test_one_pass_of_all_groups(case: Case) -> None:
         close(predictions[head].boxes, case.train[f"train.aux_out.{number}.boxes"])
 
 
-def recorded_slots(case: Case) -> tuple[Tensor, Tensor]:
-    """Image and slot of every recorded draw: blocks in the outer order, then the objects of image 0, of image 1."""
-    image, slot = case.targets.valid.nonzero().unbind(1)
-    repeats = 2 * int(case.train["train.dn.num_groups"])
-    place = torch.arange(repeats)[:, None] * case.targets.valid.shape[1] + slot
-    return image.repeat(repeats), place.flatten()
-
-
-def embedded_labels(case: Case) -> Tensor:
-    """Contents of all denoising queries with the recorded label noise; unused slots are zero."""
-    source, content = case.detector.queries["denoising"], torch.zeros_like(case.train["train.dn.label_query"])
-    noise = case.train["train.random.0.rand_like"] < source.label_noise
-    labels = case.targets.labels[case.targets.valid].repeat(len(noise) // int(case.targets.counts.sum()))
-    labels[noise] = case.train["train.random.1.randint_like"]
-    return content.index_put(recorded_slots(case), source.label_embedding(labels))
-
-
-def test_denoising_queries_are_made_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our noise with the recorded draws."""
-    assert torch.equal(embedded_labels(case), case.train["train.dn.label_query"])
-    draws = case.train["train.random.3.rand_like"], case.train["train.random.2.randint_like"]
-    monkeypatch.setattr(torch, "rand_like", lambda *_: draws[0])
-    monkeypatch.setattr(torch, "randint_like", lambda *_: draws[1])
-    counts = int(case.targets.counts.sum())
-    boxes = case.targets.boxes[case.targets.valid].repeat(len(draws[0]) // counts, 1)
-    noised = move_corners(boxes, (torch.arange(len(boxes)) // counts) % 2 == 0, 1.0)
-    close(inverse_sigmoid(noised, EPS), case.train["train.dn.bbox_query"][recorded_slots(case)])
+def test_denoising_queries_are_made_alike(case: Case) -> None:
+    """Our noise with the recorded draws; blocks of positives, then negatives."""
+    made = case.denoising()
+    assert made.blocks == int(case.train["train.dn.num_groups"])
+    close(made.content, case.train["train.dn.label_query"])
+    close(made.reference, case.train["train.dn.bbox_query"].sigmoid())
 
 
 def test_matching(case: Case) -> None:
-    known = denoising(case).content.shape[1]
+    known = case.denoising().content.shape[1]
     decoder = Prediction(case.train["train.cls_logits"][:, :, known:], case.train["train.boxes"][:, :, known:])
     encoder = stacked(Prediction(case.forward["enc_topk_class"], case.forward["enc_topk_boxes"]))
     by_layer, first = match([Problem(decoder), Problem(encoder)], case.targets, case.criterion.matching_cost)
@@ -176,7 +136,6 @@ def test_a_whole_training_step(case: Case) -> None:
     step = replace(case, memory=memory)
     pyramid, groups = case.detector.adapter(memory), every_group(step)
     head_losses = {name: head(pyramid, case.targets).losses for name, head in case.detector.heads.items()}
-    groups["denoising"].content = embedded_labels(step)
     output = Output(groups, case.detector.decoder(groups, memory), head_losses)
     total = sum(case.criterion(output, case.targets).values())
     close(total, case.train["train.loss_total"])

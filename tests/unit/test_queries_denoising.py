@@ -1,5 +1,7 @@
 """Denoising queries: what they carry, how far they move, and what they are to become."""
 
+from typing import Literal
+
 import torch
 from torchvision.ops import box_convert
 
@@ -10,17 +12,23 @@ WIDTH, CLASSES = 8, 5
 
 
 def group(
-    box_noise: float = 0.4, label_noise: float = 0.25, contrastive: bool = True, indicator: bool = False
+    box_noise: float = 0.4,
+    label_noise: float = 0.25,
+    contrastive: bool = True,
+    indicator: bool = False,
+    unused: Literal["masked", "background"] = "masked",
+    empty: bool = False,
 ) -> tuple[QueryGroup, Targets]:
     torch.manual_seed(3)
     objects = 3
     boxes = torch.cat([torch.rand(2, objects, 2) * 0.2 + 0.4, torch.rand(2, objects, 2) * 0.2 + 0.1], -1)
     valid = torch.ones(2, objects, dtype=torch.bool)
     valid[1, 1:] = False
+    valid &= not empty
     targets = Targets(boxes, torch.randint(CLASSES, (2, objects)), valid, torch.full((2, 2), 64))
-    empty = torch.zeros(2, 0, WIDTH)
-    memory = Memory(empty, empty, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2))
-    source = DenoisingQueries(WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, 1.0)
+    nothing = torch.zeros(2, 0, WIDTH)
+    memory = Memory(nothing, nothing, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2))
+    source = DenoisingQueries(WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, unused, 1e-6, 1.0)
     made = source(QueryContext(memory, targets))
     return made, targets
 
@@ -60,7 +68,7 @@ def test_without_noise_the_queries_are_the_objects() -> None:
 
 def test_the_share_of_changed_labels_is_the_label_noise() -> None:
     torch.manual_seed(0)
-    source = DenoisingQueries(WIDTH, 1000, 12, True, 0.25, 0.4, False, 1.0)
+    source = DenoisingQueries(WIDTH, 1000, 12, True, 0.25, 0.4, False, "masked", 1e-6, 1.0)
     labels = torch.full((200, 100), 7)
     changed = (source._content(labels) != source.label_embedding.weight[7]).any(-1).float().mean()
     assert abs(float(changed) - 0.25) < 0.02
@@ -81,10 +89,26 @@ def test_dn_detr_moves_centres_and_scales_sides_and_has_no_negatives() -> None:
 
 
 def test_no_box_is_turned_inside_out() -> None:
-    """A quarter of the negatives' corners pass each other, on either axis; their size is then zero."""
+    """A quarter of the negatives' corners pass each other, on either axis; their size is then the least there is."""
     made, _ = group(box_noise=1.0)
     sizes = made.reference.view(2, 4, 2, 3, 4)[..., 2:]
-    assert (sizes >= 0).all()
-    assert (sizes[:, :, 0] > 0).all()
-    share = (sizes[:, :, 1] == 0).float().mean()
+    least = 1e-6 / (1 + 1e-6)
+    torch.testing.assert_close(sizes.min(), torch.tensor(least), rtol=1e-4, atol=0)
+    assert (sizes[:, :, 0] > 0.01).all()
+    share = (sizes[:, :, 1] < 2e-6).float().mean()
     assert 0.1 < share < 0.4
+
+
+def test_unused_slots_as_background() -> None:
+    """Image 1 has one object of three: the other slots are empty queries at the centre."""
+    masked, targets = group()
+    made, _ = group(unused="background")
+    used = masked.valid
+    assert made.valid.all()
+    assert torch.equal(made.content[used], masked.content[used])
+    assert torch.equal(made.reference[used], masked.reference[used])
+    assert (made.content[~used] == 0).all()
+    torch.testing.assert_close(made.reference[~used], torch.full_like(made.reference[~used], 0.5))
+    assert (made.targets.labels[~used] == -1).all()
+    none, _ = group(unused="background", empty=True)
+    assert not none.valid.any()

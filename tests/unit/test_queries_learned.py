@@ -59,7 +59,7 @@ def test_the_indicator_tells_denoising_from_main_queries() -> None:
     labels = torch.zeros(BATCH, 3, dtype=torch.long)
     valid = torch.ones(BATCH, 3, dtype=torch.bool)
     given.targets = Targets(torch.full((BATCH, 3, 4), 0.5), labels, valid, torch.full((BATCH, 2), 64))
-    noised = DenoisingQueries(WIDTH, 4, 9, False, 0.2, 0.4, True, 1.0)(given)
+    noised = DenoisingQueries(WIDTH, 4, 9, False, 0.2, 0.4, True, "masked", 1e-6, 1.0)(given)
     assert (noised.content[..., -1] == 1).all()
     assert (made("box", "shared", True)[1].content[..., -1] == 0).all()
 

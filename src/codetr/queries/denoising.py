@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.ops import box_convert
 
+from codetr.nn.boxes import inverse_sigmoid
 from codetr.types import MAIN, Known, QueryContext, QueryGroup, Targets
 
 
@@ -19,7 +22,10 @@ class DenoisingQueries(nn.Module):
     centre moved within `box_noise` half sizes, its sides scaled by up to 1 +- `box_noise` (DN-DETR, sec. 3.4).
 
     num_queries: positives per image, shared among as many blocks as fit. label_noise: share of the labels that are
-    replaced by a random class. indicator: the last channel of the content is 1 (DN-DETR). weight: of its losses.
+    replaced by a random class. indicator: the last channel of the content is 1 (DN-DETR). unused: slots of an image
+    with fewer objects than another one are not seen at all ("masked"), or empty queries at the centre that must be
+    called background ("background", the official Co-DINO). eps: no noised coordinate is nearer to 0 or 1 than about
+    this. weight: of its losses.
     """
 
     def __init__(
@@ -31,12 +37,14 @@ class DenoisingQueries(nn.Module):
         label_noise: float,
         box_noise: float,
         indicator: bool,
+        unused: Literal["masked", "background"],
+        eps: float,
         weight: float,
     ) -> None:
         super().__init__()
         self.num_classes, self.num_queries, self.contrastive = num_classes, num_queries, contrastive
         self.label_noise, self.box_noise, self.weight = label_noise, box_noise, weight
-        self.indicator = indicator
+        self.indicator, self.unused, self.eps = indicator, unused, eps
         self.label_embedding = nn.Embedding(num_classes, width - indicator)
 
     def forward(self, context: QueryContext) -> QueryGroup:
@@ -49,11 +57,15 @@ class DenoisingQueries(nn.Module):
         positive = torch.tensor([True, False][: shape[2]], device=labels.device)[:, None].expand(shape)
         boxes = targets.boxes[:, None, None].expand(*shape, 4)
         noised = move_corners(boxes, positive, self.box_noise) if self.contrastive else jitter(boxes, self.box_noise)
+        content, used = self._content(labels), targets.valid[:, None, None].expand(shape)
+        if self.unused == "background":
+            content, noised = content * used[..., None], noised.where(used[..., None], 0.5)
+            used = targets.valid.any().expand(shape)  # without any object there is no such group
         return QueryGroup(
-            content=self._content(labels).flatten(1, 3),
-            reference=noised.flatten(1, 3),
+            content=content.flatten(1, 3),
+            reference=inverse_sigmoid(noised, self.eps).sigmoid().flatten(1, 3),
             targets=_known(targets, labels, boxes, positive),
-            valid=targets.valid[:, None, None].expand(shape).flatten(1),
+            valid=used.flatten(1),
             sees=(MAIN,),
             blocks=blocks,
             weight=self.weight,
