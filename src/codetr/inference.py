@@ -23,6 +23,7 @@ from codetr.checkpoint import load_weights
 from codetr.data.coco import Sample
 from codetr.data.collate import collate
 from codetr.data.images import UnreadableImage, read_image
+from codetr.data.transforms import Transform, transformed
 from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.types import Batch, Detections
@@ -31,7 +32,6 @@ from codetr.visualize import draw_boxes
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 EXIF_ORIENTATION = 0x0112
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
-Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass
@@ -144,8 +144,8 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
             return Unreadable(path, str(error))
         no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=size)
         no_labels = torch.zeros(0, dtype=torch.int64)
-        parts = self.transform({"image": Image(image), "boxes": no_boxes, "labels": no_labels})
-        return Sample(**parts, image_id=index, original_size=size, truth={}), image
+        sample = Sample(Image(image), no_boxes, no_labels, image_id=index, original_size=size, truth={})
+        return transformed(sample, self.transform), image
 
 
 def seen_size(path: Path) -> tuple[int, int]:

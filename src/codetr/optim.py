@@ -42,6 +42,18 @@ def parameter_groups(
     return list(groups.values())
 
 
+def layer_decay(rate: float, blocks: str, num_blocks: int, before: str) -> dict[str, dict[str, Any]]:
+    """Rules of layer-wise decay (Clark et al. 2020, ELECTRA, appendix A; BEiT): block i = 0..n - 1 of n learns
+    rate^(n - i) times as fast as what comes after the blocks, what comes before them rate^(n + 1) times.
+
+    blocks: a regular expression for names up to the block's number; before: one for what comes before.
+    """
+    rules = {"before": {"pattern": before, "lr_multiplier": rate ** (num_blocks + 1)}}
+    for i in range(num_blocks):
+        rules[f"block_{i}"] = {"pattern": rf"{blocks}{i}\.", "lr_multiplier": rate ** (num_blocks - i)}
+    return rules
+
+
 def _kinds(module: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
     """(name, parameter, kind) of every trainable parameter; a shared one counts under its first name."""
     kinds = {}

@@ -13,8 +13,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from codetr.data.coco import CocoDetection, Sample
+from codetr.data.collate import collate
 from codetr.data.images import UnreadableImage
-from codetr.data.transforms import RandomSizeCrop, TransformedDataset
+from codetr.data.transforms import RandomSizeCrop, TransformedDataset, fit_canvas, large_scale_jitter
+from codetr.postprocess import PostProcess
+from codetr.types import Prediction
 
 # The second resize never enlarges, so that the rounding of the first stays below half a pixel.
 RECIPE = v2.Compose(
@@ -92,9 +95,29 @@ def test_boxes_stay_on_their_objects_to_a_pixel(painted: CocoDetection) -> None:
 def test_truth_stays_in_pixels_of_the_file(painted: CocoDetection) -> None:
     dataset = TransformedDataset(painted, RECIPE, seed=1, replace_unreadable=False)
     for index in range(len(dataset)):
-        sample = dataset[3, index]
-        torch.testing.assert_close(sample.truth, painted.truth(index))
-        assert sample.original_size == tuple(painted.sizes[index])
+        torch.testing.assert_close(dataset[3, index].truth, painted.truth(index))
+
+
+def test_the_original_size_tells_the_scale(painted: CocoDetection) -> None:
+    """Flips and resizes leave it alone. Behind crops too, a box has the size in the file that it had, unless cut."""
+    whole = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomShortestSize([33, 47, 61], max_size=70)])
+    for transform in (whole, RECIPE, large_scale_jitter(80, (0.3, 2.0), 0.5, 114)):
+        dataset = TransformedDataset(painted, transform, seed=1, replace_unreadable=False)
+        uncut = 0
+        for epoch in range(3):
+            for index in range(len(dataset)):
+                sample, truth = dataset[epoch, index], painted.truth(index)["boxes"]
+                if transform is whole:
+                    assert sample.original_size == tuple(painted.sizes[index])
+                height, width = sample.image.shape[-2:]
+                scale = torch.tensor(sample.original_size).flip(0) / torch.tensor([width, height])
+                for label, box in zip(sample.labels.tolist(), sample.boxes, strict=True):
+                    inside = (box[:2] > 0).all() and (box[2:] < torch.tensor([width, height])).all()
+                    if inside:
+                        uncut += 1
+                        file = (truth[label, 2:] - truth[label, :2]).float()
+                        torch.testing.assert_close((box[2:] - box[:2]) * scale, file, atol=1e-3, rtol=1e-4)
+        assert uncut > 20
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -167,3 +190,74 @@ def test_an_unreadable_image_is_replaced_by_the_next_or_named(tmp_path: Path) ->
     (root / "000.jpg").write_bytes(b"broken")
     with pytest.raises(UnreadableImage, match="none of the 4 images"):
         replaced[0, 1]
+
+
+def rectangle(image: Tensor) -> tuple[int, int]:
+    """Height and width of what is not grey; it begins in the upper left corner, and all else is grey. The blue channel
+    of a painted image is full."""
+    grey = image == 114
+    rows, columns = (~grey[2]).any(1).sum(), (~grey[2]).any(0).sum()
+    assert (image[2, :rows, :columns] > 250).all()
+    assert grey[:, rows:].all()
+    assert grey[:, :, columns:].all()
+    return int(rows), int(columns)
+
+
+def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -> None:
+    """What a detector finds on the canvas, through the batch and the postprocessing: up to 1.4 pixels per pixel."""
+    dataset = TransformedDataset(painted, fit_canvas(96, 114), 0, replace_unreadable=False)
+    samples = [dataset[0, i] for i in range(len(dataset))]
+    batch = collate(samples, 32)
+    assert batch.images.shape == (12, 3, 96, 96)
+    assert not batch.padding.any()
+    assert (batch.targets.sizes == 96).all()
+    for i, sample in enumerate(samples):
+        height, width = rectangle(sample.image)
+        assert max(height, width) == 96
+        assert sample.boxes[sample.labels == 2][0].tolist() == pytest.approx([0, 0, width, height], abs=1e-5)
+        painted_boxes = torch.tensor([extent(sample.image[label]) or [0] * 4 for label in range(2)]).float()
+        file = torch.tensor(painted.sizes[i])
+        torch.testing.assert_close(
+            torch.tensor(sample.original_size), (96 * file / torch.tensor([height, width])).float(), atol=1e-3, rtol=0.0
+        )
+        scale = (file / torch.tensor([height, width])).flip(0).repeat(2)
+        truth = painted.truth(i)["boxes"]
+        assert ((painted_boxes * scale - truth[:2]).abs() <= scale).all()
+    logits = torch.full((12, 3, 3), -9.0).diagonal_scatter(torch.full((12, 3), 9.0), dim1=1, dim2=2)
+    found = PostProcess(3, None)(Prediction(logits, batch.targets.boxes), batch.original_sizes)
+    for i, one in enumerate(found):
+        torch.testing.assert_close(
+            one.boxes_xyxy[one.labels.argsort()], painted.truth(i)["boxes"].float(), atol=1e-3, rtol=0.0
+        )
+
+
+def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: CocoDetection) -> None:
+    dataset = TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, replace_unreadable=False)
+    factors, removed = [], 0
+    for epoch in range(20):
+        for index in range(len(dataset)):
+            sample = dataset[epoch, index]
+            assert sample.image.shape == (3, 80, 80)
+            height, width = rectangle(sample.image)
+            factors.append(max(painted.sizes[index]) / max(sample.original_size))
+            boxes = dict(zip(sample.labels.tolist(), sample.boxes.tolist(), strict=True))
+            assert boxes[2] == pytest.approx([0, 0, width, height], abs=1e-5)
+            for label in range(2):
+                where = extent(sample.image[label, :height, :width])
+                if label not in boxes:
+                    removed += 1
+                    assert where is None or min(where[2] - where[0], where[3] - where[1]) <= 2
+                elif where is not None:
+                    assert np.abs(np.subtract(where, boxes[label])).max() <= 1.5
+    assert removed > 10
+    # Uniform: 5 standard errors of the mean of 240; the ends are reached. Small sides are rounded down to pixels.
+    assert abs(np.mean(factors) - 1.05) < 5 * 1.9 / 12**0.5 / 240**0.5
+    assert 0.08 < min(factors) < 0.2 < 1.9 < max(factors) < 2.03
+
+
+def test_fits_and_jitter_depend_on_seed_epoch_and_index(painted: CocoDetection) -> None:
+    def dataset() -> TransformedDataset:
+        return TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, replace_unreadable=False)
+
+    assert same(dataset()[2, 5], dataset()[2, 5])
+    assert not same(dataset()[2, 5], dataset()[3, 5])

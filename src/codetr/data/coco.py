@@ -34,15 +34,15 @@ class Sample:
 
     image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
     on the object, or None where the data set reads none; all without crowds.
-    original_size: (height, width) of the file. truth: all objects, crowds included, in pixels of the file:
-    `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m] bool, `area` [m] float64 as in the file.
+    original_size: (height, width) of the image in pixels of the file. truth: all objects, crowds included, in pixels
+    of the file: `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m] bool, `area` [m] float64 as in the file.
     """
 
     image: Image
     boxes: BoundingBoxes
     labels: Tensor
     image_id: int
-    original_size: tuple[int, int]
+    original_size: tuple[float, float]
     truth: dict[str, Tensor]
     masks: Mask | None = None
 

@@ -31,7 +31,7 @@ def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
         padding=padding,
         targets=_targets(samples, sizes, (height, width)),
         image_ids=torch.tensor([s.image_id for s in samples]),
-        original_sizes=torch.tensor([s.original_size for s in samples]),
+        original_sizes=torch.tensor([s.original_size for s in samples], dtype=torch.float32),
         truth=[s.truth for s in samples],
     )
 

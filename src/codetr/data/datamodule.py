@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from codetr.data.checks import OnError, Verify, check_same_classes, check_trainable
 from codetr.data.coco import CocoDetection
+from codetr.data.copy_paste import CopyPaste
 from codetr.data.loader import BatchLoader, TrainLoader
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.data.transforms import TransformedDataset
@@ -22,8 +23,9 @@ class DetectionDataModule(LightningDataModule):
 
     *_images are folders, *_annotations COCO instances files, relative to `root`. batch_size and eval_batch_size
     count images per process. classes selects and orders categories by name (None: all, as in the training file).
-    on_error, verify: see `codetr.data.checks`. masks: read the training objects' masks. prepare: called once per node
-    before anything is read, to make or fetch the data.
+    on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects' masks. prepare:
+    called once per node before anything is read, to make or fetch the data. copy_paste: of training images; reads
+    masks.
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
     an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
@@ -51,6 +53,7 @@ class DetectionDataModule(LightningDataModule):
         verify: Verify,
         masks: bool,
         prepare: Callable[[], Any] | None,
+        copy_paste: CopyPaste | None = None,
     ) -> None:
         super().__init__()
         # A process has no image to evaluate when there are fewer images than processes.
@@ -62,7 +65,7 @@ class DetectionDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
         self.classes, self.on_error, self.verify = classes, on_error, verify
-        self.masks, self.prepare = masks, prepare
+        self.masks, self.prepare, self.copy_paste = masks, prepare, copy_paste
         self.train_set: CocoDetection | None = None
         self.val_set: CocoDetection | None = None
 
@@ -80,7 +83,8 @@ class DetectionDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
-            self.train_set = self._read(*self.train_paths, self.classes, self.masks)
+            masks = self.masks or self.copy_paste is not None
+            self.train_set = self._read(*self.train_paths, self.classes, masks)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
         if self.val_set is None:
@@ -95,7 +99,14 @@ class DetectionDataModule(LightningDataModule):
                 f"{self.train_set.report.source} has {len(self.train_set)} usable images, fewer than one step "
                 f"takes ({self.batch_size} x {world_size} processes): lower data.batch_size"
             )
-        dataset = TransformedDataset(self.train_set, self.train_transform, self.seed, self.on_error == "skip")
+        dataset = TransformedDataset(
+            self.train_set,
+            self.train_transform,
+            self.seed,
+            replace_unreadable=self.on_error == "skip",
+            copy_paste=self.copy_paste,
+            masks=self.masks,
+        )
         return TrainLoader(dataset, sampler, **self._loading())
 
     def val_dataloader(self) -> BatchLoader:

@@ -15,12 +15,16 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
 
 from codetr.data.coco import CocoDetection, Sample
+from codetr.data.copy_paste import CopyPaste
 from codetr.data.images import UnreadableImage
 from codetr.data.sampler import mix_seed
 
 _log = logging.getLogger(__name__)
+
+Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class RandomSizeCrop(v2.Transform):
@@ -47,13 +51,79 @@ def _draw(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
+class PadTo(v2.Transform):
+    """Pad right and below to height = width = `canvas` pixels, the image with the colour `fill`.
+
+    Unlike the padding of a batch this belongs to the image: the network sees it, and boxes are relative to it.
+    """
+
+    def __init__(self, canvas: int, fill: int) -> None:
+        super().__init__()
+        self.canvas, self.fill = canvas, fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        return {"padding": [0, 0, self.canvas - width, self.canvas - height]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.pad, inpt, **params, fill=self.fill if isinstance(inpt, Image) else 0)
+
+
+def fit_canvas(canvas: int, fill: int) -> v2.Transform:
+    """As large as fits onto a square canvas of `canvas` pixels, in its upper left corner."""
+    return v2.Compose([v2.Resize(None, max_size=canvas), PadTo(canvas, fill)])
+
+
+def large_scale_jitter(canvas: int, scale_range: tuple[float, float], flip: float, fill: int) -> v2.Transform:
+    """A factor of `scale_range` times the size that fits onto the canvas; what is larger is cropped somewhere.
+
+    Source: Ghiasi et al. 2021, section 3.
+    """
+    return v2.Compose(
+        [
+            v2.ScaleJitter((canvas, canvas), tuple(scale_range)),
+            RandomSizeCrop(canvas, canvas),
+            v2.RandomHorizontalFlip(flip),
+            PadTo(canvas, fill),
+        ]
+    )
+
+
+# Clipping comes first: a box on the border may reach out of it by a rounding error of the resize.
+_tidy = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
+
+
+def transformed(sample: Sample, transform: Transform) -> Sample:
+    """`sample` behind `transform`; boxes are clipped to the image, and those that kept less than a pixel of height or
+    width are removed with their labels and masks.
+
+    original_size becomes the size of the new image in pixels of the file: larger than the file where the transform
+    pads, smaller where it crops. So a normalised box times original_size has the size that it has in the file.
+    """
+    height, width = sample.image.shape[-2:]
+    parts: dict[str, Any] = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
+    if sample.masks is not None:
+        parts["masks"] = sample.masks
+    # Goes through the transform with the image, unclipped, and tells how it was scaled.
+    frame = torch.tensor([[0, 0, width, height]], dtype=torch.float64)
+    parts["frame"] = BoundingBoxes(
+        frame, format=BoundingBoxFormat.XYXY, canvas_size=(height, width), clamping_mode=None
+    )
+    parts = transform(parts)
+    left, top, right, bottom = parts.pop("frame")[0].tolist()
+    new_height, new_width = parts["image"].shape[-2:]
+    # A resize has the precision of float32.
+    size = round(new_height * height / (bottom - top), 3), round(new_width * width / (right - left), 3)
+    return replace(sample, **_tidy(parts), original_size=size)
+
+
 class TransformedDataset(Dataset[Sample]):
     """`dataset` behind `transform`, indexed by (epoch, index) as the samplers of `codetr.data.sampler` yield.
 
-    transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks`; boxes are
-    afterwards clipped to the image, and those that kept less than a pixel of height or width are removed with their
-    labels and masks. replace_unreadable: take the
-    next readable image, in the order of the data set, for one that does not decode.
+    transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks` (see
+    `transformed`). replace_unreadable: take the next readable image, in the order of the data set, for one that does
+    not decode. copy_paste: with another image of the data set behind the same transform, which must make all images
+    of one size; needs masks. masks: whether samples keep them.
 
     Raises UnreadableImage, which names the file.
     """
@@ -61,31 +131,31 @@ class TransformedDataset(Dataset[Sample]):
     def __init__(
         self,
         dataset: CocoDetection,
-        transform: Callable[[dict[str, Any]], dict[str, Any]],
+        transform: Transform,
         seed: int,
         replace_unreadable: bool,
+        copy_paste: CopyPaste | None = None,
+        masks: bool = True,
     ) -> None:
         self.dataset, self.seed, self.replace_unreadable = dataset, seed, replace_unreadable
-        # Clipping comes first: a box on the border may reach out of it by a rounding error of the resize.
-        self.transform = v2.Compose([transform, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
+        self.transform, self.copy_paste, self.masks = transform, copy_paste, masks
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        sample = self._read(index)
-        parts: dict[str, Any] = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
-        if sample.masks is not None:
-            parts["masks"] = sample.masks
         generator = torch.default_generator
         before = generator.get_state()
         generator.manual_seed(mix_seed(self.seed, epoch, index))
         try:
-            parts = self.transform(parts)
+            sample = transformed(self._read(index), self.transform)
+            if self.copy_paste is not None:
+                other = transformed(self._read(_draw(0, len(self) - 1)), self.transform)
+                sample = self.copy_paste(sample, other)
         finally:
             generator.set_state(before)
-        return replace(sample, **parts)
+        return sample if self.masks else replace(sample, masks=None)
 
     def _read(self, index: int) -> Sample:
         for step in range(len(self)):
