@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
+from torchvision.tv_tensors import Image, KeyPoints
 
 from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste
@@ -104,16 +104,14 @@ def transformed(sample: Sample, transform: Transform) -> Sample:
     parts: dict[str, Any] = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
     if sample.masks is not None:
         parts["masks"] = sample.masks
-    # Goes through the transform with the image, unclipped, and tells how it was scaled.
-    frame = torch.tensor([[0, 0, width, height]], dtype=torch.float64)
-    parts["frame"] = BoundingBoxes(
-        frame, format=BoundingBoxFormat.XYXY, canvas_size=(height, width), clamping_mode=None
-    )
+    # They go through the transform with the image and tell how it was scaled. Nothing clips or drops points.
+    corners = torch.tensor([[0, 0], [width, height]], dtype=torch.float64)
+    parts["corners"] = KeyPoints(corners, canvas_size=(height, width))
     parts = transform(parts)
-    left, top, right, bottom = parts.pop("frame")[0].tolist()
+    scaled_width, scaled_height = parts.pop("corners").diff(dim=0)[0].abs().tolist()
     new_height, new_width = parts["image"].shape[-2:]
     # A resize has the precision of float32.
-    size = round(new_height * height / (bottom - top), 3), round(new_width * width / (right - left), 3)
+    size = round(new_height * height / scaled_height, 3), round(new_width * width / scaled_width, 3)
     return replace(sample, **_tidy(parts), original_size=size)
 
 
