@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torchvision.ops import box_area, box_convert, box_iou
+from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou
 
 from codetr.models.detector import Detector
 from codetr.types import HeadOutput, Positives, Pyramid, Targets, box_scale
@@ -111,6 +111,40 @@ def test_whose_a_candidate_of_two_objects_is(
     assert owner == {"fcos": by_area}.get(name, by_iou) or (name in ("atss", "gfl") and objects[0] == LONG)
 
 
+# Anchors that are among the nearest of an object. Above and below a flat one they overlap it as much as the one in its
+# middle; beside a square one's corners IoU 0.62 is more than the mean of all candidates, 0.35, and less than mean plus
+# deviation, 0.64.
+FLAT = [32.0, 57, 96, 71]
+REJECTED = [(FLAT, [32.0, 24, 96, 88]), (FLAT, [32.0, 40, 96, 104]), (ANCHOR, [40.0, 40, 104, 104])]
+
+
+@pytest.mark.parametrize(("single", "candidate"), REJECTED)
+@pytest.mark.parametrize("name", ["atss", "gfl"])
+def test_atss_rejects_centers_outside_and_overlaps_below_the_threshold(
+    name: str, single: list[float], candidate: list[float]
+) -> None:
+    found = run(build(name), pyramid(1), make_targets(torch.tensor([[single]]), torch.tensor([[0]]))).positives
+    for box, positive in ((candidate, False), (ANCHOR, True)):
+        same = (found.boxes_xyxy[0] - torch.tensor(box)).abs().amax(-1) < 1e-3
+        assert found.positive[0, same].tolist() == [positive]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_paa_takes_the_cheapest_candidates_of_each_object(seed: int) -> None:
+    """Every predicted box being its anchor, and every score the same, these are the ones of highest GIoU."""
+    torch.manual_seed(seed)
+    boxes = random_boxes(1, 1)
+    found = run(build("paa"), pyramid(1, scale=0), make_targets(boxes, torch.tensor([[0]]))).positives
+    giou = generalized_box_iou(found.boxes_xyxy[0], boxes[0])[:, 0]
+    candidate = box_iou(found.boxes_xyxy[0], boxes[0])[:, 0] >= 0.1
+    positive = found.positive[0]
+    assert (positive <= candidate).all()
+    for level in (slice(0, 256), slice(256, 320), slice(320, 336)):
+        assert positive[level].sum() <= 9
+    assert 0 < positive.sum() < candidate.sum()
+    assert giou[positive].min() >= giou[candidate & ~positive].max() - 1e-5
+
+
 @every_head
 @pytest.mark.parametrize("seed", range(3))
 def test_at_twice_the_scale_the_same_candidates_are_positive(name: str, seed: int) -> None:
@@ -147,6 +181,22 @@ def test_padding_is_never_positive(name: str, height: int, width: int) -> None:
     used = found.positive | found.negative
     assert (begin[1, used[1]] < end).all()
     assert (begin[0, used[0]] >= end).any()
+
+
+def test_the_rpn_learns_from_every_anchor_but_those_in_the_padding() -> None:
+    rpn, levels, sizes = build("faster_rcnn").rpn, pyramid(2), torch.tensor([[SIDE, SIDE], [72, 88]])
+    rpn.num_samples = 10**6
+    anchors = torch.cat(rpn.grid(levels))
+    logits, deltas = torch.zeros(2, len(anchors), requires_grad=True), torch.zeros(2, len(anchors), 4)
+    boxes = torch.tensor([ANCHOR, [48.0, 30, 88, 72]])[:, None]
+    losses = rpn.losses(logits, deltas, levels, make_targets(boxes, torch.zeros(2, 1).long(), sizes))
+    losses["class"].backward()
+    inside = ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes[:, None].flip(2)).all(-1)
+    unsure = box_iou(boxes[:, 0], anchors) >= 0.3
+    assert inside[0].all()
+    assert not inside[1].all()
+    assert torch.equal((logits.grad != 0) | unsure, inside | unsure)
+    assert not logits.grad[~inside].any()
 
 
 @every_head
@@ -265,6 +315,19 @@ def test_images_without_objects(name: str, which: str) -> None:
     torch.stack(list(output.losses.values())).sum().backward()
     assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert all(level.grad.isfinite().all() and level.grad.any() for level in levels.levels)
+
+
+@every_head
+def test_every_loss_alone_has_a_gradient(name: str) -> None:
+    """To the pyramid, finite."""
+    levels = pyramid(2)
+    targets = make_targets(random_boxes(2, 3), torch.tensor([[0, 1, 2]] * 2))
+    losses = run(build(name), levels, targets).losses
+    for term, loss in losses.items():
+        gradients = torch.autograd.grad(loss, levels.levels, retain_graph=True, allow_unused=True)
+        found = [g for g in gradients if g is not None]
+        assert all(g.isfinite().all() for g in found), term
+        assert any(g.any() for g in found), term
 
 
 MULTI_SCALE, SINGLE_SCALE = "co_deformable_tiny", "conditional_detr_tiny"
