@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.ops import generalized_box_iou_loss
 
-from codetr.assign import BACKGROUND, IGNORED
-from codetr.assign.max_iou import assign_max_iou
-from codetr.assign.sampling import Priority, pack, sample_both
+from codetr.assign import IGNORED
+from codetr.assign.sampling import Priority
 from codetr.heads.common import assigned, detections
 from codetr.heads.mask import MaskBranch
+from codetr.heads.regions import Regions, sample_regions
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.nn.anchors import BoxCoder, clip
@@ -21,13 +19,6 @@ from codetr.ops.distributed import mean_over_processes
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
-
-
-class Regions(NamedTuple):
-    """Sampled regions: boxes [B, R, 4] xyxy in pixels, owner [B, R] (object index, BACKGROUND or IGNORED)."""
-
-    boxes: Tensor
-    owner: Tensor
 
 
 class FasterRCNNHead(nn.Module):
@@ -83,19 +74,11 @@ class FasterRCNNHead(nn.Module):
         losses |= {term: value * self.weights[term] for term, value in own.items()}
         return HeadOutput(losses, positives)
 
-    @torch.no_grad()
     def sample(self, proposals: Tensor, valid: Tensor, targets: Targets) -> Regions:
         """The objects themselves and the proposals [B, P, 4], assigned, then sampled to a fixed number."""
-        boxes = targets.boxes_xyxy
-        owner = assign_max_iou(
-            proposals, valid, boxes, targets.valid, self.positive_iou, self.positive_iou, low_quality=None
+        return sample_regions(
+            proposals, valid, targets, self.positive_iou, self.most_positive, self.num_samples, self.priority
         )
-        itself = torch.arange(boxes.shape[1], device=boxes.device).where(targets.valid, IGNORED)
-        owner = torch.cat([itself, owner], 1)
-        chosen = sample_both(owner >= 0, owner == BACKGROUND, self.most_positive, self.num_samples, self.priority)
-        index, kept = pack(*chosen, self.num_samples)
-        boxes = take(torch.cat([boxes, proposals], 1), index)
-        return Regions(boxes, owner.gather(1, index).masked_fill(~kept, IGNORED))
 
     def losses(self, logits: Tensor, deltas: Tensor, regions: Positives) -> dict[str, Tensor]:
         valid = regions.positive | regions.negative

@@ -58,8 +58,20 @@ def region_masks(masks: Tensor, valid: Tensor, images: Tensor, owner: Tensor, bo
 
     masks: [B, M, H, W] bool. valid: [B, M], the objects. images, owner: [R]. boxes: [R, 4] xyxy in pixels.
     """
+    return crop_masks(*objects_and_rois(masks, valid, images, owner, boxes), size)
+
+
+def objects_and_rois(
+    masks: Tensor, valid: Tensor, images: Tensor, owner: Tensor, boxes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For `crop_masks`, from the arguments of `region_masks`: objects [n, 1, H, W], 0 or 1; rois [R, 5]."""
     places = valid.flatten().cumsum(0).view_as(valid) - 1  # of the objects among the valid ones
     rois = torch.cat([places[images, owner][:, None].to(boxes), boxes], 1)
     # Only real objects: as floats the masks of large images are the head's largest tensor.
-    objects = masks[valid][:, None].to(boxes)
-    return (roi_align(objects, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(boxes)
+    return masks[valid][:, None].to(boxes), rois
+
+
+@torch.no_grad()
+def crop_masks(objects: Tensor, rois: Tensor, size: int) -> Tensor:
+    """[R, size, size], 0 or 1. rois: [R, 5], the object's place and xyxy in pixels."""
+    return (roi_align(objects, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(rois)

@@ -1,0 +1,39 @@
+"""Masks of regions as masks of the image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+PIXELS_PER_PASS = 2**26  # bounds the memory of an accelerator: 12 bytes each
+
+
+@torch.no_grad()
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether the mask, stretched over its box and read bilinearly, is at least 1/2 at the centre of a pixel.
+
+    masks: [n, s, s] in 0..1. boxes: [n, 4] xyxy in pixels of an image of (height, width) `size`. Returns
+    [n, height, width] bool; a box without area gives an empty mask.
+    """
+    result = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    # One by one on a CPU, which then visits the pixels of the box alone; an accelerator is faster with few large steps.
+    together = 1 if masks.device.type == "cpu" else max(1, PIXELS_PER_PASS // (size[0] * size[1]))
+    for start in range(0, len(masks), together):
+        part = slice(start, start + together)
+        box = boxes[part].float()
+        x1, y1 = box[:, :2].amin(0).floor().clamp(min=0).long().tolist()
+        x2, y2 = box[:, 2:].amax(0).ceil().long().tolist()
+        window = slice(min(y1, size[0]), min(max(y1, y2), size[0])), slice(min(x1, size[1]), min(max(x1, x2), size[1]))
+        rows = _position(window[0], box[:, 1], box[:, 3])
+        columns = _position(window[1], box[:, 0], box[:, 2])
+        grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), -1)
+        values = grid_sample(masks[part, None].float(), grid, align_corners=False)[:, 0]
+        result[part, window[0], window[1]] = values >= 0.5
+    return result
+
+
+def _position(pixels: slice, low: Tensor, high: Tensor) -> Tensor:
+    """Centres of the pixels between the sides of each box, as -1..1: [n], [n] -> [n, pixels]."""
+    centers = torch.arange(pixels.start, pixels.stop, device=low.device) + 0.5
+    return (centers - low[:, None]) / (high - low)[:, None].clamp(min=1e-6) * 2 - 1

@@ -1,0 +1,220 @@
+"""Instance masks, refined in stages (RefineMask, Zhang et al., arXiv 2104.08569), as in the official ViT models."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
+from torchvision.ops import roi_align
+
+from codetr.assign.sampling import Priority
+from codetr.errors import UserError
+from codetr.heads.mask import crop_masks, objects_and_rois
+from codetr.heads.mask_iou import MaskIoU, conv_block, mask_iou_target, share_inside
+from codetr.heads.paste import paste_masks
+from codetr.heads.regions import Regions, predicted_boxes, sample_regions
+from codetr.heads.roi import RoIPool
+from codetr.ops.distributed import mean_over_processes
+from codetr.types import Detections, Prediction, Pyramid, Targets, box_scale
+
+WHOLE = 2  # so many stages predict whole masks, the later ones correct boundaries (sec. 3.3)
+
+
+class Masks(NamedTuple):
+    """Of one image's detections. masks: [n, H, W] bool, of the original image. scores: [n], box score x mask IoU."""
+
+    masks: Tensor
+    scores: Tensor
+
+
+class Refinement(nn.Module):
+    """One stage's semantic fusion (fig. 3): features of a region, its mask so far, and what the image shows there.
+
+    Half as many channels come out, the mask among them. Beside the dilated convolutions stands the mean over the
+    region, which the paper does not have.
+    """
+
+    def __init__(self, width: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.fuse = nn.Conv2d(2 * width + 1, width, 1)
+        self.branches = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in dilations)
+        self.merge = nn.Conv2d(width, width, 1)
+        self.reduce = nn.Conv2d(width, width // 2 - 1, 1)
+
+    def forward(self, features: Tensor, mask: Tensor, semantic: Tensor) -> Tensor:
+        """features, semantic: [R, width, s, s]. mask: [R, s, s] in 0..1. Returns [R, width / 2, s, s]."""
+        x = self.fuse(torch.cat([features, semantic, mask[:, None]], 1)).relu()
+        branches = [branch(x).relu() for branch in self.branches]
+        x = self.merge(sum(branches, x.mean((2, 3), keepdim=True))).relu()
+        return torch.cat([self.reduce(x).relu(), mask[:, None]], 1)
+
+
+class RefineMaskHead(nn.Module):
+    """Masks of regions in stages, each of twice the resolution and half the width, and each mask's quality.
+
+    All stages but the last predict a mask per class. Losses, of regions that the decoder's boxes and the objects
+    themselves provide: cross entropy of all pixels in the first stages, of those near a boundary in the later ones;
+    squared error of the predicted mask IoU.
+
+    pool: its size is that of the first stage. stage_weights: of the stages' losses; there are as many stages.
+    boundary_width: cells to either side of a boundary. num_candidates: boxes of the decoder per image.
+    positive_iou: of a box with an object. most_positive: regions per image in the loss. regions_per_pass: at
+    inference, to bound the memory.
+    """
+
+    def __init__(
+        self,
+        pool: RoIPool,
+        width: int,
+        num_convs: int,
+        num_semantic_convs: int,
+        num_classes: int,
+        dilations: tuple[int, ...],
+        stage_weights: tuple[float, ...],
+        boundary_width: int,
+        iou: MaskIoU,
+        mask_weight: float,
+        iou_weight: float,
+        num_candidates: int,
+        positive_iou: float,
+        most_positive: int,
+        regions_per_pass: int,
+        priority: Priority | None = None,
+    ) -> None:
+        super().__init__()
+        self.pool = pool
+        self.instance = nn.Sequential(*(conv_block(width, width) for _ in range(num_convs)))
+        self.semantic = nn.Sequential(*(conv_block(width, width) for _ in range(num_semantic_convs)))
+        *coarse, finest = (width // 2**stage for stage in range(len(stage_weights)))
+        self.maps = nn.ModuleList(nn.Conv2d(width, w, 1) for w in coarse)
+        self.stages = nn.ModuleList(Refinement(w, dilations) for w in coarse)
+        self.classes = nn.ModuleList([*(nn.Conv2d(w, num_classes, 1) for w in coarse), nn.Conv2d(finest, 1, 1)])
+        for layer in (*self.maps, *self.stages.modules(), *self.classes):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+        self.iou = iou
+        self.stage_weights, self.boundary_width = stage_weights, boundary_width
+        self.mask_weight, self.iou_weight = mask_weight, iou_weight
+        self.num_candidates, self.positive_iou, self.most_positive = num_candidates, positive_iou, most_positive
+        self.regions_per_pass, self.priority = regions_per_pass, priority
+
+    def semantics(self, pyramid: Pyramid) -> list[Tensor]:
+        """Feature maps of the whole image, of the finest level's size, one for every stage that refines."""
+        x = self.semantic(pyramid.levels[0])
+        return [layer(x).relu() for layer in self.maps]
+
+    def forward(
+        self, pyramid: Pyramid, semantics: list[Tensor], images: Tensor, boxes: Tensor, labels: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. labels: [R].
+
+        Returns the stages' logits [R, s, s], s doubling from stage to stage, and the mask IoU [R], float32.
+        """
+        pooled = self.pool.regions(pyramid, images, boxes)
+        rois, scale = torch.cat([images[:, None].to(boxes), boxes], 1), 1 / pyramid.strides[0]
+        region = torch.arange(len(labels), device=labels.device)
+        x = self.instance(pooled)
+        logits: list[Tensor] = []
+        for stage, classes, semantic in zip(self.stages, self.classes, semantics, strict=False):
+            if logits:
+                x = interpolate(x, scale_factor=2, mode="bilinear")
+            logits.append(classes(x)[region, labels].float())
+            seen = roi_align(semantic.to(boxes), rois, x.shape[-1], scale, 0, aligned=True)
+            x = stage(x, logits[-1].sigmoid(), seen)
+        last = self.classes[-1](x)[:, 0].float()
+        logits.append(enlarge(last, 2 * last.shape[-1]))
+        return logits, self.iou(pooled, logits[WHOLE - 1])[region, labels]
+
+    def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]:
+        """prediction: of the decoder's last layer, [B, N, ...]; no gradient flows into it. Term -> scalar, weighted."""
+        boxes, valid = predicted_boxes(prediction, targets.sizes, self.num_candidates)
+        regions = sample_regions(
+            boxes, valid, targets, self.positive_iou, self.most_positive, self.most_positive, self.priority
+        )
+        return self.region_losses(pyramid, regions, targets)
+
+    def region_losses(self, pyramid: Pyramid, regions: Regions, targets: Targets) -> dict[str, Tensor]:
+        """Of the positive regions. Raises UserError when the targets come without masks."""
+        if targets.masks is None:
+            raise UserError("the mask head needs the objects' masks: set data.masks=true")
+        images, places = torch.where(regions.owner >= 0)
+        boxes, owner = regions.boxes[images, places], regions.owner[images, places]
+        logits, iou = self(pyramid, self.semantics(pyramid), images, boxes, targets.labels[images, owner])
+        objects, rois = objects_and_rois(targets.masks, targets.valid, images, owner, boxes)
+        goals = [crop_masks(objects, rois, one.shape[-1]) for one in logits]
+        counted = counted_pixels(logits, goals, self.boundary_width)
+        goal_iou = mask_iou_target(logits[WHOLE - 1], goals[WHOLE - 1], share_inside(objects, rois))
+        known = goal_iou > 0
+        counts = mean_over_processes(torch.stack([where.sum() for where in (*counted, known)])).clamp(min=1)
+        losses = {}
+        for i, (own, goal, where, weight) in enumerate(zip(logits, goals, counted, self.stage_weights, strict=True)):
+            entropy = binary_cross_entropy_with_logits(own, goal, reduction="none")
+            losses[f"stage{i}"] = entropy.where(where, 0).sum() / counts[i] * (weight * self.mask_weight)
+        error = (iou - goal_iou).square().where(known, 0).sum()
+        return losses | {"iou": error / counts[-1] * self.iou_weight}
+
+    @torch.no_grad()
+    def segment(
+        self, pyramid: Pyramid, detections: list[Detections], sizes: Tensor, original_sizes: Tensor
+    ) -> list[Masks]:
+        """Masks of detections, whose boxes are in pixels of the original images, as those of `Detections` are.
+
+        sizes, original_sizes: [B, 2] (height, width) of the images in the network, without padding, and in their files.
+        """
+        counts = torch.tensor([len(found.scores) for found in detections])
+        images = torch.arange(len(detections)).repeat_interleave(counts).to(sizes.device)
+        scale = box_scale(sizes) / box_scale(original_sizes)
+        boxes = torch.cat([found.boxes_xyxy for found in detections])
+        scores, labels = (torch.cat([getattr(found, name) for found in detections]) for name in ("scores", "labels"))
+        semantics, masks, ious = self.semantics(pyramid), [], []
+        for part in torch.arange(len(images), device=images.device).split(self.regions_per_pass):
+            inside = boxes[part] * scale[images[part]].to(boxes)
+            logits, iou = self(pyramid, semantics, images[part], inside, labels[part])
+            masks.append(refined(logits).sigmoid())
+            ious.append(iou)
+        rows = (torch.cat(masks), boxes, scores * torch.cat(ious))
+        of_images = zip(*(row.split(counts.tolist()) for row in rows), original_sizes.tolist(), strict=True)
+        return [Masks(paste_masks(m, b, (height, width)), s) for m, b, s, (height, width) in of_images]
+
+
+def enlarge(x: Tensor, size: int) -> Tensor:
+    """[R, s, s] -> [R, size, size], bilinear; the corner cells stay in the corners."""
+    return interpolate(x[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
+
+
+@torch.no_grad()
+def near_boundary(mask: Tensor, width: int) -> Tensor:
+    """Where over a tenth of the window of (2 width + 1)^2 cells differs from its centre: [R, s, s] -> bool.
+
+    mask: bool, or 0 and 1. Beyond the region there is background.
+    """
+    mask = mask.float()
+    share = avg_pool2d(mask[:, None], 2 * width + 1, 1, width)[:, 0]
+    return (mask - share).abs() > 0.1
+
+
+@torch.no_grad()
+def refined(logits: list[Tensor]) -> Tensor:
+    """The stages' masks in one, of the last one's size: each stage replaces what is near the boundary so far."""
+    best = logits[WHOLE - 1]
+    for finer in logits[WHOLE:]:
+        size = finer.shape[-1]
+        edge = enlarge(near_boundary(best >= 0, 1).float(), size) >= 0.5
+        best = finer.where(edge, enlarge(best, size))
+    return best
+
+
+@torch.no_grad()
+def counted_pixels(logits: list[Tensor], goals: list[Tensor], width: int) -> list[Tensor]:
+    """Which pixels of each stage count in its loss: all, or those near a boundary of the mask so far or the true mask,
+    both of the stage before (sec. 3.3). [R, s, s] bool each.
+    """
+    counted = [torch.ones_like(own, dtype=torch.bool) for own in logits[:WHOLE]]
+    for stage in range(WHOLE, len(logits)):
+        edge = near_boundary(refined(logits[:stage]) >= 0, width) | near_boundary(goals[stage - 1], width)
+        counted.append(enlarge(edge.float(), logits[stage].shape[-1]) >= 0.5)
+    return counted

@@ -1,0 +1,61 @@
+"""Which boxes a head of regions learns from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from codetr.assign import BACKGROUND, IGNORED
+from codetr.assign.max_iou import assign_max_iou
+from codetr.assign.sampling import Priority, pack, sample_both
+from codetr.ops.gather import take
+from codetr.types import Prediction, Targets, box_scale
+
+
+class Regions(NamedTuple):
+    """Sampled regions: boxes [B, R, 4] xyxy in pixels, owner [B, R] (object index, BACKGROUND or IGNORED)."""
+
+    boxes: Tensor
+    owner: Tensor
+
+
+@torch.no_grad()
+def sample_regions(
+    proposals: Tensor,
+    valid: Tensor,
+    targets: Targets,
+    positive_iou: float,
+    most_positive: int,
+    num_samples: int,
+    priority: Priority | None,
+) -> Regions:
+    """The objects themselves and the proposals, assigned, then sampled to a fixed number, positives first.
+
+    proposals: [B, P, 4] xyxy in pixels. valid: [B, P]. positive_iou: below it a proposal is background.
+    """
+    boxes = targets.boxes_xyxy
+    owner = assign_max_iou(proposals, valid, boxes, targets.valid, positive_iou, positive_iou, low_quality=None)
+    itself = torch.arange(boxes.shape[1], device=boxes.device).where(targets.valid, IGNORED)
+    owner = torch.cat([itself, owner], 1)
+    chosen = sample_both(owner >= 0, owner == BACKGROUND, most_positive, num_samples, priority)
+    index, kept = pack(*chosen, num_samples)
+    boxes = take(torch.cat([boxes, proposals], 1), index)
+    return Regions(boxes, owner.gather(1, index).masked_fill(~kept, IGNORED))
+
+
+@torch.no_grad()
+def predicted_boxes(prediction: Prediction, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Boxes of the `count` best (query, class) pairs; a box may appear several times.
+
+    prediction: one decoder layer, [B, N, ...]. sizes: [B, 2] (height, width) in pixels. Returns boxes [B, P, 4] xyxy
+    in pixels, cut off at the image, best first, and whether the score is more than 0, [B, P].
+    """
+    num_classes = prediction.logits.shape[-1]
+    scores = prediction.logits.float().sigmoid().flatten(1)
+    best, index = scores.topk(min(count, scores.shape[1]), dim=1)
+    scale = box_scale(sizes).to(best)[:, None]
+    boxes = box_convert(take(prediction.boxes.float(), index // num_classes), "cxcywh", "xyxy") * scale
+    return boxes.clamp(min=0).minimum(scale), best > 0
