@@ -399,3 +399,14 @@ def test_no_head_is_part_of_inference(name: str, model: str) -> None:
         found = plain.detect(*given)
     assert torch.equal(found.boxes, expected.boxes)
     assert torch.equal(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("model", [MULTI_SCALE, SINGLE_SCALE])
+def test_every_level_of_the_pyramid_trains_the_encoder(model: str) -> None:
+    detector = build_detector(model, "atss")
+    memory = detector.encode(*images())
+    levels = detector.adapter(memory).levels
+    assert len(levels) == 5
+    for level in levels:
+        (gradient,) = torch.autograd.grad((level * torch.rand_like(level)).sum(), memory.tokens, retain_graph=True)
+        assert gradient.any()
