@@ -102,7 +102,7 @@ def test_boxes_become_tight() -> None:
     loose = replace(ONTO, boxes=BoundingBoxes(ONTO.boxes + 1, format=BoundingBoxFormat.XYXY, canvas_size=(SIDE, SIDE)))
     result = pasted(loose, sample([], 0, 50), 0)
     assert torch.equal(as_tensor(result.boxes), as_tensor(ONTO.boxes))
-    assert tight_boxes(torch.zeros(1, 4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
+    assert tight_boxes(torch.zeros(1, 4, 4, dtype=torch.uint8)).tolist() == [[0, 0, 0, 0]]
 
 
 def as_tensor(value: Tensor) -> Tensor:

@@ -166,6 +166,7 @@ def test_the_rest_of_the_settings(name: str) -> None:
         denoising = detector.queries.denoising
         noise = (300, 0.4) if "vit" in name else (500, 0.4) if "o365" in name else (100, 1.0)
         assert (denoising.num_queries, denoising.box_noise, denoising.label_noise) == (*noise, 0.25)
+        assert denoising.unused == "background"
     post = config.postprocess
     best = 1000 if "vit" in name or "o365tolvis" in name else 300 if dino or "900q" in name else 100
     assert post.max_detections == best
