@@ -1,14 +1,17 @@
 """Copy-paste against a pixel-by-pixel account of who is seen where."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from coco_files import document, write
 from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
-from codetr.data.coco import Sample
+from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste, tight_boxes
+from codetr.data.transforms import TransformedDataset, fit_canvas
 
 SIDE = 32
 
@@ -103,6 +106,37 @@ def test_boxes_become_tight() -> None:
     result = pasted(loose, sample([], 0, 50), 0)
     assert torch.equal(as_tensor(result.boxes), as_tensor(ONTO.boxes))
     assert tight_boxes(torch.zeros(1, 4, 4, dtype=torch.uint8)).tolist() == [[0, 0, 0, 0]]
+
+
+def test_a_data_set_that_pastes(tmp_path: Path) -> None:
+    """Everything is decided by seed, epoch and index; others come from the whole data set, in the size of the canvas;
+    identity and truth stay those of the image that was asked for."""
+    doc = document(6)
+    for annotation in doc["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    reader = CocoDetection(*write(tmp_path, doc), masks=True)
+
+    def dataset(masks: bool) -> TransformedDataset:
+        return TransformedDataset(reader, fit_canvas(48, 114), 3, False, CopyPaste(99, 10, 20), masks)
+
+    plain = TransformedDataset(reader, fit_canvas(48, 114), 3, False)
+    keys = [(epoch, index) for epoch in range(6) for index in range(len(reader))]
+    first, again = dataset(masks=True), dataset(masks=False)
+    changed = 0
+    for key, state in zip(keys, reversed(keys), strict=True):
+        torch.manual_seed(state[0])
+        sample, twin, alone = first[key], again[key], plain[key]
+        assert torch.equal(as_tensor(sample.image), as_tensor(twin.image))
+        assert torch.equal(as_tensor(sample.boxes), as_tensor(twin.boxes))
+        assert torch.equal(sample.labels, twin.labels)
+        assert twin.masks is None
+        assert len(sample.masks) == len(sample.labels)
+        assert sample.image.shape == (3, 48, 48)
+        assert (sample.image_id, sample.original_size) == (alone.image_id, alone.original_size)
+        torch.testing.assert_close(sample.truth, reader.truth(key[1]))
+        changed += not torch.equal(as_tensor(sample.image), as_tensor(alone.image))
+    assert changed > len(keys) / 3
 
 
 def as_tensor(value: Tensor) -> Tensor:
