@@ -173,6 +173,9 @@ def test_the_rest_of_the_settings(name: str) -> None:
     assert (post.suppression is not None) == dino
     if dino:
         assert (post.suppression.method, post.suppression.iou, post.suppression.min_score) == ("linear", 0.8, 1e-3)
+    heads = detector.heads.values()
+    alone = [head.selection.max_detections if "selection" in head else head.max_detections for head in heads]
+    assert alone == [1000 if "vit" in name or "o365tolvis" in name else 100, 1000 if "o365tolvis" in name else 100]
     if "swin" in name or "vit" in name:
         long = {"tiny_3x": 0.3, "small_3x": 0.4, "base_3x": 0.4, "900q_3x": 0.6, "large_3x_coco": 0.6}
         special = {"lsj_swin_large_3x_coco": 0.5, "large_2x": 0.5, "vit_large_coco": 0.4}
