@@ -21,16 +21,20 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     together = 1 if masks.device.type == "cpu" else max(1, PIXELS_PER_PASS // (size[0] * size[1]))
     for start in range(0, len(masks), together):
         part = slice(start, start + together)
-        box = boxes[part].float()
-        x1, y1 = box[:, :2].amin(0).floor().clamp(min=0).long().tolist()
-        x2, y2 = box[:, 2:].amax(0).ceil().long().tolist()
-        window = slice(min(y1, size[0]), min(max(y1, y2), size[0])), slice(min(x1, size[1]), min(max(x1, x2), size[1]))
-        rows = _position(window[0], box[:, 1], box[:, 3])
-        columns = _position(window[1], box[:, 0], box[:, 2])
-        grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), -1)
-        values = grid_sample(masks[part, None].float(), grid, align_corners=False)[:, 0]
-        result[part, window[0], window[1]] = values >= 0.5
+        _paste(masks[part].float(), boxes[part].float(), result[part])
     return result
+
+
+def _paste(masks: Tensor, boxes: Tensor, result: Tensor) -> None:
+    """Fill `result` [n, height, width] within what encloses all boxes, beyond which nothing reaches 1/2."""
+    height, width = result.shape[1:]
+    x1, y1 = boxes[:, :2].amin(0).floor().long().tolist()
+    x2, y2 = boxes[:, 2:].amax(0).ceil().long().tolist()
+    ys = slice(min(max(y1, 0), height), min(max(y2, 0), height))
+    xs = slice(min(max(x1, 0), width), min(max(x2, 0), width))
+    rows, columns = _position(ys, boxes[:, 1], boxes[:, 3]), _position(xs, boxes[:, 0], boxes[:, 2])
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), -1)
+    result[:, ys, xs] = grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
 
 
 def _position(pixels: slice, low: Tensor, high: Tensor) -> Tensor:
