@@ -69,7 +69,7 @@ def share_inside(objects: Tensor, rois: Tensor) -> Tensor:
     """
     height, width = objects.shape[-2:]
     # Sums over everything above and to the left of a pixel's corner; float32 counts the pixels of any image exactly.
-    areas = pad(objects[:, 0], (1, 0, 1, 0)).cumsum(1).cumsum(2)
+    areas = pad(objects[:, 0], (1, 0, 1, 0)).cumsum_(1).cumsum_(2)
     place, x1, y1, x2, y2 = rois.long().unbind(1)
     x1, y1 = x1.clamp(0, width), y1.clamp(0, height)
     x2, y2 = x2.maximum(x1 + 1).clamp(max=width), y2.maximum(y1 + 1).clamp(max=height)

@@ -166,13 +166,13 @@ class RefineMaskHead(nn.Module):
         sizes, original_sizes: [B, 2] (height, width) of the images in the network, without padding, and in their files.
         """
         counts = torch.tensor([len(found.scores) for found in detections])
-        images = torch.arange(len(detections)).repeat_interleave(counts).to(sizes.device)
-        scale = box_scale(sizes) / box_scale(original_sizes)
         boxes = torch.cat([found.boxes_xyxy for found in detections])
+        images = torch.arange(len(detections)).repeat_interleave(counts).to(boxes.device)
+        scale = (box_scale(sizes) / box_scale(original_sizes)).to(boxes)
         scores, labels = (torch.cat([getattr(found, name) for found in detections]) for name in ("scores", "labels"))
         semantics, masks, ious = self.semantics(pyramid), [], []
         for part in torch.arange(len(images), device=images.device).split(self.regions_per_pass):
-            inside = boxes[part] * scale[images[part]].to(boxes)
+            inside = boxes[part] * scale[images[part]]
             logits, iou = self(pyramid, semantics, images[part], inside, labels[part])
             masks.append(refined(logits).sigmoid())
             ious.append(iou)
