@@ -101,10 +101,14 @@ class Memory:
 
 @dataclass
 class Pyramid:
-    """{F_1..F_J} of the Co-DETR paper, section 3.2. levels: [B, C, H_j, W_j]; strides: network pixels per cell."""
+    """{F_1..F_J} of the Co-DETR paper, section 3.2. levels: [B, C, H_j, W_j]; strides: network pixels per cell.
+
+    pad_divisor: an image's cells reach to its sides rounded up to multiples of this many pixels.
+    """
 
     levels: list[Tensor]
     strides: tuple[int, ...]
+    pad_divisor: int = 1
 
 
 @dataclass

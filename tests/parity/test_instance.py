@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundle import close, fixed_order, padded_targets
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from official_weights import close, fixed_order, padded_targets
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,7 +94,9 @@ def case(official: Path) -> Case:
     parts = forward["memory"].split([h * w for h, w in shapes], 1)
     levels = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
     pyramid = Pyramid([*levels, forward["pyramid.5"]], (4, 8, 16, 32, 64, 128))
-    return Case(folder, head, pyramid, padded_targets(files["inputs"]), *files.values())
+    return Case(
+        folder, head, pyramid, padded_targets(files["inputs"], files["inputs"]["img_shape"].long()), *files.values()
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

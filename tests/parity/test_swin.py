@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundle import close
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from official_weights import close
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor

@@ -22,7 +22,7 @@ CLASSES, HEIGHT, WIDTH = 4, 96, 128
 SELECTION = Selection(1000, 0.6, 100)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExactTargets(Targets):
     """With the recorded boxes to the last bit: many cases have ties, which a normalisation and back would break."""
 

@@ -37,7 +37,7 @@ def passing(adapter: PyramidAdapter) -> PyramidAdapter:
 def test_a_single_level_becomes_all_of_them(stride: int) -> None:
     """On finer levels a cell's value is its own centre, as bilinear upsampling keeps linear functions, except next to
     the border; a coarser level starts at the first cell of the one before and takes every second one."""
-    pyramid = passing(PyramidAdapter(WIDTH, (stride,), 8, 5, 4))(memory(stride))
+    pyramid = passing(PyramidAdapter(WIDTH, (stride,), 8, 5, 4, 1))(memory(stride))
     assert pyramid.strides == (8, 16, 32, 64, 128)
     for level, own in zip(pyramid.levels, pyramid.strides, strict=True):
         if own <= stride:
@@ -51,7 +51,7 @@ def test_a_single_level_becomes_all_of_them(stride: int) -> None:
 
 def test_the_memory_itself_is_not_touched() -> None:
     given = memory(8, 16, 32)
-    adapter = PyramidAdapter(WIDTH, (8, 16, 32), 8, 5, 4)
+    adapter = PyramidAdapter(WIDTH, (8, 16, 32), 8, 5, 4, 1)
     for level, same in zip(adapter(given).levels[:3], given.levels(), strict=True):
         assert torch.equal(level, same)
     assert (len(adapter.upsample), len(adapter.downsample)) == (0, 2)
@@ -59,7 +59,7 @@ def test_the_memory_itself_is_not_touched() -> None:
 
 def test_made_levels_are_normalised() -> None:
     """A group norm behind every convolution: zero mean and unit variance per group, whatever comes in."""
-    pyramid = PyramidAdapter(WIDTH, (32,), 8, 5, 4)(memory(32))
+    pyramid = PyramidAdapter(WIDTH, (32,), 8, 5, 4, 1)(memory(32))
     for level, stride in zip(pyramid.levels, pyramid.strides, strict=True):
         groups = level.unflatten(1, (4, -1)).flatten(2)
         if stride != 32:
@@ -71,4 +71,4 @@ def test_made_levels_are_normalised() -> None:
 def test_foreign_strides_are_an_error(strides: tuple[int, ...]) -> None:
     """Also a memory with a gap: its levels would be taken for others."""
     with pytest.raises(ValueError, match=r"model\.pyramid_levels=5 from model\.pyramid_stride=8"):
-        PyramidAdapter(WIDTH, strides, 8, 5, 4)
+        PyramidAdapter(WIDTH, strides, 8, 5, 4, 1)

@@ -18,8 +18,8 @@ def assign_max_iou(
 ) -> Tensor:
     """Candidates take the object of highest IoU if that is >= `positive`, background if it is < `negative`.
 
-    low_quality: every object whose best IoU is >= this also takes all candidates that reach that best IoU, the
-    last object where several do; None: not. What is left in between, or is not valid, is ignored.
+    low_quality: every object whose best IoU is >= this, and above 0, also takes all candidates that reach that best
+    IoU, the last object where several do; None: not. What is left in between, or is not valid, is ignored.
 
     candidates: [B, N, 4] or shared [N, 4]. candidate_valid: [B, N]. boxes: [B, M, 4], M >= 1. valid: [B, M]. All
     boxes xyxy. Returns [B, N]: object index, BACKGROUND or IGNORED.
@@ -31,7 +31,7 @@ def assign_max_iou(
     assigned = owner.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
     if low_quality is not None:
         object_best = iou.amax(2, keepdim=True)
-        taken = (iou == object_best) & (object_best >= low_quality)
+        taken = (iou == object_best) & (object_best >= low_quality) & (object_best > 0)
         one_based = torch.arange(1, iou.shape[1] + 1, device=iou.device, dtype=torch.int32)[:, None]
         last = (taken * one_based).amax(1).long()
         assigned = assigned.where(last == 0, last - 1)

@@ -14,13 +14,24 @@ Weights = dict[str, Tensor]
 _TRANSFORMER = "query_head.transformer."
 
 
-def table(region_head: str, num_layers: int) -> NameTable:
+def table(region_head: str, num_layers: int, dino: bool) -> NameTable:
     """Of a detector whose heads are named `region_head` (faster_rcnn or mask_rcnn) and atss.
 
-    num_layers: of the decoder; the official code keeps the first stage's branches behind those of the layers.
+    num_layers: of the decoder; the official code keeps the first stage's branches behind those of the layers. dino:
+    Co-DINO, which keeps the queries' contents elsewhere than Co-Deformable-DETR.
     """
+    contents = f"{_TRANSFORMER}query_embed.weight" if dino else "query_head.query_embedding.weight"
     heads = (region_head, "atss")
-    rules = [*_NECK, *_ENCODER, *_DECODER, *_first_stage(num_layers), *_RPN, *_REGIONS, *_ATSS]
+    rules = [
+        (contents, "queries.main.content.weight"),
+        *_NECK,
+        *_ENCODER,
+        *_DECODER,
+        *_first_stage(num_layers),
+        *_RPN,
+        *_REGIONS,
+        *_ATSS,
+    ]
     rules += [pair for number, head in enumerate(heads) for pair in _positive_queries(number, head)]
     return NameTable([(theirs, ours.replace("{region_head}", region_head)) for theirs, ours in rules])
 
@@ -59,8 +70,6 @@ _DECODER = (
     (f"{_TRANSFORMER}enc_output_norm.*", "queries.main.projection.1.*"),
     (f"{_TRANSFORMER}pos_trans.*", "queries.main.embedding.projection.0.*"),
     (f"{_TRANSFORMER}pos_trans_norm.*", "queries.main.embedding.projection.1.*"),
-    (f"{_TRANSFORMER}query_embed.weight", "queries.main.content.weight"),  # Co-DINO
-    ("query_head.query_embedding.weight", "queries.main.content.weight"),  # Co-Deformable-DETR
     ("query_head.label_embedding.weight", "queries.denoising.label_embedding.weight"),
     ("query_head.downsample.*.*", "adapter.downsample.0.*.*"),
 )

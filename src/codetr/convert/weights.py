@@ -83,7 +83,8 @@ def table(detector: Detector) -> NameTable:
     backbone = {Swin: swin, ViT: vit}.get(type(detector.backbone), resnet)
     names = NameTable(backbone.RULES, (*backbone.IGNORED, *official.IGNORED))
     region_head = next((name for name in detector.heads if name != "atss"), "faster_rcnn")
-    return names + official.table(region_head, len(detector.decoder.layers))  # type: ignore[arg-type]
+    num_layers: int = len(detector.decoder.layers)  # type: ignore[arg-type]
+    return names + official.table(region_head, num_layers, dino="denoising" in detector.queries)
 
 
 def _compare(result: Conversion, shapes: dict[str, tuple[int, ...]]) -> None:

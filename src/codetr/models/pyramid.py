@@ -12,15 +12,22 @@ class PyramidAdapter(nn.Module):
     Coarser levels come from the memory's last one by 3x3 convolutions of stride 2, finer ones from its first by
     bilinear upsampling and 3x3 convolutions, each with group norm; so a single-scale encoder serves the heads too.
 
-    strides: of the memory's levels, in network pixels per cell.
+    strides: of the memory's levels, in network pixels per cell. pad_divisor: see `Pyramid`.
 
     Raises ValueError when the memory's strides are no consecutive ones of the pyramid's.
     """
 
     def __init__(
-        self, width: int, strides: tuple[int, ...], finest_stride: int, num_levels: int, num_groups: int
+        self,
+        width: int,
+        strides: tuple[int, ...],
+        finest_stride: int,
+        num_levels: int,
+        num_groups: int,
+        pad_divisor: int,
     ) -> None:
         super().__init__()
+        self.pad_divisor = pad_divisor
         self.strides = tuple(finest_stride * 2**i for i in range(num_levels))
         if strides not in [self.strides[i : i + len(strides)] for i in range(num_levels)]:
             raise ValueError(
@@ -40,4 +47,4 @@ class PyramidAdapter(nn.Module):
             levels.insert(0, conv(interpolate(levels[0], scale_factor=2, mode="bilinear", align_corners=False)))
         for conv in self.downsample:
             levels.append(conv(levels[-1]))
-        return Pyramid(levels, self.strides)
+        return Pyramid(levels, self.strides, self.pad_divisor)

@@ -43,6 +43,7 @@ class AnchorGrid(nn.Module):
 
     def valid(self, pyramid: Pyramid, sizes: Tensor) -> Tensor:
         """[B, N] bool: anchors of all levels whose cell begins inside its image. sizes: [B, 2] (height, width)."""
+        sizes = -(-sizes // pyramid.pad_divisor) * pyramid.pad_divisor
         parts = []
         for level, stride in zip(pyramid.levels, pyramid.strides, strict=True):
             y, x = (torch.arange(n, device=sizes.device) * stride for n in level.shape[-2:])

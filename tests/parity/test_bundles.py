@@ -1,0 +1,28 @@
+"""Every bundle of the official code's tensors, stage by stage: what `python tests/parity/check.py` prints."""
+
+from pathlib import Path
+
+import pytest
+from bundle import Bundle, load
+from stages import STAGES
+
+BUNDLES = [
+    "co_deformable_detr_r50",
+    "co_deformable_detr_mask_r50",
+    "co_dino_5scale_r50",
+    "co_dino_5scale_swin",
+    "co_dino_5scale_vit",
+    "co_dino_5scale_lsj_vit_lvis",
+]
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def bundle(official: Path, request: pytest.FixtureRequest) -> Bundle:
+    return load(official / request.param)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_what_the_official_code_computes(bundle: Bundle, stage: str) -> None:
+    lines = list(STAGES[stage](bundle))
+    assert len(lines) > 5
+    assert [line for line in lines if not line.passes] == []
