@@ -13,11 +13,13 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -132,10 +134,17 @@ def compose(config_name: str, overrides: list[str], config_dir: str | None = Non
     """The configuration of an entry point. Raises UserError, with names that were perhaps meant."""
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        with _configurations():
             return hydra.compose(config_name, [*overrides, *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{error}{_suggestion(str(error), config_name)}") from error
+
+
+def _configurations() -> AbstractContextManager[None]:
+    """In which Hydra knows conf/; an entry point that runs is in one already."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3")
 
 
 def _suggestion(message: str, config_name: str) -> str:
@@ -149,7 +158,7 @@ def _suggestion(message: str, config_name: str) -> str:
         if not key:
             return ""
         wanted = key[1]
-        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        with _configurations():
             known = list(_keys(hydra.compose(config_name)))
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
     return f"\nDid you mean {' or '.join(near)}?" if near else ""

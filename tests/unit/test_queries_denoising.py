@@ -101,7 +101,7 @@ def test_no_box_is_turned_inside_out() -> None:
 
 def test_unused_slots_as_background() -> None:
     """Image 1 has one object of three: the other slots are empty queries at the centre."""
-    masked, targets = group()
+    masked, _ = group()
     made, _ = group(unused="background")
     used = masked.valid
     assert made.valid.all()

@@ -45,7 +45,8 @@ def _to_ours(content: dict[str, Any], source: Path, config: DictConfig) -> dict[
     found = [config.config] if config.config else candidates(state, official_configs(), source.stem)
     if len(found) > 1:
         print(f"[bold]{found[0]}[/bold]; the same tensors fit {', '.join(found[1:])}: config=NAME chooses")
-    full = application.compose("train", [f"experiment=official/{found[0]}", f"model.num_classes={number}"])
+    settings = [f"experiment=official/{found[0]}", f"model.num_classes={number}", *config.overrides]
+    full = application.compose("train", settings)
     result = weights.to_ours(state, build(full))
     print(result.table())
     result.settle(str(source))

@@ -1,0 +1,162 @@
+"""An official checkpoint becomes one of ours, finds objects in pictures, and is fine-tuned on other classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from toy import environment, make_coco
+
+import codetr
+
+BUNDLE = "co_dino_5scale_swin"
+NAMES = ["red", "two", "three", "four", "five", "six"]
+SMALL = [
+    "model.width=64",
+    "model.ffn_width=128",
+    "model.detector.encoder.num_layers=2",
+    "model.detector.encoder.checkpointed_layers=0",
+    "model.detector.decoder.num_layers=2",
+    "model.detector.main.num_queries=50",
+    "model.detector.heads.faster_rcnn.box_head.hidden_width=48",
+    "++model.detector.backbone.arguments.embed_dim=8",
+    "++model.detector.backbone.arguments.depths=[2,2,2,2]",
+    "++model.detector.backbone.arguments.num_heads=[1,2,2,4]",
+    "++model.detector.backbone.arguments.window_size=4",
+]
+CONFIG = ["config=co_dino_5scale_swin_large_1x_coco", "overrides=[" + ",".join(f"'{value}'" for value in SMALL) + "]"]
+
+
+def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"codetr.{module}", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def convert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, "convert", *arguments)
+
+
+@pytest.fixture(scope="module")
+def converted(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with official.pth, as the official code saves it, and ours.ckpt made of it."""
+    folder = tmp_path_factory.mktemp("converted")
+    weights = {name: tensor.float() for name, tensor in load_file(official / BUNDLE / "weights.safetensors").items()}
+    torch.save({"meta": {"CLASSES": tuple(NAMES), "epoch": 12}, "state_dict": weights}, folder / "official.pth")
+    done = convert(folder, "source=official.pth", "out=ours.ckpt", *CONFIG)
+    assert done.returncode == 0, done.stderr
+    assert "mapped" in done.stdout
+    assert "left out" in done.stdout
+    return folder
+
+
+def test_the_detector_is_the_official_one(official: Path, converted: Path) -> None:
+    """From the file alone to the recorded detections of the official code's decoder."""
+    detector = codetr.load(converted / "ours.ckpt")
+    inputs, forward = (load_file(official / BUNDLE / f"{name}.safetensors") for name in ("inputs", "forward"))
+    rows, columns = (torch.arange(n) for n in inputs["img"].shape[2:])
+    extent = inputs["img_shape"]
+    padding = (rows >= extent[:, :1])[:, :, None] | (columns >= extent[:, 1:])[:, None, :]
+    detector.backbone.normalize = lambda images, _: images  # the recorded images are normalised
+    with torch.no_grad():
+        found = detector.detect(inputs["img"].float(), padding)
+    torch.testing.assert_close(found.logits, forward["cls_logits"][-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.boxes, forward["boxes"][-1], rtol=1e-4, atol=1e-5)
+
+
+def test_it_finds_objects_in_pictures(converted: Path) -> None:
+    (converted / "photos").mkdir()
+    Image.effect_noise((90, 70), 80).convert("RGB").save(converted / "photos" / "one.jpg")
+    done = run(converted, "predict", "checkpoint=ours.ckpt", "images=photos", "score_threshold=0", "num_workers=0")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((converted / "predictions" / "predictions.json").read_text())
+    assert len(found) > 10
+    assert {one["category_name"] for one in found} <= set(NAMES)
+
+
+def test_it_is_fine_tuned_on_other_classes(converted: Path) -> None:
+    """One step. The class that both know keeps its row."""
+    data = converted / "data"
+    make_coco(data, train=2, val=1)
+    done = run(
+        converted,
+        "train",
+        "experiment=official/co_dino_5scale_swin_large_1x_coco",
+        *SMALL,
+        "data=custom",
+        "augment@data=small",
+        f"data.root={data}",
+        "data.train_images=train",
+        "data.train_annotations=train.json",
+        "data.val_images=val",
+        "data.val_annotations=val.json",
+        "data.num_workers=0",
+        "data.batch_size=2",
+        "model.detector.backbone.pretrained=false",
+        "initialise.checkpoint=ours.ckpt",
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "trainer.num_sanity_val_steps=0",
+        "trainer.enable_model_summary=false",
+        "optimizer.lr=0",
+        "~callbacks.pictures",
+        "~callbacks.report",
+        "run_dir=tuned",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "moved by class name" in " ".join(done.stdout.split())
+    before, after = (codetr.load(converted / f) for f in ("ours.ckpt", "tuned/checkpoints/best.ckpt"))
+    row = NAMES.index("red")
+    assert torch.equal(before.decoder.class_heads[0].weight[row], after.decoder.class_heads[0].weight[0])
+    assert len(after.decoder.class_heads[0].weight) == 3
+    assert torch.equal(before.encoder.level_embedding, after.encoder.level_embedding)
+
+
+def test_the_way_back_is_exact(converted: Path) -> None:
+    done = convert(converted, "source=ours.ckpt", "out=back.pth")
+    assert done.returncode == 0, done.stderr
+    given, back = (torch.load(converted / f, weights_only=True) for f in ("official.pth", "back.pth"))
+    assert back["meta"]["CLASSES"] == tuple(NAMES)
+    constants = {name for name in given["state_dict"] if name.endswith("relative_position_index")}
+    assert back["state_dict"].keys() == given["state_dict"].keys() - constants
+    assert all(torch.equal(back["state_dict"][name], given["state_dict"][name]) for name in back["state_dict"])
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch exploded",)
+
+
+def test_what_is_refused(converted: Path) -> None:
+    state = torch.load(converted / "official.pth", weights_only=True)["state_dict"]
+    extra = {**state, "query_head.new_thing.weight": torch.zeros(3)}
+    extra.pop("rpn_head.rpn_conv.bias")
+    torch.save({"state_dict": extra}, converted / "changed.pth")
+    done = convert(converted, "source=changed.pth", "out=changed.ckpt", *CONFIG)
+    assert done.returncode == 2
+    assert "unexpected (1): query_head.new_thing.weight" in done.stderr
+    assert "missing (1): heads.faster_rcnn.rpn.conv.bias" in done.stderr
+    assert not (converted / "changed.ckpt").exists()
+
+    torch.save({"state_dict": state}, converted / "nameless.pth")
+    done = convert(converted, "source=nameless.pth", "out=nameless.ckpt", *CONFIG)
+    assert done.returncode == 2
+    assert "6 classes and does not name them: add class_names=" in done.stderr
+
+    done = convert(converted, "source=official.pth", "out=ours.ckpt", *CONFIG)
+    assert done.returncode == 2
+    assert "overwrite=true" in done.stderr
+
+    (converted / "bomb.pth").write_bytes(pickle.dumps({"state_dict": Bomb()}))
+    done = convert(converted, "source=bomb.pth", "out=bomb.ckpt")
+    assert done.returncode == 2
+    assert "run code when they are read" in done.stderr
+    assert not (converted / "exploded").exists()
+    assert "Traceback" not in done.stderr
