@@ -132,6 +132,8 @@ def load(folder: Path) -> Bundle:
     converted.settle(str(folder))
     detector.load_state_dict(converted.weights)
     region_head = detector.heads[next(iter(detector.heads))]
+    if detector.mask_head is not None:
+        detector.mask_head.priority = fixed_order
     drawing = [region_head, region_head.rpn, *(detector.queries[name] for name in detector.heads)]
     for part in drawing:
         part.priority = fixed_order
@@ -174,6 +176,9 @@ def _sizes(sizes: dict[str, Any]) -> dict[str, Any]:
         small["detector.queries.denoising.num_queries"] = sizes["num_dn_queries"]
     if "max_pos_coords" in sizes:
         small |= {f"detector.queries.{name}.max_queries": sizes["max_pos_coords"] for name in (region, "atss")}
+    if "mask_iou_head" in sizes["official_model_config"]:
+        small["detector.mask_head.num_candidates"] = sizes["max_per_img"]
+        small["detector.mask_head.iou.hidden_width"] = sizes["fc_dim"]
     if region == "mask_rcnn":
         small[f"{head}.mask.num_convs"] = sizes["mask_convs"]
     return small

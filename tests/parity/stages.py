@@ -84,9 +84,10 @@ def encoder(bundle: Bundle) -> Iterator[Line]:
 
 
 def _recorded_memory(bundle: Bundle, memory: Memory) -> Memory:
-    """What lies behind the encoder is compared on the recorded memory: a group norm over the one or two cells of the
-    coarsest level makes ten times as much of a rounding error."""
-    return replace(memory, tokens=bundle.forward["memory"])
+    """The recorded values, with our gradients. What lies behind the encoder is compared on them: a group norm over the
+    one or two cells of the coarsest level makes ten times as much of a rounding error, and the order of two proposals
+    may hang on the seventh digit of their scores."""
+    return replace(memory, tokens=memory.tokens + (bundle.forward["memory"] - memory.tokens).detach())
 
 
 def _coarsest(bundle: Bundle, level: int) -> float:
@@ -179,7 +180,7 @@ def heads(bundle: Bundle) -> Iterator[Line]:
 def assignment(bundle: Bundle) -> Iterator[Line]:
     """Who gets which target: anchors, regions, positive queries, denoising queries, matching."""
     train, targets, detector = bundle.train, bundle.targets, bundle.detector
-    memory = bundle.encode()
+    memory = _recorded_memory(bundle, bundle.encode())
     pyramid, head = detector.adapter(memory), detector.heads[bundle.heads[0]]
     anchors = torch.cat(head.rpn.grid(pyramid))
     inside = head.rpn.grid.valid(pyramid, targets.sizes)
@@ -266,7 +267,7 @@ def training(bundle: Bundle) -> Iterator[Line]:
 
 
 def _step(bundle: Bundle, which: str) -> Iterator[Line]:
-    memory = bundle.encode()
+    memory = _recorded_memory(bundle, bundle.encode())
     pyramid = bundle.detector.adapter(memory)
     outputs = {name: head(pyramid, bundle.targets) for name, head in bundle.detector.heads.items()}
     recorded = "train" if which == "no_cdn" else which
@@ -281,9 +282,12 @@ def _step(bundle: Bundle, which: str) -> Iterator[Line]:
     predictions = bundle.detector.decoder(groups, memory)
     if which == "train":
         yield from _predictions(bundle, predictions)
-    losses = bundle.criterion(
-        Output(groups, predictions, {name: output.losses for name, output in outputs.items()}), bundle.targets
-    )
+    head_losses = {name: output.losses for name, output in outputs.items()}
+    mask_head = bundle.detector.mask_head
+    if mask_head is not None:
+        terms = mask_head.losses(pyramid, bundle.detector._candidates(predictions), bundle.targets)
+        head_losses["masks"] = {"iou": terms.pop("iou"), "stages": torch.stack(list(terms.values())).sum()}
+    losses = bundle.criterion(Output(groups, predictions, head_losses), bundle.targets)
     for name, value in losses.items():
         yield close(f"{which}: loss {name}", value.detach(), _recorded_loss(bundle, which, name))
     if not whole:
@@ -314,7 +318,9 @@ def _predictions(bundle: Bundle, predictions: dict[str, Prediction]) -> Iterator
 def _recorded_loss(bundle: Bundle, which: str, name: str) -> Tensor:
     """By our name: group/layer/term or head_name/term."""
     group, *rest = name.split("/")
-    if group.startswith("head_"):
+    if group == "head_masks":
+        key = {"iou": "loss_mask_iou", "stages": "loss_mask"}[rest[0]]
+    elif group.startswith("head_"):
         number = bundle.heads.index(group.removeprefix("head_"))
         key = HEAD_LOSSES[rest[0]].format(number)
     else:

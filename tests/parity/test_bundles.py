@@ -13,6 +13,7 @@ BUNDLES = [
     "co_dino_5scale_swin",
     "co_dino_5scale_vit",
     "co_dino_5scale_lsj_vit_lvis",
+    "co_dino_5scale_vit_instance",
 ]
 
 

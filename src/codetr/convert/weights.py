@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from codetr.convert import official, resnet, swin, vit
+from codetr.convert import instance, official, resnet, swin, vit
 from codetr.convert.names import NameTable
 from codetr.convert.official import Weights
 from codetr.errors import UserError
@@ -81,7 +81,7 @@ def to_official(weights: Weights, detector: Detector) -> Conversion:
 def table(detector: Detector) -> NameTable:
     """The official names of a detector's parts."""
     backbone = {Swin: swin, ViT: vit}.get(type(detector.backbone), resnet)
-    names = NameTable(backbone.RULES, (*backbone.IGNORED, *official.IGNORED))
+    names = NameTable((*backbone.RULES, *instance.RULES), (*backbone.IGNORED, *official.IGNORED))
     region_head = next((name for name in detector.heads if name != "atss"), "faster_rcnn")
     num_layers: int = len(detector.decoder.layers)  # type: ignore[arg-type]
     return names + official.table(region_head, num_layers, dino="denoising" in detector.queries)

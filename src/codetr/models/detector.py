@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codetr.heads.refine_mask import Masks, RefineMaskHead
 from codetr.models.backbone import Backbone
 from codetr.types import MAIN, Detections, Memory, Output, Prediction, QueryContext, Targets, box_scale
 
@@ -17,7 +18,9 @@ class Detector(nn.Module):
     """backbone -> neck -> encoder -> (pyramid -> auxiliary heads) -> query groups -> decoder.
 
     heads: auxiliary heads by name, `adapter` makes their pyramid; both only run in training. queries: query
-    sources by name, in the order of their making; `main` comes first and is the one that inference keeps.
+    sources by name, in the order of their making; `main` comes first and is the one that inference keeps. mask_head:
+    instance masks of the decoder's boxes, on the same pyramid, at inference too; it learns from the last layer's boxes
+    of the groups `mask_groups`, as far as they exist.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class Detector(nn.Module):
         heads: Mapping[str, nn.Module],
         queries: Mapping[str, nn.Module],
         decoder: nn.Module,
+        mask_head: RefineMaskHead | None = None,
+        mask_groups: tuple[str, ...] = (MAIN,),
     ) -> None:
         super().__init__()
         if next(iter(queries), None) != MAIN:
@@ -38,6 +43,7 @@ class Detector(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.queries = nn.ModuleDict(queries)
         self.decoder = decoder
+        self.mask_head, self.mask_groups = mask_head, mask_groups
 
     def encode(self, images: Tensor, padding: Tensor) -> Memory:
         """images: [B, 3, H, W] uint8. padding: [B, H, W], True on padding."""
@@ -49,13 +55,22 @@ class Detector(nn.Module):
         memory = self.encode(images, padding)
         context = QueryContext(memory, targets)
         losses = {}
-        if targets is not None and self.adapter is not None:
-            pyramid = self.adapter(memory)
-            for name, head in self.heads.items():
-                output = head(pyramid, targets)
-                losses[name], context.positives[name] = output.losses, output.positives
+        pyramid = self.adapter(memory) if targets is not None and self.adapter is not None else None
+        for name, head in self.heads.items() if pyramid is not None else ():
+            output = head(pyramid, targets)
+            losses[name], context.positives[name] = output.losses, output.positives
         self._ask_sources(context)
-        return Output(context.groups, self.decoder(context.groups, memory), losses, memory)
+        predictions = self.decoder(context.groups, memory)
+        if self.mask_head is not None and pyramid is not None and targets is not None:
+            losses["masks"] = self.mask_head.losses(pyramid, self._candidates(predictions), targets)
+        return Output(context.groups, predictions, losses, memory)
+
+    def _candidates(self, predictions: dict[str, Prediction]) -> Prediction:
+        """The last layer's predictions from which the mask head learns."""
+        parts = [predictions[name] for name in self.mask_groups if name in predictions]
+        return Prediction(
+            torch.cat([part.logits[-1] for part in parts], 1), torch.cat([part.boxes[-1] for part in parts], 1)
+        )
 
     def _ask_sources(self, context: QueryContext) -> None:
         for name, source in self.queries.items():
@@ -84,10 +99,22 @@ class Detector(nn.Module):
             for name, images in found.items()
         }
 
+    @torch.no_grad()
+    def segment(
+        self, memory: Memory, detections: list[Detections], sizes: Tensor, original_sizes: Tensor
+    ) -> list[Masks]:
+        """Instance masks of detections in pixels of the original images. Raises ValueError without a mask head.
+
+        sizes, original_sizes: as in `detect_with_heads`.
+        """
+        if self.mask_head is None or self.adapter is None:
+            raise ValueError("this detector has no mask head (model.detector.mask_head)")
+        return self.mask_head.segment(self.adapter(memory), detections, sizes, original_sizes)
+
     def training_only_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the parameters that inference neither needs nor builds."""
         sources = [f"queries.{name}." for name in self.queries if name != MAIN]
-        return ("heads.", "adapter.", *sources)
+        return ("heads.", *(["adapter."] if self.mask_head is None else []), *sources)
 
 
 def build_detector(
@@ -100,6 +127,8 @@ def build_detector(
     query_groups: int,
     queries: Mapping[str, nn.Module],
     decoder: nn.Module,
+    mask_head: RefineMaskHead | None,
+    mask_groups: tuple[str, ...],
 ) -> Detector:
     """Put the parts together, with what follows from the backbone: the neck's input and the memory's strides.
 
@@ -113,8 +142,10 @@ def build_detector(
         backbone=backbone,
         neck=levels,
         encoder=encoder,
-        adapter=adapter(strides=levels.strides(backbone.strides)) if heads else None,
+        adapter=adapter(strides=levels.strides(backbone.strides)) if heads or mask_head else None,
         heads=heads,
         queries={**replicas, **queries},
         decoder=decoder,
+        mask_head=mask_head,
+        mask_groups=tuple(mask_groups),
     )
