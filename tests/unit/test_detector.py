@@ -22,7 +22,7 @@ SMALL += ["model.detector.encoder.num_layers=1", "model.detector.decoder.num_lay
 SMALL += ["model.detector.backbone.arguments.channels=[8,16,32,32]", "model.detector.main.num_queries=12"]
 
 PRESETS = sorted(f.stem for f in Path(codetr.conf.__path__[0], "model").glob("*.yaml") if f.stem != "base")
-ONE_LEVEL, FOUR_FEATURES = ("conditional_detr", "dab_detr", "dn_detr"), ("dino_5scale",)
+ONE_LEVEL, FOUR_FEATURES = ("conditional_detr", "dab_detr", "dn_detr"), ("dino_5scale", "co_dino")
 TRAINING_SCHEMES = ["model/collaborator=[faster_rcnn_small,atss]", "model.query_groups=3"]
 PLAIN = ["model/collaborator=[]"]
 

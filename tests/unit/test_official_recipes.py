@@ -62,19 +62,21 @@ def test_sizes(name: str, official: Path) -> None:
     detector = build(name)
     expected = json.loads((official / "keys" / f"{name}.json").read_text())
     modules = expected["parameters_by_module"]
-    region = "mask_rcnn" if "mask" in name else "faster_rcnn"
+    region = "mask_rcnn" if "_mask_" in name else "faster_rcnn"
     assert list(detector.heads) == [region, "atss"]
-    assert {
+    sizes = {
         "backbone": size(detector.backbone),
         "neck": size(detector.neck),
         "query_head": sum(size(getattr(detector, n)) for n in ("encoder", "adapter", "queries", "decoder")),
         "rpn_head": size(detector.heads[region].rpn),
         "roi_head": size(detector.heads[region]) - size(detector.heads[region].rpn),
         "bbox_head": size(detector.heads["atss"]),
-    } == {module: count for module, count in modules.items() if not module.startswith("mask")}
-    masks = sum(count for module, count in modules.items() if module.startswith("mask"))
-    trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
-    assert trained == expected["num_trainable"] - masks
+    }
+    if detector.mask_head is not None:
+        quality = size(detector.mask_head.iou)
+        sizes |= {"mask_iou_head": quality, "mask_head": size(detector.mask_head) - quality}
+    assert sizes == modules
+    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == expected["num_trainable"]
 
 
 def official_factor(name: str, parameter: str) -> float:
