@@ -6,9 +6,10 @@ import pytest
 from bundle import Bundle, load
 from stages import STAGES
 
+IN_REPOSITORY = Path(__file__).resolve().parents[1] / "data" / "bundles"
 BUNDLES = [
-    "co_deformable_detr_r50",
     "co_deformable_detr_mask_r50",
+    "co_deformable_detr_r50",
     "co_dino_5scale_r50",
     "co_dino_5scale_swin",
     "co_dino_5scale_vit",
@@ -18,8 +19,11 @@ BUNDLES = [
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
-def bundle(official: Path, request: pytest.FixtureRequest) -> Bundle:
-    return load(official / request.param)
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    """One of them is part of the repository, so that every clone is tested against the official code."""
+    if (IN_REPOSITORY / request.param).is_dir():
+        return load(IN_REPOSITORY / request.param)
+    return load(request.getfixturevalue("official") / request.param)
 
 
 @pytest.mark.parametrize("stage", STAGES)
