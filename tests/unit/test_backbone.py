@@ -1,0 +1,92 @@
+"""Any timm model with feature maps is a backbone: its maps are where its strides say, and it learns."""
+
+import pytest
+import timm
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from codetr.errors import UserError
+from codetr.models.backbone import Backbone
+from codetr.models.detector import Detector
+from codetr.types import Targets
+
+SMALL = [
+    "model=co_deformable",
+    "model/collaborator=[atss]",
+    "model.num_classes=3",
+    "model.width=32",
+    "model.num_heads=2",
+]
+SMALL += ["model.ffn_width=32", "model.norm_groups=4", "model.detector.encoder.num_layers=1"]
+SMALL += ["model.detector.decoder.num_layers=1", "model.detector.main.num_queries=10"]
+# Overrides beside the name, and the strides.
+MODELS: dict[str, tuple[list[str], tuple[int, ...]]] = {
+    "convnext_atto": (["model.detector.backbone.out_indices=[1,2,3]"], (8, 16, 32)),
+    "resnet18d": (["model.detector.backbone.frozen_stages=0"], (8, 16, 32)),
+    "mobilenetv3_small_050": (["model.detector.backbone.frozen_stages=0"], (8, 16, 32)),
+    "regnety_002": (["model.detector.backbone.norm=batch", "model.detector.backbone.frozen_stages=0"], (8, 16, 32)),
+    "vit_tiny_patch16_224": (
+        [
+            "model/neck=simple_pyramid",
+            "model.detector.backbone.out_indices=[-1]",
+            "model.detector.backbone.frozen_stages=0",
+            "+model.detector.backbone.arguments.dynamic_img_size=true",
+            "+model.detector.backbone.arguments.dynamic_img_pad=true",
+        ],
+        (16,),
+    ),
+}
+
+
+def composed(name: str) -> Detector:
+    overrides = [f"model.detector.backbone.name={name}", "model.detector.backbone.pretrained=false", *MODELS[name][0]]
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        config = compose("train", [*SMALL, *overrides])
+    return instantiate(config.model.detector, _convert_="all")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_timm_model_by_name(name: str) -> None:
+    detector = composed(name)
+    backbone = detector.backbone
+    assert backbone.strides == MODELS[name][1]
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    maps = backbone(backbone.normalize(images, padding))
+    assert [m.shape[1] for m in maps] == list(backbone.channels)
+    for features, stride in zip(maps, backbone.strides, strict=True):
+        assert features.shape[2:] == (64 // stride, 96 // stride)
+    half = torch.full((2, 1, 4), 0.5)
+    targets = Targets(half, torch.zeros(2, 1).long(), torch.ones(2, 1).bool(), torch.tensor([[64, 96]] * 2))
+    output = detector(images, padding, targets)
+    torch.stack(list(output.head_losses["atss"].values())).sum().backward()
+    learned = [p for p in backbone.parameters() if p.requires_grad]
+    silent = [p for p in learned if p.grad is None or not p.grad.isfinite().all()]
+    assert learned
+    # A ViT's own last norm and class token may lie behind or beside its map.
+    assert len(silent) <= (0 if len(maps) > 1 else 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "convnext_atto"])
+def test_features_are_timms_own(name: str) -> None:
+    """Of the same weights, on colours normalised by hand."""
+    detector = composed(name)
+    backbone: Backbone = detector.backbone.eval()
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    kept = {"out_indices": (2, 3, 4) if name == "resnet18d" else (1, 2, 3)}
+    own = timm.create_model(name, features_only=True, **kept).eval()
+    state = backbone.body.state_dict()
+    own.load_state_dict({key: state.get(key, value) for key, value in own.state_dict().items()})
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    normalised = (images.float() - mean[:, None, None]) / std[:, None, None]
+    with torch.no_grad():
+        expected = own(normalised)
+        found = backbone(backbone.normalize(images, torch.zeros(1, 64, 96, dtype=torch.bool)))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_name_suggests_near_ones() -> None:
+    with pytest.raises(UserError, match=r"model\.backbone\.name=resnet5O: timm has no such model \(near: .*resnet50"):
+        Backbone("resnet5O", (2, 3, 4), False, "frozen", 0, (0, 0, 0), (1, 1, 1), {})
