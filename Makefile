@@ -1,14 +1,15 @@
 # `make help` lists the targets. Every target that runs Python first makes sure that .venv is complete.
 PYTHON ?= python3
 BIN := .venv/bin
+BUNDLES ?= tests/data/bundles/*
 # Cached byte code makes every later start ten seconds faster.
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare compare-groups test test-all check format bench measure readme wheel lock clean
+.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format bench measure readme wheel lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.complete ## Create .venv with the locked packages and codetr itself (once)
 
@@ -23,11 +24,18 @@ install: .venv/.complete ## Create .venv with the locked packages and codetr its
 demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo
 	$(BIN)/python -m codetr.train experiment=demo
 
-compare: install ## The same budget with K = 0, 1, 2 auxiliary heads, three seeds: the table in the README
-	$(BIN)/python benchmarks/compare.py heads
+studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables in the README
 
-compare-groups: install ## The same for Group DETR: 1, 3, 11 groups and naive one-to-many assignment
-	$(BIN)/python benchmarks/compare.py groups
+compare-heads: ## Co-DETR, same budget: 0, 1, 2, 3, 6 auxiliary heads, three seeds
+compare-kinds: ## Co-DETR, table 8: each of the seven heads alone, against none
+compare-parts: ## Co-DETR, table 9: auxiliary head, positive queries, both
+compare-groups: ## Group DETR: 1, 3, 11 groups and naive one-to-many assignment
+
+compare-heads compare-kinds compare-parts compare-groups: install
+	$(BIN)/python benchmarks/compare.py $(@:compare-%=%)
+
+parity: install ## Our models against the official code's recorded tensors, a line per stage: BUNDLES="dir ..."
+	$(BIN)/python tests/parity/check.py $(BUNDLES)
 
 test: install ## Everything that runs in minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cuda" --cov --cov-report=term:skip-covered
