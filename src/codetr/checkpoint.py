@@ -143,13 +143,14 @@ def initialise_from(
 ) -> LoadReport:
     """Copy the checkpoint's weights into `detector`, whose label 0, 1, ... are `class_names`.
 
-    Rows that belong to a class follow its name; classes that the checkpoint does not know keep their fresh
-    initialisation. Where the checkpoint names no classes and their number differs, class rows stay fresh.
-    Raises UserError for what is missing, unexpected or misshapen, except in training-only parts, unless
+    Rows that belong to a class follow its name, whatever its case and word separators; classes that the checkpoint does
+    not know keep their fresh initialisation. Where the checkpoint names no classes and their number differs, class rows
+    stay fresh. Raises UserError for what is missing, unexpected or misshapen, except in training-only parts, unless
     `strict` is false.
     """
     report = LoadReport(checkpoint.path)
-    old = checkpoint.class_names
+    class_names = [_spelled_alike(name) for name in class_names]
+    old = None if checkpoint.class_names is None else [_spelled_alike(name) for name in checkpoint.class_names]
     if old is not None:
         report.shared_classes = len(set(old) & set(class_names))
     own = detector.state_dict()
@@ -160,7 +161,7 @@ def initialise_from(
             shared = min(len(value), len(target))
             target[:shared].copy_(value[:shared])
             report.loaded.append(name)
-        elif rows is not None and old is not None and old != tuple(class_names):
+        elif rows is not None and old is not None and old != class_names:
             _move_rows(value, target, old, class_names, *rows)
             report.moved.append(name)
         elif value.shape == target.shape:
@@ -172,6 +173,11 @@ def initialise_from(
     if strict and (report.missing or report.unexpected or report.misshapen):
         raise UserError(_complaint(report, own, checkpoint.weights))
     return report
+
+
+def _spelled_alike(name: str) -> str:
+    """COCO's traffic light, LVIS' traffic_light and Objects365's Traffic Light are one class."""
+    return re.sub(r"[\s_/-]+", " ", name.casefold()).strip()
 
 
 def _number_of_classes(checkpoint: Checkpoint) -> int | None:

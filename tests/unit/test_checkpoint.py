@@ -65,6 +65,19 @@ def test_class_rows_follow_their_names(new_names: tuple[str, ...]) -> None:
     assert not report.missing + report.unexpected + report.misshapen + report.allowed
 
 
+def test_spelling_does_not_make_a_class_another_one() -> None:
+    """As COCO, LVIS and Objects365 write the same class."""
+    old = numbered(detector(("traffic light", "dog", "stop_sign")))
+    names = ("Stop Sign", "Traffic Light", "cow")
+    model = detector(names)
+    report = initialise_from(
+        model, Checkpoint(Path("old"), old, class_names=("traffic light", "dog", "stop_sign")), names
+    )
+    expected = old["decoder.class_heads.0.weight"][[2, 0]]
+    assert torch.equal(model.decoder.class_heads[0].weight[:2], expected)
+    assert report.shared_classes == 2
+
+
 def test_unknown_class_names_of_another_number_start_fresh() -> None:
     model = detector(NEW)
     fresh = model.decoder.class_heads[0].weight.clone()
