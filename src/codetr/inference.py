@@ -25,8 +25,9 @@ from codetr.data.collate import collate
 from codetr.data.images import UnreadableImage, read_image
 from codetr.data.transforms import Transform, transformed
 from codetr.errors import UserError
+from codetr.instances import with_masks
 from codetr.models.detector import Detector
-from codetr.types import Batch, Detections
+from codetr.types import MAIN, Batch, Detections, Prediction
 from codetr.visualize import draw_boxes
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
@@ -144,7 +145,7 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
             return Unreadable(path, str(error))
         no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=size)
         no_labels = torch.zeros(0, dtype=torch.int64)
-        sample = Sample(Image(image), no_boxes, no_labels, image_id=index, original_size=size, truth={})
+        sample = Sample(Image(image), no_boxes, no_labels, image_id=index, original_size=size, file_size=size, truth={})
         return transformed(sample, self.transform), image
 
 
@@ -165,10 +166,24 @@ def _collate(items: Items, size_divisor: int) -> tuple[Batch | None, list[Tensor
     return batch, [image for _, image in read], [i for i in items if isinstance(i, Unreadable)]
 
 
+def finder(
+    detector: Detector, postprocess: Callable[[Prediction, Tensor], list[Detections]], score_threshold: float
+) -> Callable[[Batch], list[Detections]]:
+    """What finds the objects of a batch with at least this score; with their masks if the detector has a mask head."""
+
+    def find(batch: Batch) -> list[Detections]:
+        output = detector(batch.images, batch.padding)
+        prediction = output.predictions[MAIN]
+        last = Prediction(prediction.logits[-1], prediction.boxes[-1])
+        found = [one.above(score_threshold) for one in postprocess(last, batch.original_sizes)]
+        return found if detector.mask_head is None else with_masks(detector, output.memory, found, batch)
+
+    return find
+
+
 @torch.inference_mode()
 def detect(
-    detector: Callable[[Tensor, Tensor], Any],
-    postprocess: Callable[[Any, Tensor], list[Detections]],
+    find: Callable[[Batch], list[Detections]],
     files: ImageFiles,
     *,
     device: torch.device,
@@ -176,10 +191,7 @@ def detect(
     num_workers: int,
     size_divisor: int,
 ) -> Iterator[Found | Unreadable]:
-    """Detections file by file; images are read by workers while the detector runs.
-
-    detector: (images [B, 3, H, W] uint8, padding [B, H, W]) -> the last layer's prediction.
-    """
+    """Detections file by file; images are read by workers while the detector runs. find: as made by `finder`."""
     loader: Iterable[tuple[Batch | None, list[Tensor], list[Unreadable]]] = DataLoader(
         files,
         batch_size,
@@ -190,10 +202,9 @@ def detect(
     for batch, images, unreadable in loader:
         yield from unreadable
         if batch is not None:
-            prediction = detector(batch.images.to(device), batch.padding.to(device))
-            detections = postprocess(prediction, batch.original_sizes.to(device))
+            detections = find(batch.to(device))
             for i, image, found in zip(batch.image_ids.tolist(), images, detections, strict=True):
-                yield Found(files.paths[i], image, Detections(*(t.cpu() for t in vars(found).values())))
+                yield Found(files.paths[i], image, found.to("cpu"))
 
 
 @dataclass
@@ -219,8 +230,7 @@ class Writer:
         self._numbers = {path: i for i, path in enumerate(self.paths)}
 
     def add(self, one: Found) -> None:
-        keep = one.detections.scores >= self.score_threshold
-        found = Detections(*(t[keep] for t in vars(one.detections).values()))
+        found = one.detections.above(self.score_threshold)
         name = one.path.resolve().relative_to(self.root)
         self.results += self._records(self._numbers[one.path], name, found)
         if self.pictures:
@@ -228,12 +238,12 @@ class Writer:
             if target.suffix.lower() not in PICTURE_SUFFIXES:
                 target = target.with_name(f"{name.name}.png")
             target.parent.mkdir(parents=True, exist_ok=True)
-            picture = draw_boxes(one.image, found.boxes_xyxy, found.labels, self.class_names, found.scores)
+            picture = draw_boxes(one.image, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.runs)
             picture.save(target, quality=92)
 
     def _records(self, number: int, name: Path, found: Detections) -> list[dict[str, Any]]:
         rows = zip(found.labels.tolist(), found.boxes_xyxy.double().tolist(), found.scores.tolist(), strict=True)
-        return [
+        records: list[dict[str, Any]] = [
             {
                 "image_id": number,
                 "file_name": name.as_posix(),
@@ -244,6 +254,10 @@ class Writer:
             }
             for label, (x0, y0, x1, y1), score in rows
         ]
+        if found.runs is None or found.mask_scores is None:
+            return records
+        masks = zip(records, found.runs, found.mask_scores.tolist(), strict=True)
+        return [record | {"segmentation": runs, "mask_score": score} for record, runs, score in masks]
 
     def close(self) -> Path:
         path = self.out / "predictions.json"

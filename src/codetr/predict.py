@@ -25,8 +25,9 @@ def predict(config: DictConfig) -> Path:
     writer = inference.Writer(Path(config.out), paths, trained.class_names, config.score_threshold, config.pictures)
     device = inference.pick_device(config.device)
     results = inference.detect(
-        trained.detector.to(device).detect,
-        instantiate(trained.config["postprocess"]),
+        inference.finder(
+            trained.detector.to(device), instantiate(trained.config["postprocess"]), config.score_threshold
+        ),
         inference.ImageFiles(paths, instantiate(trained.config["data"]["val_transform"])),
         device=device,
         batch_size=config.batch_size,

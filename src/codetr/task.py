@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codetr.criterion import Criterion
 from codetr.evaluation.metrics import DetectionMetrics
+from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.optim import Schedule
 from codetr.postprocess import PostProcess
@@ -20,6 +21,7 @@ from codetr.types import MAIN, Batch, Detections, Prediction
 class DetectionTask(LightningModule):
     """Trains and evaluates `detector`.
 
+    With a mask head, mask AP is evaluated beside box AP where the validation set has masks (`data.masks`).
     branches: also evaluate every auxiliary head on its own, with its suppression (Co-DETR, table 11). optimizer:
     (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
@@ -40,6 +42,7 @@ class DetectionTask(LightningModule):
         self.detector, self.criterion = detector, criterion
         self.postprocess, self.metrics = postprocess, metrics
         self.branch_metrics = {name: metrics.like() for name in detector.heads} if branches else {}
+        self.mask_metrics = metrics.like(masks=True) if detector.mask_head is not None else None
         self.optimizer, self.schedule = optimizer, schedule
         self.settings = settings
         self._logged_step = -1
@@ -98,14 +101,18 @@ class DetectionTask(LightningModule):
             logger.log_metrics(numbers, step)
 
     def on_validation_epoch_start(self) -> None:
-        for metrics in (self.metrics, *self.branch_metrics.values()):
-            metrics.reset()
+        for metrics in (self.metrics, self.mask_metrics, *self.branch_metrics.values()):
+            if metrics is not None:
+                metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         output = self.detector(batch.images, batch.padding)
         prediction = output.predictions[MAIN]
         last = Prediction(prediction.logits[-1], prediction.boxes[-1])
         detections = self.postprocess(last, batch.original_sizes)
+        if self.mask_metrics is not None and all("runs" in truth for truth in batch.truth):
+            detections = with_masks(self.detector, output.memory, detections, batch)
+            self.mask_metrics.update(batch.image_ids, detections, batch.truth)
         self.metrics.update(batch.image_ids, detections, batch.truth)
         if self.branch_metrics:
             found = self.detector.detect_with_heads(output.memory, batch.targets.sizes, batch.original_sizes)
@@ -118,6 +125,9 @@ class DetectionTask(LightningModule):
         evaluation = self.metrics.evaluation
         assert evaluation is not None
         numbers |= {f"val/ap/{name}": value for name, value in evaluation.map_per_class.items()}
+        if self.mask_metrics is not None:
+            masks, evaluated = self.mask_metrics.compute(), self.mask_metrics.evaluation
+            numbers |= {f"val/segm/{name}": v for name, v in masks.items() if evaluated and evaluated.images}
         for name, metrics in self.branch_metrics.items():
             numbers |= {f"val/branch/{name}/{key}": value for key, value in metrics.compute().items()}
         # The evaluation after a fit is no point of its curves.

@@ -64,8 +64,11 @@ class Batch(_Movable):
     """What the data loader yields.
 
     images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
+    original_sizes: [B, 2] (height, width) of the images in pixels of their files; file_sizes: of the files themselves,
+    int64. They differ where a transform pads the image to a canvas that belongs to it.
     truth: per image, what the evaluator needs and the model must not see: `boxes` [n, 4] xyxy in pixels of the
-    original file, `labels` [n], `iscrowd` [n], `area` [n] (crowds included), all on the CPU.
+    original file, `labels` [n], `iscrowd` [n], `area` [n] (crowds included), all on the CPU; where the data set reads
+    them, `runs`: the n masks as compressed COCO run lengths.
     """
 
     images: Tensor
@@ -73,7 +76,13 @@ class Batch(_Movable):
     targets: Targets
     image_ids: Tensor
     original_sizes: Tensor
-    truth: list[dict[str, Tensor]]
+    truth: list[dict[str, Any]]
+    file_sizes: Tensor
+
+    @property
+    def shown_sizes(self) -> Tensor:
+        """[B, 2] (height, width) of the files' pixels in the network: without padding and without a canvas."""
+        return self.targets.sizes * (self.file_sizes / self.original_sizes)
 
 
 @dataclass
@@ -215,12 +224,24 @@ class Output:
 
 
 @dataclass
-class Detections:
-    """Of one image, best first. scores: [n]. labels: [n]. boxes_xyxy: [n, 4] in pixels of the original image."""
+class Detections(_Movable):
+    """Of one image, best first. scores: [n]. labels: [n]. boxes_xyxy: [n, 4] in pixels of the original image.
+
+    With instance masks: runs: n compressed COCO run lengths {size, counts} of the original file. mask_scores: [n].
+    """
 
     scores: Tensor
     labels: Tensor
     boxes_xyxy: Tensor
+    runs: list[dict[str, Any]] | None = None
+    mask_scores: Tensor | None = None
+
+    def above(self, score: float) -> Detections:
+        """Those with at least this box score."""
+        keep = self.scores >= score
+        runs = None if self.runs is None else [r for r, k in zip(self.runs, keep.tolist(), strict=True) if k]
+        mask_scores = None if self.mask_scores is None else self.mask_scores[keep]
+        return Detections(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], runs, mask_scores)
 
 
 class QuerySource(Protocol):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -21,6 +22,7 @@ Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
 SMALLEST_SIDE = 512  # pictures with a shorter long side are enlarged until their labels are legible
+OPACITY = np.uint8(115)  # of masks, of 255
 PAPER, INK, FAINT = (255, 255, 255), (33, 37, 41), (134, 142, 150)
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -47,11 +49,12 @@ def draw_boxes(
     labels: Tensor,
     class_names: Sequence[str],
     scores: Tensor | None = None,
+    runs: Sequence[dict[str, Any]] | None = None,
 ) -> Image.Image:
-    """A picture of `image` with labelled boxes, enlarged if it is small.
+    """A picture of `image` with labelled boxes, and masks filled with their colour, enlarged if it is small.
 
-    image: [3, H, W] uint8. boxes: [n, 4] xyxy in pixels of `image`. labels, scores: [n]. Where boxes overlap, the
-    one with the best score is on top.
+    image: [3, H, W] uint8. boxes: [n, 4] xyxy in pixels of `image`. labels, scores: [n]. runs: n masks as compressed
+    COCO run lengths, of what `image` shows in any resolution. Where objects overlap, the first is on top.
     """
     picture = to_pil_image(image.cpu())
     scale = max(1.0, SMALLEST_SIDE / max(picture.size))
@@ -61,6 +64,8 @@ def draw_boxes(
         captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores.tolist(), strict=True)]
     entries = list(zip((boxes.float().cpu() * scale).tolist(), labels.tolist(), captions, strict=True))
     unit = max(picture.size) / SMALLEST_SIDE  # lines and letters grow with the picture
+    for (_, label, _), mask in zip(reversed(entries), reversed(runs or []), strict=False):
+        _fill(picture, mask, class_color(label))
     pen = ImageDraw.Draw(picture)
     for box, label, _ in reversed(entries):
         _draw_frame(pen, box, class_color(label), max(2, round(3 * unit)))
@@ -68,6 +73,12 @@ def draw_boxes(
     for box, label, caption in entries:
         taken.append(_draw_label(pen, picture.size, box, class_color(label), caption, round(13 * unit), taken))
     return picture
+
+
+def _fill(picture: Image.Image, runs: dict[str, Any], color: Color) -> None:
+    """Lay a colour over what a mask covers; what is below shines through."""
+    opacity = Image.fromarray(coco_mask.decode(runs) * OPACITY)
+    picture.paste(color, (0, 0), opacity.resize(picture.size, Image.Resampling.BILINEAR))
 
 
 def _draw_frame(pen: ImageDraw.ImageDraw, box: Box, color: Color, width: int) -> None:
@@ -136,20 +147,19 @@ def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
 
 def compare(
     image: Tensor,
-    truth: Mapping[str, Tensor],
+    truth: Mapping[str, Any],
     found: Detections,
     class_names: Sequence[str],
     score_threshold: float,
 ) -> Image.Image:
     """Ground truth and prediction of one image, side by side.
 
-    truth: `boxes` [m, 4] and `labels` [m]. All boxes are xyxy in pixels of `image`. Detections below the threshold
-    are left out.
+    truth: `boxes` [m, 4] and `labels` [m]; `runs` if known, as those of `draw_boxes`. All boxes are xyxy in pixels of
+    `image`. Detections below the threshold are left out.
     """
-    keep = found.scores >= score_threshold
-    expected = draw_boxes(image, truth["boxes"], truth["labels"], class_names)
-    boxes, labels, scores = found.boxes_xyxy[keep], found.labels[keep], found.scores[keep]
-    predicted = draw_boxes(image, boxes, labels, class_names, scores)
+    found = found.above(score_threshold)
+    expected = draw_boxes(image, truth["boxes"], truth["labels"], class_names, runs=truth.get("runs"))
+    predicted = draw_boxes(image, found.boxes_xyxy, found.labels, class_names, found.scores, found.runs)
     return side_by_side({"ground truth": expected, f"prediction (score ≥ {score_threshold:.2f})": predicted})
 
 

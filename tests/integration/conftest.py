@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from codetr import application
-from codetr.inference import Found, ImageFiles, detect
+from codetr.inference import Found, ImageFiles, detect, finder
 
 NAMES = ["circle", "square", "star"]
 
@@ -59,8 +59,7 @@ def annotate(checkpoint: Path, config: dict, paths: list[Path]) -> dict:
     """A COCO instances file with the three best detections of each image, category ids in reverse order."""
     files = ImageFiles(paths, instantiate(config["data"]["val_transform"]))
     found = detect(
-        application.load(checkpoint).detect,
-        instantiate(config["postprocess"]),
+        finder(application.load(checkpoint), instantiate(config["postprocess"]), score_threshold=0),
         files,
         device=torch.device("cpu"),
         batch_size=1,

@@ -33,7 +33,7 @@ def batch() -> Batch:
     padding = (rows >= NETWORK[:, :1])[:, :, None] | (columns >= NETWORK[:, 1:])[:, None]
     images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
     nothing = Targets(torch.full((2, 1, 4), 0.5), torch.zeros(2, 1).long(), torch.zeros(2, 1).bool(), NETWORK)
-    return Batch(images, padding, nothing, torch.tensor([3, 8]), ORIGINAL, [{}, {}])
+    return Batch(images, padding, nothing, torch.tensor([3, 8]), ORIGINAL, [{}, {}], ORIGINAL)
 
 
 def found_by(model: Detector, batch: Batch, name: str) -> list[Tensor]:

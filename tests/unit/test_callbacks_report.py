@@ -51,6 +51,7 @@ def batch(first_id: int) -> Batch:
         image_ids=torch.tensor([first_id, first_id + 1]),
         original_sizes=torch.tensor([[40, 60], [40, 60]]),
         truth=[truth, truth],
+        file_sizes=torch.tensor([[40, 60], [40, 60]]),
     )
 
 

@@ -30,6 +30,7 @@ def sample(rectangles: list[list[int]], first_label: int, colour: int) -> Sample
         torch.arange(len(rectangles)) + first_label,
         7,
         (SIDE, SIDE),
+        (SIDE, SIDE),
         {},
         Mask(masks),
     )

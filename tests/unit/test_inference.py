@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import Resize
 from codetr.errors import UserError
 from codetr.inference import Found, ImageFiles, Unreadable, Writer, detect, find_images
 from codetr.postprocess import PostProcess
-from codetr.types import Detections, Prediction
+from codetr.types import Batch, Detections, Prediction
 
 
 def paint(path: Path, size: tuple[int, int], box: tuple[int, int, int, int], orientation: int = 1) -> Path:
@@ -40,10 +40,14 @@ def brightest(images: Tensor, padding: Tensor) -> Prediction:
     return Prediction(torch.tensor([[[-9.0, 2.0]]]).repeat(len(images), 1, 1), torch.stack(boxes)[:, None])
 
 
+def find(batch: Batch) -> list[Detections]:
+    return PostProcess(1, None)(brightest(batch.images, batch.padding), batch.original_sizes)
+
+
 def run(paths: list[Path], num_workers: int = 0) -> list[Found | Unreadable]:
     files = ImageFiles(paths, Resize(64, max_size=100))
     options = {"device": torch.device("cpu"), "batch_size": 3, "num_workers": num_workers, "size_divisor": 32}
-    return list(detect(brightest, PostProcess(1, None), files, **options))
+    return list(detect(find, files, **options))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from codetr.data.segmentations import encode
 from codetr.types import Detections
 from codetr.visualize import (
     class_color,
@@ -112,3 +113,21 @@ def test_precision_recall_curves_of_absent_classes_are_left_out(tmp_path: Path) 
         picture = file.convert("RGB")
     assert not pixels_of(picture, class_color(1)).any()
     assert (tmp_path / "none.png").is_file()
+
+
+def test_masks_are_filled_with_a_colour_that_shines_through() -> None:
+    """Half the resolution of the image: a mask is of what the image shows."""
+    masks = torch.zeros(2, 32, 64, dtype=torch.bool)
+    masks[0, 8:24, 8:32] = masks[1, 8:24, 24:48] = True
+    boxes = torch.tensor([[1.0, 1.0, 3.0, 3.0]]).repeat(2, 1)  # out of the way
+    picture = draw_boxes(GREY, boxes, torch.arange(2), ["a", "b"], torch.rand(2), encode(masks))
+    pixels = np.asarray(picture).astype(float)  # eight times the masks' size
+    grey, (first, second) = np.full(3, 120.0), (np.array(class_color(k), float) for k in range(2))
+
+    def over(color: np.ndarray, below: np.ndarray) -> np.ndarray:
+        return below + (color - below) * 115 / 255
+
+    assert np.abs(pixels[128, 100] - over(first, grey)).max() <= 1
+    assert np.abs(pixels[128, 340] - over(second, grey)).max() <= 1
+    assert np.abs(pixels[128, 224] - over(first, over(second, grey))).max() <= 1  # the best is on top
+    assert (pixels[220:, :] == 120).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,13 @@ class Pictures(Callback):
 
 def draw(batch: Batch, i: int, found: Detections, class_names: list[str], score_threshold: float) -> Image:
     """Image i of a batch as the network sees it, without its padding; boxes come in pixels of the original."""
-    size, original = batch.targets.sizes[i].cpu(), batch.original_sizes[i].cpu()
+    size, original = batch.shown_sizes[i].cpu(), batch.file_sizes[i].cpu()
     scale = box_scale(size[None])[0] / box_scale(original[None])[0]
-    image = batch.images[i, :, : int(size[0]), : int(size[1])]
-    truth = {"boxes": batch.truth[i]["boxes"] * scale, "labels": batch.truth[i]["labels"]}
-    seen = Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu() * scale)
-    return compare(image, truth, seen, class_names, score_threshold)
+    height, width = size.round().int().tolist()
+    found, truth = found.to("cpu"), batch.truth[i]
+    found = replace(found, boxes_xyxy=found.boxes_xyxy * scale)
+    truth = {**truth, "boxes": truth["boxes"] * scale}
+    return compare(batch.images[i, :, :height, :width], truth, found, class_names, score_threshold)
 
 
 def send(logger: Logger, pictures: list[Image], step: int) -> None:

@@ -42,10 +42,13 @@ class Report(Callback):
         branches = branch_numbers(pl_module)
         if branches:
             where["branches"] = branches
+        masks = mask_evaluation(pl_module)
+        if masks is not None:
+            where["segm"] = masks.numbers | {"map_per_class": masks.map_per_class}
         write_metrics(folder / "metrics.json", evaluation, where | self.about)
         save_precision_recall(evaluation.precision, evaluation.map_per_class, folder / "pr_curves.png")
         if trainer.state.fn != "fit":
-            get_console().print(tables(evaluation))
+            get_console().print(tables(evaluation, masks))
             if branches:
                 get_console().print("", branches_table(evaluation, branches))
 
@@ -67,6 +70,13 @@ def last_evaluation(pl_module: LightningModule) -> Evaluation | None:
     return metrics.evaluation
 
 
+def mask_evaluation(pl_module: LightningModule) -> Evaluation | None:
+    """The evaluation of instance masks, if there was one."""
+    metrics: DetectionMetrics | None = getattr(pl_module, "mask_metrics", None)
+    evaluation = metrics.evaluation if metrics is not None else None
+    return evaluation if evaluation is not None and evaluation.images else None
+
+
 def branch_numbers(pl_module: LightningModule) -> dict[str, dict[str, float]]:
     """The numbers of every auxiliary head that was evaluated."""
     every = {name: metrics.evaluation for name, metrics in getattr(pl_module, "branch_metrics", {}).items()}
@@ -85,9 +95,10 @@ def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) 
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def tables(evaluation: Evaluation) -> RenderableType:
-    """COCO's twelve numbers, and AP per class, best first."""
-    return Group(_numbers(evaluation), "", _classes(evaluation))
+def tables(evaluation: Evaluation, masks: Evaluation | None = None) -> RenderableType:
+    """COCO's twelve numbers, of boxes and of masks where those were evaluated, and AP per class, best first."""
+    of_masks: list[RenderableType] = [_numbers(masks, "mask"), ""] if masks is not None else []
+    return Group(_numbers(evaluation, "box"), "", *of_masks, _classes(evaluation))
 
 
 def branches_table(evaluation: Evaluation, branches: Mapping[str, Mapping[str, float]]) -> Table:
@@ -102,8 +113,8 @@ def branches_table(evaluation: Evaluation, branches: Mapping[str, Mapping[str, f
     return table
 
 
-def _numbers(evaluation: Evaluation) -> Table:
-    table = Table(title=f"box AP and AR on {evaluation.images} images", title_style="bold", title_justify="left")
+def _numbers(evaluation: Evaluation, of: str) -> Table:
+    table = Table(title=f"{of} AP and AR on {evaluation.images} images", title_style="bold", title_justify="left")
     ap = {name: value for name, value in evaluation.numbers.items() if name.startswith("map")}
     ar = {name: value for name, value in evaluation.numbers.items() if name.startswith("mar")}
     for _ in range(2):

@@ -24,7 +24,7 @@ from codetr.data.checks import (
     select_classes,
 )
 from codetr.data.images import read_image
-from codetr.data.segmentations import Segmentations
+from codetr.data.segmentations import Segmentations, fault
 from codetr.errors import UserError
 
 
@@ -34,8 +34,9 @@ class Sample:
 
     image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
     on the object, or None where the data set reads none; all without crowds.
-    original_size: (height, width) of the image in pixels of the file. truth: all objects, crowds included, in pixels
-    of the file: `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m] bool, `area` [m] float64 as in the file.
+    original_size: (height, width) of the image in pixels of the file; file_size: of the file itself. truth: all
+    objects, crowds included, in pixels of the file: `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m]
+    bool, `area` [m] float64 as in the file; where the data set reads them, `runs`: m compressed run lengths.
     """
 
     image: Image
@@ -43,7 +44,8 @@ class Sample:
     labels: Tensor
     image_id: int
     original_size: tuple[float, float]
-    truth: dict[str, Tensor]
+    file_size: tuple[int, int]
+    truth: dict[str, Any]
     masks: Mask | None = None
 
 
@@ -53,7 +55,8 @@ class CocoDetection(Dataset[Sample]):
     Labels are 0, 1, ... in the order of `class_names`: all categories in the order of the file, or `classes`.
     `category_ids` holds the file's id of each label. `report` tells what was dropped (see `codetr.data.checks`).
     The annotations are numpy columns: unlike lists of dicts, they stay shared between worker processes, where
-    every touched Python object would be copied. masks: also read the objects' segmentations.
+    every touched Python object would be copied. masks, runs: also read the objects' segmentations, for `masks` to
+    train with, or for `runs` of the truth.
 
     Raises UserError for what `codetr.data.checks` lists; UnreadableImage from indexing.
     """
@@ -67,6 +70,7 @@ class CocoDetection(Dataset[Sample]):
         on_error: OnError = "stop",
         verify: Verify = "complete",
         masks: bool = False,
+        runs: bool = False,
     ) -> None:
         self.root, source = Path(root), Path(annotations)
         document = read_coco(source)
@@ -82,20 +86,22 @@ class CocoDetection(Dataset[Sample]):
             categories={c["id"] for c in document["categories"]},
             report=self.report,
         )
-        if masks:
+        if masks or runs:
             records, boxes = check_masks(records, boxes, sizes, self.report)
         self.report.settle(on_error)
         if not images:
             raise UserError(f"{source} names no usable image in {self.root}")
         self._set_images(images)
-        self._set_objects(records, boxes, masks)
+        self._set_objects(records, boxes)
+        self._masks, self._runs = masks, runs
+        self._segmentations = self._read_segmentations(records) if masks or runs else None
 
     def _set_images(self, images: list[dict[str, Any]]) -> None:
         self.image_ids = np.array([i["id"] for i in images], np.int64)
         self.sizes = np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2)
         self._files = np.array([i["file_name"] for i in images], np.str_)
 
-    def _set_objects(self, records: list[dict[str, Any]], boxes: np.ndarray, masks: bool) -> None:
+    def _set_objects(self, records: list[dict[str, Any]], boxes: np.ndarray) -> None:
         """Sort the objects of the selected classes by image; object j of image i is row offsets[i] + j."""
         label_of = {c: label for label, c in enumerate(self.category_ids)}
         position = {int(image): i for i, image in enumerate(self.image_ids)}
@@ -109,7 +115,20 @@ class CocoDetection(Dataset[Sample]):
         rows = rows[labels[rows] >= 0]
         self._boxes, self._labels, self._crowd, self._area = boxes[rows], labels[rows], crowd[rows], area[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.image_ids) + 1))
-        self._masks = Segmentations(records[row].get("segmentation") for row in rows) if masks else None
+        self._rows = rows
+
+    def _read_segmentations(self, records: list[dict[str, Any]]) -> Segmentations:
+        """Of the objects in their order; a crowd without a usable one covers its box."""
+        size_of = {
+            int(i): (height, width) for i, (height, width) in zip(self.image_ids, self.sizes.tolist(), strict=True)
+        }
+        usable = (
+            records[row].get("segmentation")
+            if not crowd or fault(records[row].get("segmentation"), size_of[records[row]["image_id"]]) is None
+            else [[x0, y0, x1, y0, x1, y1, x0, y1]]
+            for row, crowd, (x0, y0, x1, y1) in zip(self._rows, self._crowd, self._boxes.tolist(), strict=True)
+        )
+        return Segmentations(usable)
 
     @property
     def label_counts(self) -> dict[str, int]:
@@ -124,11 +143,15 @@ class CocoDetection(Dataset[Sample]):
         """The image file of one sample."""
         return self.root / str(self._files[index])
 
-    def truth(self, index: int) -> dict[str, Tensor]:
+    def truth(self, index: int) -> dict[str, Any]:
         """What the evaluator needs to know of one image (see `Sample`), without reading the image."""
         rows = slice(self._offsets[index], self._offsets[index + 1])
         columns = {"boxes": self._boxes, "labels": self._labels, "iscrowd": self._crowd, "area": self._area}
-        return {name: torch.tensor(column[rows]) for name, column in columns.items()}
+        truth: dict[str, Any] = {name: torch.tensor(column[rows]) for name, column in columns.items()}
+        if self._runs and self._segmentations is not None:
+            height, width = map(int, self.sizes[index])
+            truth["runs"] = self._segmentations.runs(range(rows.start, rows.stop), (height, width))
+        return truth
 
     def __getitem__(self, index: int) -> Sample:
         height, width = map(int, self.sizes[index])
@@ -143,11 +166,12 @@ class CocoDetection(Dataset[Sample]):
             labels=truth["labels"][objects],
             image_id=int(self.image_ids[index]),
             original_size=(height, width),
+            file_size=(height, width),
             truth=truth,
             masks=Mask(self._read_masks(index, (height, width))) if self._masks else None,
         )
 
     def _read_masks(self, index: int, size: tuple[int, int]) -> Tensor:
-        assert self._masks is not None
+        assert self._segmentations is not None
         rows = np.arange(self._offsets[index], self._offsets[index + 1])
-        return self._masks.masks(rows[~self._crowd[rows]], size)
+        return self._segmentations.masks(rows[~self._crowd[rows]], size)

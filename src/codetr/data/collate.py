@@ -33,6 +33,7 @@ def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
         image_ids=torch.tensor([s.image_id for s in samples]),
         original_sizes=torch.tensor([s.original_size for s in samples], dtype=torch.float32),
         truth=[s.truth for s in samples],
+        file_sizes=torch.tensor([s.file_size for s in samples]),
     )
 
 

@@ -23,9 +23,9 @@ class DetectionDataModule(LightningDataModule):
 
     *_images are folders, *_annotations COCO instances files, relative to `root`. batch_size and eval_batch_size
     count images per process. classes selects and orders categories by name (None: all, as in the training file).
-    on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects' masks. prepare:
-    called once per node before anything is read, to make or fetch the data. copy_paste: of training images; reads
-    masks.
+    on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects' masks, the truth
+    of the validation set their run lengths. prepare: called once per node before anything is read, to make or fetch
+    the data. copy_paste: of training images; reads masks.
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
     an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
@@ -84,7 +84,7 @@ class DetectionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
             masks = self.masks or self.copy_paste is not None
-            self.train_set = self._read(*self.train_paths, self.classes, masks)
+            self.train_set = self._read(*self.train_paths, self.classes, masks=masks, runs=False)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
         if self.val_set is None:
@@ -129,17 +129,17 @@ class DetectionDataModule(LightningDataModule):
 
     def _read_val(self) -> CocoDetection:
         """Labels follow the training set when that is known, even if this file lists its categories otherwise."""
-        val = self._read(*self.val_paths, self.classes)
+        val = self._read(*self.val_paths, self.classes, masks=False, runs=self.masks)
         if self.train_set is None:
             return val
         check_same_classes(self.class_names, val.class_names, val.report.source)
         if val.class_names == self.class_names:
             return val
-        return self._read(*self.val_paths, self.class_names)
+        return self._read(*self.val_paths, self.class_names, masks=False, runs=self.masks)
 
     def _read(
-        self, images: Path, annotations: Path, classes: Sequence[str] | None, masks: bool = False
+        self, images: Path, annotations: Path, classes: Sequence[str] | None, masks: bool, runs: bool
     ) -> CocoDetection:
         return CocoDetection(
-            images, annotations, classes=classes, on_error=self.on_error, verify=self.verify, masks=masks
+            images, annotations, classes=classes, on_error=self.on_error, verify=self.verify, masks=masks, runs=runs
         )

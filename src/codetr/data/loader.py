@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from codetr.data.coco import Sample
@@ -41,7 +43,10 @@ class BatchLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
-            batch.truth = [{k: torch.from_numpy(v) for k, v in truth.items()} for truth in batch.truth]
+            batch.truth = [
+                {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in truth.items()}
+                for truth in batch.truth
+            ]
             yield batch
 
 
@@ -83,5 +88,5 @@ class TrainLoader(BatchLoader):
 def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch:
     """`truth` as arrays: each tensor from a worker would hold a file descriptor as long as someone keeps it."""
     batch = collate(samples, size_divisor)
-    batch.truth = [{k: v.numpy() for k, v in truth.items()} for truth in batch.truth]  # type: ignore[misc]
+    batch.truth = [{k: v.numpy() if isinstance(v, Tensor) else v for k, v in truth.items()} for truth in batch.truth]
     return batch

@@ -24,8 +24,11 @@ class Segmentations:
         """[n, H, W] uint8, 1 on the object, of the objects `rows` of an image of (height, width) `size`."""
         if not len(rows):
             return torch.zeros(0, *size, dtype=torch.uint8)
-        runs = [_runs(self._segmentation(row), size) for row in rows]
-        return torch.from_numpy(coco_mask.decode(runs)).permute(2, 0, 1)
+        return torch.from_numpy(coco_mask.decode(self.runs(rows, size))).permute(2, 0, 1)
+
+    def runs(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Compressed run lengths {size, counts} of the objects `rows` of an image of (height, width) `size`."""
+        return [_runs(self._segmentation(row), size) for row in rows]
 
     def _segmentation(self, row: int) -> Any:
         return pickle.loads(self._bytes[self._offsets[row] : self._offsets[row + 1]].data)
@@ -44,6 +47,13 @@ def _runs(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, *size)
     return segmentation
+
+
+def encode(masks: Tensor) -> list[dict[str, Any]]:
+    """Compressed run lengths {size: [H, W], counts: str} of [n, H, W] bool masks on any device."""
+    # Column by column, as COCO counts; turned where the masks are, in a layout that the encoder takes as it is.
+    columns = masks.transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
+    return [{**runs, "counts": runs["counts"].decode()} for runs in coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
 def fault(segmentation: Any, size: tuple[int, int]) -> str | None:

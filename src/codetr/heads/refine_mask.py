@@ -163,7 +163,8 @@ class RefineMaskHead(nn.Module):
     ) -> list[Masks]:
         """Masks of detections, whose boxes are in pixels of the original images, as those of `Detections` are.
 
-        sizes, original_sizes: [B, 2] (height, width) of the images in the network, without padding, and in their files.
+        sizes, original_sizes: [B, 2] (height, width) of the files' pixels in the network, without padding or canvas
+        (`Batch.shown_sizes`), and of the files, integers.
         """
         counts = torch.tensor([len(found.scores) for found in detections])
         boxes = torch.cat([found.boxes_xyxy for found in detections])

@@ -1,0 +1,204 @@
+"""A detector with a mask head: masks lie on the file's pixels, also where a canvas surrounds the image."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torchvision.transforms import v2
+from toy_model import detector
+
+from codetr.data.coco import CocoDetection
+from codetr.data.collate import collate
+from codetr.data.datamodule import DetectionDataModule
+from codetr.data.transforms import Transform, fit_canvas, transformed
+from codetr.evaluation.metrics import DetectionMetrics
+from codetr.inference import Found, ImageFiles, Writer, detect, finder
+from codetr.instances import with_masks
+from codetr.models.detector import Detector
+from codetr.postprocess import PostProcess
+from codetr.task import DetectionTask
+from codetr.types import Detections
+
+CLASSES = ("disc", "ring", "star")
+MASKS = ("+model/head@model.detector.mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
+HEIGHT, WIDTH = 60, 90
+PIPELINES = {"resized": v2.Resize(64, max_size=96), "on a canvas": fit_canvas(96, 114)}
+
+
+@pytest.fixture(scope="module")
+def model() -> Detector:
+    torch.manual_seed(0)
+    model = detector(CLASSES, *MASKS).eval()
+    for classes in model.mask_head.classes:  # most of a region, not all of it
+        classes.weight.data.mul_(0.02)
+        torch.nn.init.constant_(classes.bias, 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 9, 3), np.uint8)
+    paths = [folder / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(paths):
+        Image.fromarray(pixels[i]).resize((WIDTH, HEIGHT) if i else (HEIGHT, WIDTH)).save(path)
+    return paths
+
+
+def inside(masks: np.ndarray, boxes: torch.Tensor) -> np.ndarray:
+    """[n] bool: no pixel of the mask [H, W, n] has its centre outside of its box."""
+    y, x = np.arange(masks.shape[0])[:, None, None] + 0.5, np.arange(masks.shape[1])[:, None] + 0.5
+    x0, y0, x1, y1 = boxes.double().numpy().T
+    return ~(masks.astype(bool) & ~((x > x0) & (x < x1) & (y > y0) & (y < y1))).any((0, 1))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_masks_have_the_size_of_the_file_and_lie_in_their_boxes(
+    model: Detector, files: list[Path], name: str, tmp_path: Path
+) -> None:
+    options = {"device": torch.device("cpu"), "batch_size": 2, "num_workers": 0, "size_divisor": 32}
+    writer = Writer(tmp_path, files, CLASSES, score_threshold=0.0, pictures=True)
+    find = finder(model, PostProcess(8, None), score_threshold=0.0)
+    results = detect(find, ImageFiles(files, PIPELINES[name]), **options)
+    for one, size in zip(results, [(90, 60), (60, 90)], strict=True):
+        assert isinstance(one, Found)
+        masks = coco_mask.decode(one.detections.runs)
+        assert masks.shape == (*size, 8)
+        assert masks.any()
+        assert inside(masks, one.detections.boxes_xyxy).all()
+        writer.add(one)
+    records = json.loads(writer.close().read_text())
+    assert len(records) == 16
+    for record in records:
+        assert list(coco_mask.decode(record["segmentation"]).shape) == record["segmentation"]["size"]
+        assert 0 <= record["mask_score"] <= record["score"]
+
+
+def test_masks_of_weak_detections_are_not_made(model: Detector, files: list[Path]) -> None:
+    options = {"device": torch.device("cpu"), "batch_size": 1, "num_workers": 0, "size_divisor": 32}
+    everything, some = (
+        next(iter(detect(finder(model, PostProcess(9, None), t), ImageFiles(files, PIPELINES["resized"]), **options)))
+        for t in (0.0, 2.0)
+    )
+    best = everything.detections.scores[4].item()
+    found = everything.detections.above(best)
+    assert len(found.scores) == len(found.runs) == len(found.mask_scores) == 5
+    assert some.detections.runs == []
+
+
+def test_a_canvas_changes_nothing_but_the_padding(model: Detector, files: list[Path]) -> None:
+    """A resize to 64 x 96 with a canvas of 96 x 96 below it: the head sees the same places of the same features."""
+    path = files[1]
+    batches = [collate([ImageFiles([path], t)[0][0]], 1) for t in (PIPELINES["on a canvas"], v2.Resize(64))]
+    for batch in batches:
+        torch.testing.assert_close(batch.shown_sizes, torch.tensor([[64.0, 96.0]]))
+        assert batch.file_sizes.tolist() == [[HEIGHT, WIDTH]]
+    boxes = torch.tensor([[10.0, 5.0, 60.0, 50.0], [30.0, 20.0, 90.0, 60.0]])
+    found = [Detections(torch.ones(2), torch.tensor([0, 2]), boxes)]
+    canvas = batches[0]
+    with torch.no_grad():
+        memory = model(canvas.images, canvas.padding).memory
+        own, other = (with_masks(model, memory, found, batch)[0] for batch in batches)
+    assert own.runs == other.runs
+    assert own.runs[0]["size"] == [HEIGHT, WIDTH]
+    assert coco_mask.area(own.runs).min() > 0
+
+
+@pytest.fixture
+def painted(tmp_path: Path) -> tuple[Path, Path]:
+    """Two images with a polygon each, and a crowd: with run lengths in the first, without anything in the second."""
+    images, annotations = [], []
+    (tmp_path / "images").mkdir()
+    crowd = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    crowd[40:55, 10:70:3] = 1
+    runs = coco_mask.encode(crowd)
+    runs = {"size": [HEIGHT, WIDTH], "counts": runs["counts"].decode()}
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 9, 3), np.uint8)
+        Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(tmp_path / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH})
+        shape = {"segmentation": [[5, 5, 45, 5, 25, 35]], "bbox": [5, 5, 40, 30], "iscrowd": 0, "area": 600}
+        many = {"segmentation": None if i else runs, "bbox": [10, 40, 60, 15], "iscrowd": 1, "area": 300}
+        for one in (many, shape):
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, **one})
+    categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    return tmp_path / "images", tmp_path / "coco.json"
+
+
+def test_truth_has_the_run_lengths_of_crowds_too(painted: tuple[Path, Path]) -> None:
+    dataset = CocoDetection(*painted, runs=True)
+    assert dataset[0].masks is None
+    for index, area in enumerate((15 * 20, 15 * 60)):
+        truth = dataset.truth(index)
+        assert truth["iscrowd"].tolist() == [True, False]
+        assert coco_mask.area(truth["runs"]).tolist() == [area, pytest.approx(600, abs=20)]
+    dense = CocoDetection(*painted, masks=True)
+    assert "runs" not in dense.truth(0)
+    assert torch.equal(dense[0].masks[0], torch.from_numpy(coco_mask.decode(dataset.truth(0)["runs"][1])))
+
+
+def test_validation_reads_run_lengths_with_the_masks_of_training(painted: tuple[Path, Path]) -> None:
+    def validation_set(masks: bool) -> CocoDetection:
+        folder, source = painted
+        transform: Transform = v2.Identity()
+        data = DetectionDataModule(
+            root=str(folder.parent),
+            train_images=folder.name,
+            train_annotations=source.name,
+            val_images=folder.name,
+            val_annotations=source.name,
+            train_transform=transform,
+            val_transform=transform,
+            batch_size=1,
+            eval_batch_size=2,
+            size_divisor=1,
+            num_workers=0,
+            seed=0,
+            classes=None,
+            on_error="stop",
+            verify="exists",
+            masks=masks,
+            prepare=None,
+        )
+        data.setup("fit")
+        return data.val_set
+
+    assert len(validation_set(True).truth(0)["runs"]) == 2
+    assert "runs" not in validation_set(False).truth(0)
+
+
+def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: tuple[Path, Path]) -> None:
+    """Truth made of the detector's own masks: mask AP is 1; without masks there is no number."""
+    dataset = CocoDetection(*painted, runs=True)
+    batch = collate([transformed(dataset[i], PIPELINES["resized"]) for i in range(2)], 32)
+    postprocess, metrics = PostProcess(5, None), DetectionMetrics(CLASSES)
+    task = DetectionTask(model, None, postprocess, metrics, False, None, None, {})
+    with torch.no_grad():
+        found = task.validation_step(batch, 0)
+        assert task.mask_metrics.compute()["map"] < 0.5
+        batch.truth = [
+            {
+                "boxes": torch.zeros(5, 4).double(),
+                "labels": one.labels,
+                "iscrowd": torch.zeros(5).bool(),
+                "area": torch.from_numpy(coco_mask.area(one.runs).astype(float)),
+                "runs": one.runs,
+            }
+            for one in found
+        ]
+        task.on_validation_epoch_start()
+        task.validation_step(batch, 0)
+        assert min(coco_mask.area(one.runs).min() for one in found) > 0
+        assert task.mask_metrics.compute()["map"] == 1.0
+        assert task.metrics.compute()["map"] == 0.0
+        task.on_validation_epoch_start()
+        batch.truth = [{name: one[name] for name in one if name != "runs"} for one in batch.truth]
+        task.validation_step(batch, 0)
+        task.mask_metrics.compute()
+    assert task.mask_metrics.evaluation.images == 0
