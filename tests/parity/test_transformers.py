@@ -1,6 +1,7 @@
 """Conditional DETR, DAB-DETR and Deformable DETR against the `transformers` library: pixels to losses and gradients.
 
-Weights are random and move from their model to ours, which is composed from conf/ like the criterion.
+Weights are random and move from their model to ours by the tables of codetr.convert, which also recognises the
+composition of conf/ that they fit; the criterion is from conf/ too.
 """
 
 import copy
@@ -11,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.models.conditional_detr.configuration_conditional_detr import ConditionalDetrConfig
 from transformers.models.conditional_detr.modeling_conditional_detr import ConditionalDetrForObjectDetection
@@ -22,8 +22,10 @@ from transformers.models.dab_detr.configuration_dab_detr import DabDetrConfig
 from transformers.models.dab_detr.modeling_dab_detr import DabDetrForObjectDetection
 from transformers.models.deformable_detr.configuration_deformable_detr import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrForObjectDetection
-from transformers_weights import CONDITIONAL, DAB, DEFORMABLE, Renames, ours
 
+from codetr import application
+from codetr.convert import huggingface
+from codetr.convert.weights import Conversion
 from codetr.models.detector import Detector
 from codetr.types import Output, QueryContext, Targets
 
@@ -42,19 +44,6 @@ COMMON = {
     "num_labels": CLASSES,
     "dropout": 0.0,
 }
-OURS = {
-    "model.width": WIDTH,
-    "model.num_heads": HEADS,
-    "model.ffn_width": FFN,
-    "model.num_classes": CLASSES,
-    "model.dropout": 0.0,
-    "model.eps": 1e-5,  # theirs everywhere; DAB-DETR's own is 1e-3
-    "model.detector.encoder.num_layers": 2,
-    "model.detector.decoder.num_layers": LAYERS,
-    "model.detector.main.num_queries": QUERIES,
-    "model.detector.backbone.name": "resnet18",
-    "model.detector.backbone.pretrained": "false",
-}
 LOSSES = {"class": ("loss_ce", 2.0), "l1": ("loss_bbox", 5.0), "giou": ("loss_giou", 2.0)}  # and their weights
 
 # Without gradient by the mathematics: biases of keys, which softmax removes, and in a first layer whose contents are
@@ -69,7 +58,6 @@ class Pair:
     preset: str
     model: type[nn.Module]
     config: type
-    renames: Renames
     options: dict[str, Any] = field(default_factory=dict)
 
     def theirs(self) -> nn.Module:
@@ -87,9 +75,9 @@ class Pair:
                 buffer += 0.2 * torch.rand_like(buffer)
         return model
 
-    def ours(self) -> DictConfig:
-        with initialize_config_module("codetr.conf", version_base="1.3"):
-            return compose("train", [f"model={self.preset}", *(f"{key}={value}" for key, value in OURS.items())])
+    def convert(self, theirs: nn.Module, tensors: dict[str, Tensor], detector: Detector) -> Conversion:
+        """tensors: their weights or gradients, by the names that they have in memory."""
+        return huggingface.to_ours(revert_weight_conversion(theirs, dict(tensors)), self.preset, detector)
 
 
 def _mean(name: str) -> float:
@@ -103,17 +91,14 @@ CONDITIONAL_PAIR = Pair(
     "conditional_detr",
     ConditionalDetrForObjectDetection,
     ConditionalDetrConfig,
-    CONDITIONAL,
     {"d_model": WIDTH, "attention_dropout": 0.0, "activation_dropout": 0.0, "auxiliary_loss": False},
 )
-DAB_PAIR = Pair(
-    "dab_detr", DabDetrForObjectDetection, DabDetrConfig, DAB, {"hidden_size": WIDTH, "auxiliary_loss": True}
-)
+DAB_PAIR = Pair("dab_detr", DabDetrForObjectDetection, DabDetrConfig, {"hidden_size": WIDTH, "auxiliary_loss": True})
 
 
 def deformable(preset: str, **options: Any) -> Pair:
     options |= {"d_model": WIDTH, "num_feature_levels": 4, "two_stage_num_proposals": QUERIES, "auxiliary_loss": True}
-    return Pair(preset, DeformableDetrForObjectDetection, DeformableDetrConfig, DEFORMABLE, options)
+    return Pair(preset, DeformableDetrForObjectDetection, DeformableDetrConfig, options)
 
 
 PAIRS = [
@@ -136,14 +121,16 @@ class Models:
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: pair.preset)
 def models(request: pytest.FixtureRequest) -> Models:
     """Both with their weights; none is left over on either side."""
-    theirs, config = request.param.theirs(), request.param.ours()
+    pair, theirs = request.param, request.param.theirs()
+    saved = revert_weight_conversion(theirs, theirs.state_dict())
+    assert huggingface.model(saved) == pair.preset
+    settings = huggingface.settings(saved, pair.preset, theirs.config.to_dict())
+    config = application.compose("train", [f"model={pair.preset}", *settings[2:], "model.dropout=0"])
     detector = instantiate(config.model.detector, _convert_="all").eval()
-    weights = ours(theirs.state_dict(), request.param.renames, LAYERS)
-    own = {name: weights[name] for name in detector.state_dict()}
-    used = {tensor.data_ptr() for tensor in own.values()}
-    assert all(weights[name].data_ptr() in used for name in weights.keys() - own.keys())  # a shared head's other names
-    detector.load_state_dict(own)
-    return Models(request.param, theirs, detector, instantiate(config.criterion))
+    converted = pair.convert(theirs, theirs.state_dict(), detector)
+    converted.settle(pair.preset)
+    detector.load_state_dict(converted.weights)
+    return Models(pair, theirs, detector, instantiate(config.criterion))
 
 
 def images(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -251,7 +238,7 @@ def test_losses_and_gradients_of_every_layer(models: Models, counts: tuple[int, 
     torch.stack(list(losses.values())).sum().backward()
     torch.stack(list(expected.values())).sum().backward()
     theirs = {name: _gradient(p) for name, p in models.theirs.named_parameters(remove_duplicate=False)}
-    gradients = ours(theirs, models.pair.renames, LAYERS)
+    gradients = models.pair.convert(models.theirs, theirs, models.ours).weights
     idle = []
     for name, parameter in models.ours.named_parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Checkpoints of the official Co-DETR into ours and back: `python -m codetr.convert source=FILE out=FILE`."""
+"""Checkpoints of other code into ours, official ones also back: `python -m codetr.convert source=FILE out=FILE`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from codetr import application
 from codetr.errors import UserError
 
 if TYPE_CHECKING:
+    from codetr.convert.names import NameTable
+    from codetr.convert.official import Weights
+    from codetr.convert.weights import Conversion
     from codetr.models.detector import Detector
 
 EXPERIMENTS = "experiment/official"
@@ -34,27 +37,94 @@ def convert(config: DictConfig) -> Path:
 
 
 def _to_ours(content: dict[str, Any], source: Path, config: DictConfig) -> dict[str, Any]:
+    from torch import Tensor
+
+    from codetr.convert import backbone, huggingface
+
+    state = content.get("state_dict", content.get("model", content))
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{source}: holds no named tensors")
+    if not config.config:
+        if model := huggingface.model(state):
+            return _from_huggingface(state, model, source, config)
+        if names := backbone.table(state):
+            return _from_backbone(state, names, source, config)
+    return _from_official(state, content.get("meta", {}), source, config)
+
+
+def _from_official(state: Weights, about: dict[str, Any], source: Path, config: DictConfig) -> dict[str, Any]:
     from rich import print
 
     from codetr.convert import mmdet3, weights
-    from codetr.convert.classes import class_names
     from codetr.convert.recognise import candidates, num_classes
 
-    state = mmdet3.to_mmdet2(content.get("state_dict", content))
+    state = mmdet3.to_mmdet2(state)
     number = num_classes(state)
     found = [config.config] if config.config else candidates(state, official_configs(), source.stem)
     if len(found) > 1:
         print(f"[bold]{found[0]}[/bold]; the same tensors fit {', '.join(found[1:])}: config=NAME chooses")
     settings = [f"experiment=official/{found[0]}", f"model.num_classes={number}", *config.overrides]
     full = application.compose("train", settings)
-    result = weights.to_ours(state, build(full))
+    return _checkpoint(weights.to_ours(state, build(full)), full, about, source, config)
+
+
+def _from_huggingface(state: Weights, model: str, source: Path, config: DictConfig) -> dict[str, Any]:
+    import json
+
+    from codetr.convert import huggingface
+
+    file = source.with_name("config.json")
+    try:
+        about = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{file}: is no JSON ({error}); move it away, or take the one that belongs to {source.name}"
+        ) from error
+    settings = [*huggingface.settings(state, model, about), *config.overrides]
+    print(f"{model} of transformers: {' '.join(settings)}")
+    if not about:
+        print(f"there is no {file}: heads and dilation, which weights do not show, are those of conf/ and overrides")
+    full = application.compose("train", settings)
+    names = {"CLASSES": huggingface.class_names(about)}
+    return _checkpoint(huggingface.to_ours(state, model, build(full)), full, names, source, config)
+
+
+def _from_backbone(state: Weights, names: NameTable, source: Path, config: DictConfig) -> dict[str, Any]:
+    """The backbone's tensors alone: what `initialise.checkpoint` needs."""
+    import rich
+
+    from codetr.convert import backbone, weights
+
+    settings = [f"{key}={value}" for key, value in backbone.settings(names.rename(state)).items()]
+    body = build(application.compose("train", [*settings, "model.num_classes=1"])).backbone.body
+    wanted = {f"backbone.body.{name}": shape for name, shape in weights.shapes(body).items()}
+    result = weights.translate(state, names, wanted)
+    rich.print(result.table())
+    result.settle(str(source))
+    settings += ["model.detector.backbone.pretrained=false", f"initialise.checkpoint={config.out}"]
+    print(f"to start from it: python -m codetr.train {' '.join(settings)} initialise.strict=false")
+    return {"state_dict": _prefixed(result.weights)}
+
+
+def _checkpoint(
+    result: Conversion, full: DictConfig, about: dict[str, Any], source: Path, config: DictConfig
+) -> dict[str, Any]:
+    """about: what the source says of its classes."""
+    from rich import print
+
+    from codetr.convert.classes import class_names
+
     print(result.table())
     result.settle(str(source))
-    names = class_names(config.class_names, content.get("meta", {}), number)
+    names = class_names(config.class_names, about, full.model.num_classes)
     return {
-        "state_dict": {f"detector.{name}": tensor for name, tensor in result.weights.items()},
+        "state_dict": _prefixed(result.weights),
         "codetr": {"config": application.plain(full), "class_names": list(names)},
     }
+
+
+def _prefixed(weights: Weights) -> Weights:
+    return {f"detector.{name}": tensor for name, tensor in weights.items()}
 
 
 def _to_official(content: dict[str, Any], source: Path) -> dict[str, Any]:

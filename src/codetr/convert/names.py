@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+
+from torch import Tensor
 
 Rules = Sequence[tuple[str, str]]
 
@@ -21,6 +23,10 @@ class NameTable:
 
     def to_theirs(self, name: str) -> str | None:
         return _translate(name, self._backward)
+
+    def rename(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of their weights that have a name of ours, under it."""
+        return {new: tensor for name, tensor in weights.items() if (new := self.to_ours(name))}
 
     def reason_to_ignore(self, name: str) -> str | None:
         return next((reason for template, reason in self._ignored if _pattern(template).fullmatch(name)), None)

@@ -1,10 +1,11 @@
-"""A state dict of the official code to one of ours and back, with an account of every tensor."""
+"""A state dict of other code to one of ours, and back to the official one, with an account of every tensor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from torch import nn
 
 from codetr.convert import instance, official, resnet, swin, vit
 from codetr.convert.names import NameTable
@@ -13,6 +14,8 @@ from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.models.swin import Swin
 from codetr.models.vit import ViT
+
+Shapes = dict[str, tuple[int, ...]]
 
 _SHOWN = 8
 
@@ -54,16 +57,25 @@ def _abridged(names: list[str]) -> str:
 
 def to_ours(weights: Weights, detector: Detector) -> Conversion:
     """Of official weights; `detector` says under which names and of which shapes. Values are not copied."""
-    names, result = table(detector), Conversion({})
-    for name, tensor in official.split(weights).items():
+    return translate(official.split(weights), table(detector), shapes(detector))
+
+
+def translate(weights: Weights, names: NameTable, shapes: Shapes) -> Conversion:
+    """weights: each one of ours, under their names. shapes: that are wanted, by our names."""
+    result = Conversion({})
+    for name, tensor in weights.items():
         if reason := names.reason_to_ignore(name):
             result.ignored.setdefault(reason, []).append(name)
         elif new := names.to_ours(name):
             result.weights[new] = tensor
         else:
             result.unexpected.append(name)
-    _compare(result, {name: tensor.shape for name, tensor in detector.state_dict().items()})
+    _compare(result, shapes)
     return result
+
+
+def shapes(module: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def to_official(weights: Weights, detector: Detector) -> Conversion:
@@ -87,10 +99,10 @@ def table(detector: Detector) -> NameTable:
     return names + official.table(region_head, num_layers, dino="denoising" in detector.queries)
 
 
-def _compare(result: Conversion, shapes: dict[str, tuple[int, ...]]) -> None:
+def _compare(result: Conversion, shapes: Shapes) -> None:
     result.unexpected += [name for name in result.weights if name not in shapes]
     for name, shape in shapes.items():
         if name not in result.weights:
             result.missing.append(name)
-        elif tuple(result.weights[name].shape) != tuple(shape):
+        elif tuple(result.weights[name].shape) != shape:
             result.misshapen.append(f"{name} {list(result.weights[name].shape)} for {list(shape)}")
