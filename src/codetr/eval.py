@@ -33,7 +33,9 @@ def evaluate(config: DictConfig) -> float:
         schedule=instantiate(saved["schedule"]),
         settings={},
     )
-    data = instantiate(data_config(config, saved["data"], trained.class_names))
+    given = data_config(config, saved["data"], trained.class_names)
+    given.val_masks = trained.detector.mask_head is not None
+    data = instantiate(given)
     trainer = instantiate(
         config.trainer,
         callbacks=list(instantiate(callbacks_config(config, trained.step)).values()),

@@ -21,7 +21,7 @@ from codetr.types import MAIN, Batch, Detections, Prediction
 class DetectionTask(LightningModule):
     """Trains and evaluates `detector`.
 
-    With a mask head, mask AP is evaluated beside box AP where the validation set has masks (`data.masks`).
+    With a mask head, mask AP is evaluated beside box AP where the validation set has masks (`data.val_masks`).
     branches: also evaluate every auxiliary head on its own, with its suppression (Co-DETR, table 11). optimizer:
     (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.

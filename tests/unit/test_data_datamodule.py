@@ -77,6 +77,7 @@ def module(folder: Path, **changes: Any) -> DetectionDataModule:
         "on_error": "stop",
         "verify": "complete",
         "masks": False,
+        "val_masks": False,
         "prepare": None,
     }
     return DetectionDataModule(**arguments | changes)

@@ -143,7 +143,7 @@ def test_truth_has_the_run_lengths_of_crowds_too(painted: tuple[Path, Path]) -> 
     assert torch.equal(dense[0].masks[0], torch.from_numpy(coco_mask.decode(dataset.truth(0)["runs"][1])))
 
 
-def test_validation_reads_run_lengths_with_the_masks_of_training(painted: tuple[Path, Path]) -> None:
+def test_validation_reads_run_lengths_where_asked(painted: tuple[Path, Path]) -> None:
     def validation_set(masks: bool) -> CocoDetection:
         folder, source = painted
         transform: Transform = v2.Identity()
@@ -163,7 +163,8 @@ def test_validation_reads_run_lengths_with_the_masks_of_training(painted: tuple[
             classes=None,
             on_error="stop",
             verify="exists",
-            masks=masks,
+            masks=False,
+            val_masks=masks,
             prepare=None,
         )
         data.setup("fit")

@@ -23,9 +23,9 @@ class DetectionDataModule(LightningDataModule):
 
     *_images are folders, *_annotations COCO instances files, relative to `root`. batch_size and eval_batch_size
     count images per process. classes selects and orders categories by name (None: all, as in the training file).
-    on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects' masks, the truth
-    of the validation set their run lengths. prepare: called once per node before anything is read, to make or fetch
-    the data. copy_paste: of training images; reads masks.
+    on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the
+    objects' masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node
+    before anything is read, to make or fetch the data. copy_paste: of training images; reads masks.
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
     an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
@@ -52,6 +52,7 @@ class DetectionDataModule(LightningDataModule):
         on_error: OnError,
         verify: Verify,
         masks: bool,
+        val_masks: bool,
         prepare: Callable[[], Any] | None,
         copy_paste: CopyPaste | None = None,
     ) -> None:
@@ -65,7 +66,8 @@ class DetectionDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
         self.classes, self.on_error, self.verify = classes, on_error, verify
-        self.masks, self.prepare, self.copy_paste = masks, prepare, copy_paste
+        self.masks, self.val_masks = masks, val_masks
+        self.prepare, self.copy_paste = prepare, copy_paste
         self.train_set: CocoDetection | None = None
         self.val_set: CocoDetection | None = None
 
@@ -129,13 +131,13 @@ class DetectionDataModule(LightningDataModule):
 
     def _read_val(self) -> CocoDetection:
         """Labels follow the training set when that is known, even if this file lists its categories otherwise."""
-        val = self._read(*self.val_paths, self.classes, masks=False, runs=self.masks)
+        val = self._read(*self.val_paths, self.classes, masks=False, runs=self.val_masks)
         if self.train_set is None:
             return val
         check_same_classes(self.class_names, val.class_names, val.report.source)
         if val.class_names == self.class_names:
             return val
-        return self._read(*self.val_paths, self.class_names, masks=False, runs=self.masks)
+        return self._read(*self.val_paths, self.class_names, masks=False, runs=self.val_masks)
 
     def _read(
         self, images: Path, annotations: Path, classes: Sequence[str] | None, masks: bool, runs: bool

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
 
 from codetr.types import Detections
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 ABSENT = -1.0  # COCO's value for an average over nothing
+
+# A COCO area of 0 counts as small; torchmetrics would put the box's area in its place.
+SMALLEST_AREA = 1e-6
 
 Runs = dict[str, Any]  # compressed run lengths {size, counts}
 
@@ -52,7 +56,7 @@ class DetectionMetrics:
     """Collects detections and truth per image on the CPU; `compute` evaluates them as COCO does.
 
     class_names: name of label 0, 1, .... max_detections: the most detections of an image that count; COCO's own
-    numbers take 100. backend: the engine. masks: of instance masks, by their scores, instead of boxes.
+    numbers take 100. backend: the engine behind torchmetrics. masks: of instance masks, by their scores, not of boxes.
     """
 
     def __init__(
@@ -122,19 +126,42 @@ class DetectionMetrics:
     def _curves(self, records: dict[int, Record]) -> tuple[np.ndarray, np.ndarray]:
         """Precision [10, 101, K, 4 areas, 3 limits] and recall [10, K, 4, 3] of every class; -1 where undefined."""
         num_classes = len(self.class_names)
+        precision = np.full((len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), num_classes, 4, 3), ABSENT)
+        recall = np.full((len(IOU_THRESHOLDS), num_classes, 4, 3), ABSENT)
         if not any(len(record.truth) for record in records.values()):
-            shape = (len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), num_classes, 4, 3)
-            return np.full(shape, ABSENT), np.full((shape[0], *shape[2:]), ABSENT)
+            return precision, recall
+        if self.masks:
+            return self._mask_curves(records)
+        metric = MeanAveragePrecision(
+            iou_thresholds=IOU_THRESHOLDS.tolist(),
+            rec_thresholds=RECALL_THRESHOLDS.tolist(),
+            max_detection_thresholds=[1, 10, self.max_detections],
+            extended_summary=True,
+            backend=self.backend,
+            sync_on_compute=False,  # _on_first_process has gathered; only that process comes here
+        )
+        metric.warn_on_many_detections = False
+        for _, record in sorted(records.items()):
+            metric.update([_box_detections(record.found)], [_box_truth(record.truth)])
+        result = metric.compute()
+        classes = result["classes"].long().numpy().reshape(-1)
+        precision[:, :, classes] = result["precision"].numpy()
+        recall[:, classes] = result["recall"].numpy()
+        return precision, recall
+
+    def _mask_curves(self, records: dict[int, Record]) -> tuple[np.ndarray, np.ndarray]:
+        """By the engine itself: torchmetrics takes masks as pixels, and of images without true masks it forgets the
+        detections."""
         coco, evaluator, mask_area = _engine(self.backend)
         images = [{"id": i, **_size(record)} for i, record in records.items()]
-        categories = [{"id": k} for k in range(num_classes)]
+        categories = [{"id": k} for k in range(len(self.class_names))]
         truth, found = coco(), coco()
         truth.dataset = {"images": images, "categories": categories, "annotations": _truth(records)}
         found.dataset = {"images": images, "categories": categories, "annotations": _detections(records, mask_area)}
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             truth.createIndex()
             found.createIndex()
-            evaluation = evaluator(truth, found, "segm" if self.masks else "bbox")
+            evaluation = evaluator(truth, found, "segm")
             evaluation.params.iouThrs, evaluation.params.recThrs = IOU_THRESHOLDS, RECALL_THRESHOLDS
             evaluation.params.maxDets = [1, 10, self.max_detections]
             evaluation.evaluate()
@@ -176,9 +203,8 @@ def _detections(records: dict[int, Record], mask_area: Callable[..., Any]) -> li
     """COCO results, in the form that an index takes."""
     entries = []
     for image, record in sorted(records.items()):
-        boxes, runs = record.found[:, :4], record.found_runs
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(1) if runs is None else np.asarray(mask_area(runs))
-        own = _entries(image, record.found[:, [0, 1, 2, 3, 5]], runs)
+        area = np.asarray(mask_area(record.found_runs or []))
+        own = _entries(image, record.found[:, [0, 1, 2, 3, 5]], record.found_runs)
         columns = zip(own, record.found[:, 4].tolist(), area.tolist(), strict=True)
         entries += [entry | {"score": s, "area": a, "iscrowd": 0} for entry, s, a in columns]
     return [entry | {"id": i} for i, entry in enumerate(entries, start=1)]
@@ -187,11 +213,25 @@ def _detections(records: dict[int, Record], mask_area: Callable[..., Any]) -> li
 def _entries(image: int, rows: np.ndarray, runs: list[Runs] | None) -> list[dict[str, Any]]:
     """rows: [n, 5] xyxy, label."""
     boxes = np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2]], 1).tolist()
-    columns = zip(boxes, rows[:, 4].astype(int).tolist(), strict=True)
-    entries: list[dict[str, Any]] = [{"image_id": image, "bbox": box, "category_id": label} for box, label in columns]
-    if runs is None:
-        return entries
-    return [entry | {"segmentation": dict(own)} for entry, own in zip(entries, runs, strict=True)]
+    columns = zip(boxes, rows[:, 4].astype(int).tolist(), runs or [], strict=True)
+    return [
+        {"image_id": image, "bbox": box, "category_id": label, "segmentation": dict(own)} for box, label, own in columns
+    ]
+
+
+def _box_detections(rows: np.ndarray) -> dict[str, Tensor]:
+    columns = torch.from_numpy(rows)
+    return {"boxes": columns[:, :4], "scores": columns[:, 4], "labels": columns[:, 5].long()}
+
+
+def _box_truth(rows: np.ndarray) -> dict[str, Tensor]:
+    columns = torch.from_numpy(rows)
+    return {
+        "boxes": columns[:, :4],
+        "labels": columns[:, 4].long(),
+        "iscrowd": columns[:, 5].long(),
+        "area": columns[:, 6].clamp(min=SMALLEST_AREA),
+    }
 
 
 def _split(rows: list[Tensor]) -> list[np.ndarray]:

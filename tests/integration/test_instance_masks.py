@@ -18,6 +18,7 @@ MASK_HEAD = (
     "+model/head@model.detector.mask_head=refine_mask",
     "model.detector.mask_head.iou.hidden_width=16",
     "+model.needs_masks=true",
+    "+model.predicts_masks=true",
 )
 
 
