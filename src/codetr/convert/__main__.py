@@ -85,8 +85,13 @@ def _from_huggingface(state: Weights, model: str, source: Path, config: DictConf
     if not about:
         print(f"there is no {file}: heads and dilation, which weights do not show, are those of conf/ and overrides")
     full = application.compose("train", settings)
-    names = {"CLASSES": huggingface.class_names(about)}
-    return _checkpoint(huggingface.to_ours(state, model, build(full)), full, names, source, config)
+    result, names = huggingface.to_ours(state, model, build(full)), huggingface.class_names(about)
+    if len(names) == full.model.num_classes and None in names:
+        result.weights = huggingface.without_gaps(result.weights, names)
+        full.model.num_classes = len(names) - names.count(None)
+        print(f"{names.count(None)} of {len(names)} labels are gaps without a name: left out")
+    known = {"CLASSES": tuple(name for name in names if name is not None)}
+    return _checkpoint(result, full, known, source, config)
 
 
 def _from_backbone(state: Weights, names: NameTable, source: Path, config: DictConfig) -> dict[str, Any]:

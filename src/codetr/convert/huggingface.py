@@ -7,7 +7,7 @@ of the library itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,17 +80,32 @@ def to_ours(weights: Weights, name: str, detector: Detector) -> Conversion:
     return translate(_cut(weights, name), _table(name, _count(weights, "decoder")), shapes(detector))
 
 
-def class_names(about: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Of config.json's `id2label`. Its gaps, the numbers that COCO has no category for, are called "N/A <number>"."""
+def class_names(about: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Of config.json's `id2label`; None for its gaps, the numbers that COCO has no category for."""
     given = {int(label): str(text) for label, text in (about.get("id2label") or {}).items()}
-    names = (given.get(label, "N/A") for label in range(max(given, default=-1) + 1))
-    return tuple(f"N/A {label}" if text == "N/A" else text for label, text in enumerate(names)) or None
+    names = (given.get(label, GAP) for label in range(max(given, default=-1) + 1))
+    return tuple(None if name == GAP else name for name in names)
+
+
+def without_gaps(weights: Weights, names: Sequence[str | None]) -> Weights:
+    """Our weights without the rows of classes that have no name. The first stage tells objects by its first row, whose
+    number is no class; it keeps its first rows."""
+    kept = torch.tensor([label for label, name in enumerate(names) if name is not None])
+    out = dict(weights)
+    for name, tensor in weights.items():
+        if name.startswith("decoder.class_heads."):
+            out[name] = tensor[kept]
+        elif name.startswith("queries.main.class_head."):
+            out[name] = tensor[: len(kept)]
+    return out
 
 
 def _count(weights: Weights, part: str) -> int:
     """Layers of `encoder` or `decoder`."""
     return recognise.count(weights, rf"model\.{part}\.layers\.(\d+)\.")
 
+
+GAP = "N/A"
 
 # What the library can vary and we cannot, with the values that ours have.
 _FIXED: dict[str, tuple[Any, ...]] = {
