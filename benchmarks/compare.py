@@ -163,15 +163,15 @@ def curves(out: Path, study: Study, path: Path) -> None:
     """Validation mAP over steps, one line per run."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for index, (variant, overrides) in enumerate(study.rows.items()):
         for log in sorted(out.glob(f"{run_name(overrides, 0)[:-1]}*/**/metrics.csv")):
             with open(log) as file:
                 points = [(int(r["step"]), float(r["val/map"])) for r in csv.DictReader(file) if r.get("val/map")]
-            label = variant.partition(":")[0] if "seed0" in str(log) else None
+            label = variant if "seed0" in str(log) else None
             axes.plot(*zip(*points, strict=True), color=COLOURS[index], alpha=0.8, label=label)
     axes.set(xlabel="step", ylabel="validation mAP", ylim=(0, None))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
