@@ -187,6 +187,6 @@ def test_the_command_line() -> None:
     assert shown.stdout.rstrip().endswith("data.root=/data/coco")
     wrong = run("nothing", "--run")
     assert (wrong.returncode, "Traceback" in wrong.stderr) == (2, False)
-    needs = run("group_detr_t4_dino_swin_l", "--run")
+    needs = run("co_detr_t4_anchor", "--run")
     assert needs.returncode == 2
-    assert "needs a Swin-L backbone" in needs.stderr
+    assert "needs Anchor DETR" in needs.stderr
