@@ -26,7 +26,7 @@ demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures
 
 studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables in the README
 
-compare-heads: ## Co-DETR, same budget: 0, 1, 2, 3, 6 auxiliary heads, three seeds
+compare-heads: ## Co-DETR, same budget: 0, 1, 2 auxiliary heads, three seeds
 compare-kinds: ## Co-DETR, table 8: each of the seven heads alone, against none
 compare-parts: ## Co-DETR, table 9: auxiliary head, positive queries, both
 compare-groups: ## Group DETR: 1, 3, 11 groups and naive one-to-many assignment
