@@ -12,7 +12,7 @@ from torch import Tensor
 from codetr.assign.hungarian import Problem, match
 from codetr.assign.max_iou import assign_max_iou
 from codetr.postprocess import NMS, PostProcess, SoftNMS
-from codetr.types import MAIN, Memory, Output, Prediction, QueryContext, QueryGroup
+from codetr.types import MAIN, Memory, Output, Positives, Prediction, Pyramid, QueryContext, QueryGroup
 
 TOLERANCE = 1e-5
 HEAD_LOSSES = {
@@ -156,6 +156,11 @@ def heads(bundle: Bundle) -> Iterator[Line]:
     aux, head = bundle.aux, bundle.detector.heads[bundle.heads[0]]
     pyramid = bundle.detector.adapter(_recorded_memory(bundle, bundle.encode()))
     extra = _coarsest(bundle, len(pyramid.levels) - 1)
+    atss = bundle.detector.heads["atss"]
+    if "rpn.anchors" in aux:
+        yield close("RPN, anchors", torch.cat(head.rpn.grid(pyramid)), aux["rpn.anchors"])
+    yield close("ATSS, anchors", torch.cat(atss.grid(pyramid)), aux["atss.anchors"])
+    yield equal("ATSS, valid anchors", atss.grid.valid(pyramid, bundle.targets.sizes), aux["atss.valid_flags"].bool())
     logits, deltas = head.rpn(pyramid)
     yield close("RPN, objectness", logits, _per_cell(aux, "rpn.cls", 9)[..., 0], extra)
     yield close("RPN, deltas", deltas, _per_cell(aux, "rpn.reg", 9), extra)
@@ -170,10 +175,33 @@ def heads(bundle: Bundle) -> Iterator[Line]:
     if head.mask is not None:
         masks = head.mask(pyramid, images[:8], boxes[:8])
         yield close("RoI, masks", masks, aux["roi.mask_logits_first8"])
-    logits, deltas, centerness = bundle.detector.heads["atss"].predict(pyramid)
+    yield from _alone(bundle, pyramid)
+    logits, deltas, centerness = atss.predict(pyramid)
     yield close("ATSS, classes", logits, _per_cell(aux, "atss.cls", 1), extra)
     yield close("ATSS, deltas", deltas, _per_cell(aux, "atss.reg", 1), extra)
     yield close("ATSS, centerness", centerness, _per_cell(aux, "atss.centerness", 1)[..., 0], extra)
+
+
+def _alone(bundle: Bundle, pyramid: Pyramid) -> Iterator[Line]:
+    """Proposals and detections of each head, where the bundle's test settings are hard suppression at the thresholds of
+    training: ours are the same in both (docs/faithfulness.md)."""
+    head, sizes = bundle.detector.heads[bundle.heads[0]], bundle.targets.sizes
+    *_, regions, cells = bundle.sizes["official_model_config"]["test_cfg"]
+    if regions["rpn"]["nms"]["iou_threshold"] == head.proposals.nms_iou:
+        boxes, valid = head.rpn.propose(*head.rpn(pyramid), pyramid, sizes, head.proposals)
+        for i in range(len(sizes)):
+            recorded = bundle.aux[f"rpn.proposals.img{i}"][:, :4]
+            yield close(f"RPN, proposals, image {i}", boxes[i, valid[i]], recorded)
+    for name, settings in {bundle.heads[0]: regions["rcnn"], "atss": cells}.items():
+        if settings["nms"]["type"] != "nms":
+            continue
+        kind = "atss" if name == "atss" else "roi"
+        for i, found in enumerate(bundle.detector.heads[name].detect(pyramid, sizes)):
+            recorded = {k: bundle.aux[f"{kind}.detections.img{i}.{k}"] for k in ("boxes", "scores", "labels")}
+            stage = f"{name} alone, image {i}"
+            yield equal(f"{stage}, labels", found.labels, recorded["labels"].long())
+            yield close(f"{stage}, scores", found.scores, recorded["scores"])
+            yield close(f"{stage}, boxes", found.boxes_xyxy / bundle.inputs["scale_factor"][i], recorded["boxes"])
 
 
 @torch.no_grad()
@@ -190,13 +218,19 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
     regions = head(pyramid, targets).positives
     used = regions.positive | regions.negative
     for i in range(len(targets.sizes)):
-        source = {k: train[f"train.aux_src.0.{k}.img{i}"] for k in ("coords", "labels")}
+        source = {k: train[f"train.aux_src.0.{k}.img{i}"] for k in ("coords", "labels", "feats", "targets")}
         expected = source["labels"].masked_fill(source["labels"] == bundle.sizes["num_classes"], -1)
         yield close(f"sampled regions, image {i}", regions.boxes_xyxy[i, used[i]], source["coords"])
         yield equal(f"their labels, image {i}", regions.labels[i, used[i]], expected)
+        yield close(f"their features, image {i}", regions.features[i, used[i]], source["feats"])
+        own = regions.positive[i]
+        yield close(f"their objects, image {i}", regions.target_boxes_xyxy[i, own], source["targets"][expected >= 0])
     found = detector.heads["atss"](pyramid, targets).positives
     expected = train["train.atss_target.labels"]
     yield equal("ATSS, labels", found.labels, expected.masked_fill(expected == bundle.sizes["num_classes"], -1))
+    for i in range(len(targets.sizes)):
+        own, goals = found.positive[i], train[f"train.aux_src.1.pos_targets.img{i}"]
+        yield close(f"ATSS, objects, image {i}", found.target_boxes_xyxy[i, own], goals)
     for number, name in enumerate(bundle.heads):
         yield from _positive_queries(bundle, memory, number, {"atss": found}.get(name, regions))
     if "denoising" in detector.queries:
@@ -209,7 +243,7 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
     yield from _matching(bundle)
 
 
-def _positive_queries(bundle: Bundle, memory: Memory, number: int, found) -> Iterator[Line]:
+def _positive_queries(bundle: Bundle, memory: Memory, number: int, found: Positives) -> Iterator[Line]:
     """The same number of queries, and the same positives among them; what fills up the rest is drawn."""
     name = bundle.heads[number]
     made = bundle.detector.queries[name](QueryContext(memory, bundle.targets, {name: found}))
@@ -295,10 +329,11 @@ def _step(bundle: Bundle, which: str) -> Iterator[Line]:
     total = sum(losses.values())
     yield close(f"{which}: total loss", total.detach(), torch.tensor(bundle.account["loss_total"][which]))
     norms = gradient_norms(bundle, total, which)
-    noise = 1e-6 * max(theirs for _, theirs in norms.values())  # float32, where a large gradient cancels to a small one
+    # What float32 leaves of a gradient that is zero in theory: that of a convolution before a group norm over one cell.
+    noise = 1e-6 * max(theirs for _, theirs in norms.values())
     for name, (own, theirs) in norms.items():
-        difference = abs(own - theirs)
-        yield Line(f"{which}: gradient {name}", difference, max(0.0, difference - noise) / max(theirs, 1e-12), 1e-3)
+        difference, size = abs(own - theirs), max(theirs, 1e-12)
+        yield Line(f"{which}: gradient {name}", difference, difference / size, 1e-3 + noise / size)
 
 
 def _predictions(bundle: Bundle, predictions: dict[str, Prediction]) -> Iterator[Line]:
