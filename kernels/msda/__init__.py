@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: a reference in PyTorch, and the op `codetr::msda` with fast kernels."""
 
-from .op import msda
-from .reference import msda_reference
+from .op import deformable_attention, msda
+from .reference import deformable_attention_reference, msda_reference
 
-__all__ = ["msda", "msda_reference"]
+__all__ = ["deformable_attention", "deformable_attention_reference", "msda", "msda_reference"]

@@ -7,7 +7,7 @@ so the result is the same to the bit on every run, for every number of threads.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from .inputs import Gradients, Inputs
 
 log = logging.getLogger(__name__)
 
@@ -159,48 +161,37 @@ def _compile(signature: Any, function: Callable[..., None]) -> Callable[..., Non
         return njit(signature, **OPTIONS)(function)
 
 
-def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Shapes as in `msda_reference`; float32 or narrower. Computes in float32, returns value's dtype.
-
-    Raises ValueError where the shapes contradict each other.
-    """
-    sizes, shapes = _sizes(value, spatial_shapes, locations, weights)
+def forward(inputs: Inputs) -> Tensor:
+    """[B, Q, H * D] in value's dtype. Computes in float32."""
+    value, _, reference, locations, weights, padding = inputs
+    if reference is not None or padding is not None:
+        raise NotImplementedError("fused")
+    sizes, shapes = _sizes(inputs)
     output = torch.empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
     arrays = _flat(value), shapes, _flat(locations).reshape(-1, 2), _flat(weights), _flat(output)
     _share_out(kernels(value.shape[3]).forward, value.shape[0], sizes, arrays)
     return output.to(value.dtype)
 
 
-def backward(
-    gradient: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients with respect to value, locations and weights, each in its tensor's dtype."""
-    sizes, shapes = _sizes(value, spatial_shapes, locations, weights)
+def backward(gradient: Tensor, output: Tensor, inputs: Inputs, of_reference: bool) -> Gradients:
+    """Gradients of the inputs, for that of the output."""
+    value, _, _, locations, weights, _ = inputs
+    sizes, shapes = _sizes(inputs)
     g_value, g_locations, g_weights = (torch.empty(t.shape) for t in (value, locations, weights))
-    inputs = _flat(gradient), _flat(value), shapes, _flat(locations).reshape(-1, 2), _flat(weights)
+    arrays = _flat(gradient), _flat(value), shapes, _flat(locations).reshape(-1, 2), _flat(weights)
     outputs = _flat(g_value), _flat(g_locations).reshape(-1, 2), _flat(g_weights)
-    _share_out(kernels(value.shape[3]).backward, value.shape[0], sizes, (*inputs, *outputs))
-    return g_value.to(value.dtype), g_locations.to(locations.dtype), g_weights.to(weights.dtype)
+    _share_out(kernels(value.shape[3]).backward, value.shape[0], sizes, (*arrays, *outputs))
+    return Gradients(g_value.to(value.dtype), g_locations.to(locations.dtype), g_weights.to(weights.dtype), None)
 
 
-def _sizes(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """(S, Q, H, P) and the level sizes. The kernels check nothing: what does not fit must not reach them."""
-    B, S, H, _ = value.shape
-    _, Q, _, L, P, _ = locations.shape
-    fits = locations.shape == (B, Q, H, L, P, 2) and weights.shape == (B, Q, H, L, P) and len(spatial_shapes) == L
-    if not fits or sum(height * width for height, width in spatial_shapes) != S:
-        raise ValueError(
-            f"deformable attention: value {tuple(value.shape)}, spatial_shapes {tuple(spatial_shapes)}, "
-            f"locations {tuple(locations.shape)} and weights {tuple(weights.shape)} do not fit together"
-        )
-    return (S, Q, H, P), np.array(spatial_shapes, dtype=np.int64)
+def _sizes(inputs: Inputs) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """(S, Q, H, P) and the level sizes."""
+    _, S, H, _ = inputs.value.shape
+    _, Q, _, _, P, _ = inputs.offsets.shape
+    return (S, Q, H, P), np.array(inputs.spatial_shapes, dtype=np.int64).reshape(-1, 2)
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
-    if tensor.dtype == torch.float64:
-        raise TypeError("the kernels compute in float32; use msda_reference for float64")
     return tensor.detach().to(torch.float32).contiguous().view(-1).numpy()
 
 

@@ -1,7 +1,7 @@
 """The op `codetr::msda`: kernels behind one schema, with gradients, fake tensors, `torch.compile` and autocast.
 
-Value may be narrower than locations and weights (bfloat16 next to float32, as autocast leaves them): every tensor
-keeps its dtype, gradients included.
+Inputs may differ in dtype (a bfloat16 value next to a float32 reference, as autocast leaves them): every tensor keeps
+its dtype, gradients included. Differentiable once.
 """
 
 from collections.abc import Sequence
@@ -9,33 +9,98 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import msda_reference
+from .inputs import Inputs
 
 
 def msda(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """As `msda_reference`, with the fastest kernel there is for the device and dtype. Differentiable once."""
-    tensors = value, sampling_locations, attention_weights
-    if any(t.device.type != "cpu" or t.dtype == torch.float64 for t in tensors):
-        return msda_reference(value, spatial_shapes, sampling_locations, attention_weights)
-    return _msda(value, [size for shape in spatial_shapes for size in shape], sampling_locations, attention_weights)
+    """As `msda_reference`, by the kernel for the device (Numba: CPU, Triton: CUDA). Raises TypeError for float64."""
+    return _msda(value, _flat(spatial_shapes), None, sampling_locations, attention_weights, None)
+
+
+def deformable_attention(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """As `deformable_attention_reference`, by the kernel for the device. Raises TypeError for float64.
+
+    Neither locations nor weights are written to memory; the backward pass computes them again.
+    """
+    return _msda(value, _flat(spatial_shapes), reference, offsets, logits, padding)
 
 
 @torch.library.custom_op("codetr::msda", mutates_args=(), device_types="cpu")
-def _msda(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+def _msda(
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> Tensor:
     from . import cpu
 
-    return cpu.forward(value, _shapes(sizes), locations, weights)
+    return cpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, padding))
+
+
+@_msda.register_kernel("cuda")
+def _(
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> Tensor:
+    from . import gpu
+
+    return gpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, padding))
 
 
 @torch.library.custom_op("codetr::msda_backward", mutates_args=(), device_types="cpu")
 def _msda_backward(
-    gradient: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor,
+    output: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+    of_reference: bool,
+) -> list[Tensor]:
+    """The gradients of value, offsets and logits, and of reference where it is asked for."""
     from . import cpu
 
-    return cpu.backward(gradient, value, _shapes(sizes), locations, weights)
+    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, padding)
+    return [g for g in cpu.backward(gradient, output, inputs, of_reference) if g is not None]
+
+
+@_msda_backward.register_kernel("cuda")
+def _(
+    gradient: Tensor,
+    output: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+    of_reference: bool,
+) -> list[Tensor]:
+    from . import gpu
+
+    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, padding)
+    return [g for g in gpu.backward(gradient, output, inputs, of_reference) if g is not None]
+
+
+def _flat(spatial_shapes: Sequence[tuple[int, int]]) -> list[int]:
+    return [size for shape in spatial_shapes for size in shape]
 
 
 def _shapes(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -43,26 +108,44 @@ def _shapes(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 @_msda.register_fake
-def _(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+def _(
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> Tensor:
+    return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
 
 @_msda_backward.register_fake
 def _(
-    gradient: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+    gradient: Tensor,
+    output: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+    of_reference: bool,
+) -> list[Tensor]:
+    wanted = (value, offsets, logits, *((reference,) if of_reference and reference is not None else ()))
+    return [tensor.new_empty(tensor.shape) for tensor in wanted]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    value, ctx.sizes, locations, weights = inputs
-    ctx.save_for_backward(value, locations, weights)
+    value, ctx.sizes, reference, offsets, logits, padding = inputs
+    ctx.save_for_backward(output, value, reference, offsets, logits, padding)
 
 
 def _backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
-    value, locations, weights = ctx.saved_tensors
-    g_value, g_locations, g_weights = _msda_backward(gradient, value, ctx.sizes, locations, weights)
-    return g_value, None, g_locations, g_weights
+    output, value, *others = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[2]
+    found = _msda_backward(gradient, output, value, ctx.sizes, *others, wanted)
+    g_value, g_offsets, g_logits = found[:3]
+    return g_value, None, found[3] if wanted else None, g_offsets, g_logits, None
 
 
 _msda.register_autograd(_backward, setup_context=_setup_context)

@@ -25,12 +25,46 @@ def msda_reference(
     # Beyond one cell outside nothing is seen, at any map size, and grid_sample knows what to do with finite numbers.
     grids = torch.where(grids.isfinite(), grids, -2.0).clamp(-2, 3) * 2 - 1
     levels = value.to(dtype).split([height * width for height, width in spatial_shapes], 1)
-    output = grids.new_zeros(())
+    batch, _, heads, channels = value.shape
+    output = grids.new_zeros(batch * heads, channels, sampling_locations.shape[1])
     for level, (maps, shape) in enumerate(zip(levels, spatial_shapes, strict=True)):
         maps = maps.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shape)
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
         weights = attention_weights[:, :, :, level].to(dtype).transpose(1, 2).flatten(0, 1)
         samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         output = output + (samples * weights[:, None]).sum(-1)
-    batch, _, heads, _ = value.shape
     return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+
+
+def deformable_attention_reference(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """`msda_reference` with what comes before it: locations, softmax over levels and points, padded cells as zeros.
+
+    reference: [B, Q, L, 2 or 4], points or boxes (cx, cy, w, h), normalised to the padded map of each level.
+    offsets: [B, Q, H, L, P, 2], see `sampling_locations`. logits: [B, Q, H, L, P]. padding: [B, S], True where value
+    counts as zero. Otherwise as there.
+    """
+    if padding is not None:
+        value = value.masked_fill(padding[..., None, None], 0)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.flatten(3).to(wide).softmax(-1).view(logits.shape)
+    return msda_reference(value, spatial_shapes, sampling_locations(reference, offsets, spatial_shapes), weights)
+
+
+def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Where to sample: offsets count cells around a point, or half box widths over P around a box.
+
+    reference: [B, Q, L, 2 or 4]. offsets: [B, Q, H, L, P, 2]. Returns [B, Q, H, L, P, 2] in [0, 1] of each level,
+    in float32 at the least: bfloat16 cannot name a cell on a large map (Deformable DETR, appendix A.3 and A.4).
+    """
+    reference = reference[:, :, None, :, None].to(torch.promote_types(reference.dtype, torch.float32))
+    if reference.shape[-1] == 2:
+        cells = offsets.new_tensor([(w, h) for h, w in spatial_shapes], dtype=reference.dtype)
+        return reference + offsets / cells[:, None]
+    return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5

@@ -36,10 +36,10 @@ def call(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("wish", "dtype", "said"),
     [
-        ("", torch.float32, "Numba kernel"),
-        ("numba", torch.float32, "Numba kernel"),
-        ("reference", torch.float32, "reference (CODETR_MSDA)"),
-        ("", torch.float64, "reference (the kernels compute in float32)"),
+        ("", torch.float32, "on cpu: numba kernel"),
+        ("numba", torch.float32, "on cpu: numba kernel"),
+        ("reference", torch.float32, "on cpu: reference (CODETR_MSDA)"),
+        ("", torch.float64, "on cpu: reference (it has no float64)"),
     ],
 )
 def test_says_once_what_runs(wish, dtype, said, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
@@ -59,7 +59,9 @@ def test_both_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(fast, call(*args))
 
 
-@pytest.mark.parametrize(("wish", "dtype"), [("cuda", torch.float32), ("numba", torch.float64)])
+@pytest.mark.parametrize(
+    ("wish", "dtype"), [("cuda", torch.float32), ("triton", torch.float32), ("numba", torch.float64)]
+)
 def test_refuses_what_it_cannot_do(wish: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CODETR_MSDA", wish)
     with pytest.raises(UserError, match="CODETR_MSDA"):
