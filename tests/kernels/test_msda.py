@@ -12,17 +12,17 @@ from codetr.kernels.msda.op import _msda
 from torch import Tensor
 
 SHAPES = ((7, 5), (3, 4), (1, 1))
-Inputs = tuple[Tensor, Tensor, Tensor]
+Drawn = tuple[Tensor, Tensor, Tensor]
 
 
-def draw(batch: int, queries: int, heads: int, channels: int, points: int, shapes=SHAPES) -> Inputs:  # type: ignore[no-untyped-def]
+def draw(batch: int, queries: int, heads: int, channels: int, points: int, shapes=SHAPES) -> Drawn:  # type: ignore[no-untyped-def]
     """A quarter of the samples falls onto borders or outside."""
     slots = (batch, queries, heads, len(shapes), points)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels)
     return value, torch.rand(*slots, 2) * 1.6 - 0.3, torch.rand(slots)
 
 
-def run(function, inputs: Inputs, shapes=SHAPES) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+def run(function, inputs: Drawn, shapes=SHAPES) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """Output and gradients, for a gradient that is the same in every precision."""
     value, locations, weights = (t.detach().requires_grad_() for t in inputs)
     output = function(value, shapes, locations, weights)
@@ -30,7 +30,7 @@ def run(function, inputs: Inputs, shapes=SHAPES) -> tuple[Tensor, ...]:  # type:
     return output, *torch.autograd.grad(output, (value, locations, weights), upstream.to(output.dtype))
 
 
-def truth(inputs: Inputs, shapes=SHAPES) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+def truth(inputs: Drawn, shapes=SHAPES) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     value, locations, weights = (t.double() for t in inputs)
     return run(msda_reference, (value, locations, weights), shapes)
 
