@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from toy import environment, make_coco
+from toy import data_overrides, environment, make_coco
 
 import codetr
 
@@ -90,15 +90,7 @@ def test_it_is_fine_tuned_on_other_classes(converted: Path) -> None:
         "train",
         "experiment=official/co_dino_5scale_swin_large_1x_coco",
         *SMALL,
-        "data=custom",
-        "augment@data=small",
-        f"data.root={data}",
-        "data.train_images=train",
-        "data.train_annotations=train.json",
-        "data.val_images=val",
-        "data.val_annotations=val.json",
-        "data.num_workers=0",
-        "data.batch_size=2",
+        *data_overrides(data),
         "model.detector.backbone.pretrained=false",
         "initialise.checkpoint=ours.ckpt",
         "trainer=cpu",

@@ -38,8 +38,8 @@ def make_coco(folder: Path, train: int, val: int, empty: tuple[int, ...] = ()) -
         (folder / f"{split}.json").write_text(json.dumps(content))
 
 
-def overrides(data: Path) -> list[str]:
-    """Of `codetr.train`: seconds on one core."""
+def data_overrides(data: Path) -> list[str]:
+    """What reads the folder that `make_coco` made."""
     return [
         "data=custom",
         "augment@data=small",
@@ -50,6 +50,13 @@ def overrides(data: Path) -> list[str]:
         "data.val_annotations=val.json",
         "data.num_workers=0",
         "data.batch_size=2",
+    ]
+
+
+def overrides(data: Path) -> list[str]:
+    """Of `codetr.train`: seconds on one core."""
+    return [
+        *data_overrides(data),
         "model=co_deformable_tiny",
         "model.width=32",
         "model.num_heads=2",
