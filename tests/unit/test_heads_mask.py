@@ -19,7 +19,7 @@ WIDTH, CLASSES = 8, 3
 
 
 def branch() -> MaskBranch:
-    return MaskBranch(RoIPool(4, 4, 2), WIDTH, 1, CLASSES)
+    return MaskBranch(RoIPool(4, 4, 2), WIDTH, 1, CLASSES, weight=0.7)
 
 
 def pyramid() -> Pyramid:
@@ -90,7 +90,7 @@ def test_loss_is_that_of_the_objects_class_alone() -> None:
         logits = head(levels, torch.tensor([0]), box)[0, label]
         mask = region_masks(goal.masks, goal.valid, torch.tensor([0]), torch.tensor([owner]), box, 8)[0]
         expected.append(binary_cross_entropy_with_logits(logits, mask))
-    torch.testing.assert_close(head.loss(levels, REGIONS, OWNER, goal), torch.stack(expected).mean())
+    torch.testing.assert_close(head.loss(levels, REGIONS, OWNER, goal), 0.7 * torch.stack(expected).mean())
 
 
 def test_nothing_positive_gives_zero_and_the_same_graph() -> None:

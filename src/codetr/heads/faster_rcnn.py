@@ -47,7 +47,6 @@ class FasterRCNNHead(nn.Module):
         nms_iou: float,
         max_detections: int,
         mask: MaskBranch | None = None,
-        mask_weight: float = 0.0,
         priority: Priority | None = None,
     ) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class FasterRCNNHead(nn.Module):
         self.coder = BoxCoder(box_stds)
         self.positive_iou = positive_iou
         self.num_samples, self.most_positive = num_samples, int(num_samples * positive_fraction)
-        self.weights = {"class": class_weight, "giou": giou_weight, "mask": mask_weight}
+        self.weights = {"class": class_weight, "giou": giou_weight}
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
         self.priority = priority
 
@@ -68,10 +67,9 @@ class FasterRCNNHead(nn.Module):
         pooled = self.pool(pyramid, regions.boxes, regions.owner != IGNORED)
         positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.owner, targets)
         logits, deltas = self.box_head(pooled)
-        own = self.losses(logits, deltas, positives)
+        losses |= {term: value * self.weights[term] for term, value in self.losses(logits, deltas, positives).items()}
         if self.mask is not None:
-            own["mask"] = self.mask.loss(pyramid, regions.boxes, regions.owner, targets)
-        losses |= {term: value * self.weights[term] for term, value in own.items()}
+            losses["mask"] = self.mask.loss(pyramid, regions.boxes, regions.owner, targets)
         return HeadOutput(losses, positives)
 
     def sample(self, proposals: Tensor, valid: Tensor, targets: Targets) -> Regions:

@@ -16,12 +16,12 @@ from codetr.types import Pyramid, Targets
 class MaskBranch(nn.Module):
     """RoIAlign, convolutions, one upsampling, and a mask per class of twice the pool's size.
 
-    Loss: cross entropy of every pixel of the positive regions, for the class of their object alone.
+    Loss: cross entropy of every pixel of the positive regions, for the class of their object alone, times `weight`.
     """
 
-    def __init__(self, pool: RoIPool, width: int, num_convs: int, num_classes: int) -> None:
+    def __init__(self, pool: RoIPool, width: int, num_convs: int, num_classes: int, weight: float) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self.weight = pool, weight
         convs = [m for _ in range(num_convs) for m in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True))]
         self.convs = nn.Sequential(*convs)
         self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
@@ -49,7 +49,7 @@ class MaskBranch(nn.Module):
         goal = region_masks(targets.masks, targets.valid, images, owner, boxes, own.shape[-1])
         entropy = binary_cross_entropy_with_logits(own, goal, reduction="none").mean((1, 2))
         count = mean_over_processes(entropy.new_tensor(float(len(entropy)))).clamp(min=1)
-        return entropy.sum() / count
+        return entropy.sum() / count * self.weight
 
 
 @torch.no_grad()
