@@ -173,8 +173,7 @@ def finder(
 
     def find(batch: Batch) -> list[Detections]:
         output = detector(batch.images, batch.padding)
-        prediction = output.predictions[MAIN]
-        last = Prediction(prediction.logits[-1], prediction.boxes[-1])
+        last = output.predictions[MAIN].last
         found = [one.above(score_threshold) for one in postprocess(last, batch.original_sizes)]
         return found if detector.mask_head is None else with_masks(detector, output.memory, found, batch)
 

@@ -15,7 +15,7 @@ from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.optim import Schedule
 from codetr.postprocess import PostProcess
-from codetr.types import MAIN, Batch, Detections, Prediction
+from codetr.types import MAIN, Batch, Detections
 
 
 class DetectionTask(LightningModule):
@@ -107,9 +107,7 @@ class DetectionTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         output = self.detector(batch.images, batch.padding)
-        prediction = output.predictions[MAIN]
-        last = Prediction(prediction.logits[-1], prediction.boxes[-1])
-        detections = self.postprocess(last, batch.original_sizes)
+        detections = self.postprocess(output.predictions[MAIN].last, batch.original_sizes)
         if self.mask_metrics is not None and all("runs" in truth for truth in batch.truth):
             detections = with_masks(self.detector, output.memory, detections, batch)
             self.mask_metrics.update(batch.image_ids, detections, batch.truth)

@@ -127,6 +127,11 @@ class Prediction:
     logits: Tensor
     boxes: Tensor
 
+    @property
+    def last(self) -> Prediction:
+        """That of the last of the stacked layers."""
+        return Prediction(self.logits[-1], self.boxes[-1])
+
 
 @dataclass
 class Proposals:

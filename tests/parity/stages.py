@@ -121,8 +121,7 @@ def detections(bundle: Bundle) -> Iterator[Line]:
     """Every variant of the test settings, in pixels of the original image."""
     memory = bundle.encode()
     main = bundle.detector.queries[MAIN](QueryContext(memory))
-    prediction = bundle.detector.decoder({MAIN: main}, memory)[MAIN]
-    last = Prediction(prediction.logits[-1], prediction.boxes[-1])
+    last = bundle.detector.decoder({MAIN: main}, memory)[MAIN].last
     # What the boxes are normalised by, in pixels of the original image.
     scale = bundle.inputs["scale_factor"][:, :2].flip(1)
     extent = bundle.targets.sizes / scale

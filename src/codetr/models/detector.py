@@ -67,10 +67,8 @@ class Detector(nn.Module):
 
     def _candidates(self, predictions: dict[str, Prediction]) -> Prediction:
         """The last layer's predictions from which the mask head learns."""
-        parts = [predictions[name] for name in self.mask_groups if name in predictions]
-        return Prediction(
-            torch.cat([part.logits[-1] for part in parts], 1), torch.cat([part.boxes[-1] for part in parts], 1)
-        )
+        parts = [predictions[name].last for name in self.mask_groups if name in predictions]
+        return Prediction(torch.cat([part.logits for part in parts], 1), torch.cat([part.boxes for part in parts], 1))
 
     def _ask_sources(self, context: QueryContext) -> None:
         for name, source in self.queries.items():
@@ -79,8 +77,7 @@ class Detector(nn.Module):
 
     def detect(self, images: Tensor, padding: Tensor) -> Prediction:
         """The last layer's predictions of the main group: logits [B, N, K], boxes [B, N, 4]."""
-        prediction = self.forward(images, padding).predictions[MAIN]
-        return Prediction(prediction.logits[-1], prediction.boxes[-1])
+        return self.forward(images, padding).predictions[MAIN].last
 
     @torch.no_grad()
     def detect_with_heads(self, memory: Memory, sizes: Tensor, original_sizes: Tensor) -> dict[str, list[Detections]]:
