@@ -32,8 +32,8 @@ class Detector(nn.Module):
         heads: Mapping[str, nn.Module],
         queries: Mapping[str, nn.Module],
         decoder: nn.Module,
-        mask_head: RefineMaskHead | None = None,
-        mask_groups: tuple[str, ...] = (MAIN,),
+        mask_head: RefineMaskHead | None,
+        mask_groups: tuple[str, ...],
     ) -> None:
         super().__init__()
         if next(iter(queries), None) != MAIN:
