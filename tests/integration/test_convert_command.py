@@ -67,8 +67,8 @@ def test_the_detector_is_the_official_one(official: Path, converted: Path) -> No
     detector.backbone.normalize = lambda images, _: images  # the recorded images are normalised
     with torch.no_grad():
         found = detector.detect(inputs["img"].float(), padding)
-    torch.testing.assert_close(found.logits, forward["cls_logits"][-1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.boxes, forward["boxes"][-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, forward["cls_logits"][-1], rtol=0, atol=7e-6)
+    torch.testing.assert_close(found.boxes, forward["boxes"][-1], rtol=0, atol=1e-6)
 
 
 def test_it_finds_objects_in_pictures(converted: Path) -> None:

@@ -66,16 +66,16 @@ def test_resnet(library: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_swin_of_torchvision(tmp_path: Path) -> None:
     """Stage by stage. Unlike ours, torchvision's windows do not shift on maps of one window, so the image is large."""
-    image = torch.randn(1, 3, 448, 448, generator=torch.Generator().manual_seed(4))
+    image = torch.randn(1, 3, 448, 448, generator=torch.Generator().manual_seed(4)).double()
     model = torchvision.models.swin_t().eval()
     _random_tables(model)
-    backbone = started(converted(model.state_dict(), tmp_path), ["model/backbone=swin_tiny"])
+    backbone = started(converted(model.state_dict(), tmp_path), ["model/backbone=swin_tiny"]).double()
     x, expected = image, []
-    for number, stage in enumerate(model.features):
+    for number, stage in enumerate(model.double().features):
         x = stage(x)
         expected += [x] if number in (3, 5, 7) else []
     for found, level in zip(backbone.body(image), expected, strict=True):
-        torch.testing.assert_close(found, level, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, level, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from codetr.data.transforms import RandomSizeCrop, TransformedDataset, fit_canva
 from codetr.postprocess import PostProcess
 from codetr.types import Prediction
 
+ROUNDED = 5.5e-4  # pixels: half a unit of the third decimal, to which original_size is rounded, and float32's share
+
 # The second resize never enlarges, so that the rounding of the first stays below half a pixel.
 RECIPE = v2.Compose(
     [
@@ -116,7 +118,7 @@ def test_the_original_size_tells_the_scale(painted: CocoDetection) -> None:
                     if inside:
                         uncut += 1
                         file = (truth[label, 2:] - truth[label, :2]).float()
-                        torch.testing.assert_close((box[2:] - box[:2]) * scale, file, atol=1e-3, rtol=1e-4)
+                        torch.testing.assert_close((box[2:] - box[:2]) * scale, file, atol=ROUNDED, rtol=0)
         assert uncut > 20
 
 
@@ -217,18 +219,16 @@ def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -
         assert sample.boxes[sample.labels == 2][0].tolist() == pytest.approx([0, 0, width, height], abs=1e-5)
         painted_boxes = torch.tensor([extent(sample.image[label]) or [0] * 4 for label in range(2)]).float()
         file = torch.tensor(painted.sizes[i])
-        torch.testing.assert_close(
-            torch.tensor(sample.original_size), (96 * file / torch.tensor([height, width])).float(), atol=1e-3, rtol=0.0
-        )
+        original = (96 * file / torch.tensor([height, width])).float()
+        torch.testing.assert_close(torch.tensor(sample.original_size), original, atol=ROUNDED, rtol=0)
         scale = (file / torch.tensor([height, width])).flip(0).repeat(2)
         truth = painted.truth(i)["boxes"]
         assert ((painted_boxes * scale - truth[:2]).abs() <= scale).all()
     logits = torch.full((12, 3, 3), -9.0).diagonal_scatter(torch.full((12, 3), 9.0), dim1=1, dim2=2)
     found = PostProcess(3, None)(Prediction(logits, batch.targets.boxes), batch.original_sizes)
     for i, one in enumerate(found):
-        torch.testing.assert_close(
-            one.boxes_xyxy[one.labels.argsort()], painted.truth(i)["boxes"].float(), atol=1e-3, rtol=0.0
-        )
+        truth = painted.truth(i)["boxes"].float()
+        torch.testing.assert_close(one.boxes_xyxy[one.labels.argsort()], truth, atol=ROUNDED, rtol=0)
 
 
 def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: CocoDetection) -> None:

@@ -26,6 +26,7 @@ from codetr.types import Detections
 CLASSES = ("disc", "ring", "star")
 MASKS = ("+model/head@model.detector.mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
 HEIGHT, WIDTH = 60, 90
+CORNERS = [5, 5, 45, 5, 45, 20, 25, 20, 25, 35, 5, 35]  # of a polygon along the sides of pixels
 PIPELINES = {"resized": v2.Resize(64, max_size=96), "on a canvas": fit_canvas(96, 114)}
 
 
@@ -121,7 +122,7 @@ def painted(tmp_path: Path) -> tuple[Path, Path]:
         pixels = np.random.default_rng(i).integers(0, 256, (6, 9, 3), np.uint8)
         Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(tmp_path / "images" / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH})
-        shape = {"segmentation": [[5, 5, 45, 5, 25, 35]], "bbox": [5, 5, 40, 30], "iscrowd": 0, "area": 600}
+        shape = {"segmentation": [CORNERS], "bbox": [5, 5, 40, 30], "iscrowd": 0, "area": 900}
         many = {"segmentation": None if i else runs, "bbox": [10, 40, 60, 15], "iscrowd": 1, "area": 300}
         for one in (many, shape):
             annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, **one})
@@ -134,13 +135,16 @@ def painted(tmp_path: Path) -> tuple[Path, Path]:
 def test_truth_has_the_run_lengths_of_crowds_too(painted: tuple[Path, Path]) -> None:
     dataset = CocoDetection(*painted, runs=True)
     assert dataset[0].masks is None
+    polygon = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
+    polygon[5:35, 5:25] = polygon[5:20, 25:45] = 1
     for index, area in enumerate((15 * 20, 15 * 60)):
         truth = dataset.truth(index)
         assert truth["iscrowd"].tolist() == [True, False]
-        assert coco_mask.area(truth["runs"]).tolist() == [area, pytest.approx(600, abs=20)]
+        assert coco_mask.area(truth["runs"]).tolist() == [area, 900]
+        assert np.array_equal(coco_mask.decode(truth["runs"][1]), polygon)
     dense = CocoDetection(*painted, masks=True)
     assert "runs" not in dense.truth(0)
-    assert torch.equal(dense[0].masks[0], torch.from_numpy(coco_mask.decode(dataset.truth(0)["runs"][1])))
+    assert torch.equal(dense[0].masks[0], polygon)
 
 
 def test_validation_reads_run_lengths_where_asked(painted: tuple[Path, Path]) -> None:
