@@ -25,13 +25,13 @@ def deformable_attention(
     reference: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None = None,
+    valid_sizes: Tensor | None = None,
 ) -> Tensor:
     """As `deformable_attention_reference`, by the kernel for the device. Raises TypeError for float64.
 
     Neither locations nor weights are written to memory; the backward pass computes them again.
     """
-    return _msda(value, _flat(spatial_shapes), reference, offsets, logits, padding)
+    return _msda(value, _flat(spatial_shapes), reference, offsets, logits, valid_sizes)
 
 
 @torch.library.custom_op("codetr::msda", mutates_args=(), device_types="cpu")
@@ -41,11 +41,11 @@ def _msda(
     reference: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None,
+    valid_sizes: Tensor | None,
 ) -> Tensor:
     from . import cpu
 
-    return cpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, padding))
+    return cpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, valid_sizes))
 
 
 @_msda.register_kernel("cuda")
@@ -55,11 +55,11 @@ def _(
     reference: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None,
+    valid_sizes: Tensor | None,
 ) -> Tensor:
     from . import gpu
 
-    return gpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, padding))
+    return gpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, valid_sizes))
 
 
 @torch.library.custom_op("codetr::msda_backward", mutates_args=(), device_types="cpu")
@@ -71,13 +71,13 @@ def _msda_backward(
     reference: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None,
+    valid_sizes: Tensor | None,
     of_reference: bool,
 ) -> list[Tensor]:
     """The gradients of value, offsets and logits, and of reference where it is asked for."""
     from . import cpu
 
-    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, padding)
+    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, valid_sizes)
     return [g for g in cpu.backward(gradient, output, inputs, of_reference) if g is not None]
 
 
@@ -90,12 +90,12 @@ def _(
     reference: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None,
+    valid_sizes: Tensor | None,
     of_reference: bool,
 ) -> list[Tensor]:
     from . import gpu
 
-    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, padding)
+    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, valid_sizes)
     return [g for g in gpu.backward(gradient, output, inputs, of_reference) if g is not None]
 
 
@@ -114,7 +114,7 @@ def _(
     reference: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None,
+    valid_sizes: Tensor | None,
 ) -> Tensor:
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
@@ -128,7 +128,7 @@ def _(
     reference: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None,
+    valid_sizes: Tensor | None,
     of_reference: bool,
 ) -> list[Tensor]:
     wanted = (value, offsets, logits, *((reference,) if of_reference and reference is not None else ()))
@@ -137,7 +137,7 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     value, ctx.sizes, reference, offsets, logits, padding = inputs
-    ctx.save_for_backward(output, value, reference, offsets, logits, padding)
+    ctx.save_for_backward(output, value, reference, offsets, logits, valid_sizes)
 
 
 def _backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]

@@ -42,16 +42,17 @@ def deformable_attention_reference(
     reference: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor | None = None,
+    valid_sizes: Tensor | None = None,
 ) -> Tensor:
     """`msda_reference` with what comes before it: locations, softmax over levels and points, padded cells as zeros.
 
     reference: [B, Q, L, 2 or 4], points or boxes (cx, cy, w, h), normalised to the padded map of each level.
-    offsets: [B, Q, H, L, P, 2], see `sampling_locations`. logits: [B, Q, H, L, P]. padding: [B, S], True where value
-    counts as zero. Otherwise as there.
+    offsets: [B, Q, H, L, P, 2], see `sampling_locations`. logits: [B, Q, H, L, P]. valid_sizes: [B, L, 2]
+    int32, (height, width) of the upper left part of each map that is not padding; the rest counts as zero, whatever
+    stands there. Otherwise as there.
     """
-    if padding is not None:
-        value = value.masked_fill(padding[..., None, None], 0)
+    if valid_sizes is not None:
+        value = value.masked_fill(padding_of(valid_sizes, spatial_shapes)[..., None, None], 0)
     wide = torch.promote_types(logits.dtype, torch.float32)
     weights = logits.flatten(3).to(wide).softmax(-1).view(logits.shape)
     return msda_reference(value, spatial_shapes, sampling_locations(reference, offsets, spatial_shapes), weights)
@@ -68,3 +69,13 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Seque
         cells = offsets.new_tensor([(w, h) for h, w in spatial_shapes], dtype=reference.dtype)
         return reference + offsets / cells[:, None]
     return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
+
+
+def padding_of(valid_sizes: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """valid_sizes: [B, L, 2] (height, width). Returns [B, S], True on the cells beyond."""
+    parts, device = [], valid_sizes.device
+    for level, (height, width) in enumerate(spatial_shapes):
+        below = torch.arange(height, device=device) >= valid_sizes[:, level, :1]
+        beside = torch.arange(width, device=device) >= valid_sizes[:, level, 1:]
+        parts.append((below[:, :, None] | beside[:, None]).flatten(1))
+    return torch.cat(parts, 1)

@@ -1,8 +1,9 @@
-"""Inputs for deformable attention, and the truth: the reference in float64, whose own truth is in test_msda_reference."""
+"""Inputs for deformable attention, and the truth: the reference in float64 (for its own, see test_msda.py)."""
 
 import torch
 from codetr.kernels.msda import deformable_attention_reference, msda_reference
 from codetr.kernels.msda.inputs import Gradients, Inputs, Shapes
+from codetr.kernels.msda.reference import padding_of
 from torch import Tensor
 
 SHAPES: Shapes = ((7, 5), (3, 4), (1, 1))
@@ -19,7 +20,7 @@ def draw(
     shapes: Shapes = SHAPES,
     padding: bool = True,
 ) -> Inputs:
-    """A quarter of the samples or more falls onto borders or outside. The last rows of padded maps are NaN."""
+    """A quarter of the samples or more falls onto borders or outside. Padding holds NaN."""
     slots = (batch, queries, heads, len(shapes), points)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels)
     if form == "classic":
@@ -28,10 +29,10 @@ def draw(
     offsets = torch.randn(*slots, 2) * (1.5 if form == "points" else points)
     if not padding:
         return Inputs(value, shapes, reference, offsets, torch.randn(slots) * 2, None)
-    padded = torch.cat([torch.arange(h * w) >= w * (h - 1) for h, w in shapes if h * w]).repeat(batch, 1)
-    padded[0] = False
-    value[padded] = torch.nan
-    return Inputs(value, shapes, reference, offsets, torch.randn(slots) * 2, padded)
+    sizes = [[(h, w), (max(h - 1, 0), max(w - 2, 1))] for h, w in shapes]  # of the first image, and of the others
+    valid_sizes = torch.tensor(sizes, dtype=torch.int32).view(-1, 2, 2).transpose(0, 1)[[0] + [1] * (batch - 1)]
+    value[padding_of(valid_sizes, shapes)] = torch.nan
+    return Inputs(value, shapes, reference, offsets, torch.randn(slots) * 2, valid_sizes.contiguous())
 
 
 def upstream(inputs: Inputs) -> Tensor:
@@ -42,10 +43,10 @@ def upstream(inputs: Inputs) -> Tensor:
 
 
 def reference_of(inputs: Inputs) -> Tensor:
-    value, shapes, reference, offsets, logits, padding = inputs
+    value, shapes, reference, offsets, logits, valid_sizes = inputs
     if reference is None:
         return msda_reference(value, shapes, offsets, logits)
-    return deformable_attention_reference(value, shapes, reference, offsets, logits, padding)
+    return deformable_attention_reference(value, shapes, reference, offsets, logits, valid_sizes)
 
 
 def truth(inputs: Inputs) -> tuple[Tensor, Gradients]:

@@ -1,0 +1,112 @@
+"""Compiles the Triton kernels ahead of time, without a GPU: registers, stack (spills), shared memory, atomics.
+
+Writes benchmarks/results/msda_registers.json and .md. `--quick`: head width 32 with boxes alone, as the tests do.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # the interpreter's functions cannot be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+import triton.knobs
+from codetr.kernels.msda import triton_kernels
+from codetr.kernels.msda.gpu import BLOCK_N
+from codetr.kernels.msda.launch import Launch, launch_for_capability
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+RESULTS = Path(__file__).parent / "results" / "msda_registers.json"
+ARCHITECTURES = (80, 90, 100)
+KERNELS = ("forward", "backward", "backward, deterministic", "gather")
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+FORMS = {"classic": 0, "points": 2, "boxes": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: int
+    kernel: str
+    dtype: str  # of value, offsets and logits; reference is float32
+    width: int  # of a head
+    form: str
+
+
+def all_cases(quick: bool) -> list[Case]:
+    widths = (32,) if quick else (8, 16, 32, 64, 128)
+    forms = ("boxes",) if quick else tuple(FORMS)
+    dtypes = tuple(TYPES)[: 2 if quick else 3]
+    return [Case(*case) for case in itertools.product(ARCHITECTURES, KERNELS, dtypes, widths, forms)]
+
+
+def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
+    """As gpu.py launches it: 8 heads, 4 levels, 4 points, padding, the gradient of reference."""
+    name = "backward" if case.kernel.startswith("backward") else case.kernel
+    function = getattr(triton_kernels, f"{name}_kernel")
+    bits = 32 if case.dtype == "float32" else 16
+    launch = launch or launch_for_capability(case.architecture, "forward" if name == "forward" else "backward", bits)
+    block_q, narrow = launch.block_q(case.width), TYPES[case.dtype]
+    pointers = dict.fromkeys(("value", "offsets", "logits", "gradient", "output", "g_offsets", "g_logits"), f"*{narrow}")
+    pointers |= dict.fromkeys(("reference", "g_value", "g_reference", "shares"), "*fp32")
+    pointers |= {"padding": "*u8", "levels": "*i32", "bases": "*i32", "order": "*i64", "starts": "*i64"}
+    constants = {"H": 8, "D": case.width, "L": 4, "P": 4, "FORM": FORMS[case.form], "PADDED": True, "OF_REFERENCE": True}
+    constants |= {"ATOMIC": case.kernel == "backward", "BLOCK_Q": block_q, "BLOCK_D": case.width, "BLOCK_LP": 16}
+    constants |= {"TILE_WIDTH": min(launch.tile_width, block_q), "BLOCK_N": BLOCK_N}
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers or "stride" in name}
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        attrs=aligned,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    options = {"num_warps": 1 if name == "gather" else launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+
+
+def resources(kernel: CompiledKernel) -> dict[str, object]:
+    """registers per thread; stack: bytes per thread, more than 0 means spills; shared: bytes per program; atomics:
+    instruction and how often it stands in the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", said.stdout + said.stderr))
+    atomics = re.findall(r"(?<![a-z])(?:red|atom)\.global[.a-z0-9]+", kernel.asm["ptx"])
+    return {
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]),
+        "shared": kernel.metadata.shared,
+        "atomics": {name: atomics.count(name) for name in sorted(set(atomics))},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="head width 32 with boxes alone")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    cases = []
+    for case in all_cases(given.quick):
+        cases.append({**asdict(case), **resources(compiled(case))})
+        print(json.dumps(cases[-1]), flush=True)
+    record = {"date": date.today().isoformat(), "triton": triton.__version__, "cases": cases}
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
