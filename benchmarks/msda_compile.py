@@ -58,7 +58,7 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
     block_q, narrow = launch.block_q(case.width), TYPES[case.dtype]
     pointers = dict.fromkeys(("value", "offsets", "logits", "gradient", "output", "g_offsets", "g_logits"), f"*{narrow}")
     pointers |= dict.fromkeys(("reference", "g_value", "g_reference", "shares"), "*fp32")
-    pointers |= {"padding": "*u8", "levels": "*i32", "bases": "*i32", "order": "*i64", "starts": "*i64"}
+    pointers |= {"valid_sizes": "*i32", "levels": "*i32", "bases": "*i32", "order": "*i64", "starts": "*i64"}
     constants = {"H": 8, "D": case.width, "L": 4, "P": 4, "FORM": FORMS[case.form], "PADDED": True, "OF_REFERENCE": True}
     constants |= {"ATOMIC": case.kernel == "backward", "BLOCK_Q": block_q, "BLOCK_D": case.width, "BLOCK_LP": 16}
     constants |= {"TILE_WIDTH": min(launch.tile_width, block_q), "BLOCK_N": BLOCK_N}

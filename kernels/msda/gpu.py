@@ -18,7 +18,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> Tensor:
     """[B, Q, H * D] in value's dtype. Computes in float32."""
     inputs = _arranged(inputs)
     value, offsets = inputs.value, inputs.offsets
-    batch, S, H, D = value.shape
+    batch, _, H, D = value.shape
     Q = offsets.shape[1]
     output = value.new_empty(batch, Q, H * D)
     if not output.numel() or not offsets.numel():
@@ -27,7 +27,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> Tensor:
     grid, levels, constants = _plan(inputs, launch)
     with torch.cuda.device_of(value):
         forward_kernel[grid](
-            value, *_optional(inputs), offsets, inputs.logits, levels, output, S, Q, *value.stride()[:3], **constants
+            value, *_optional(inputs), offsets, inputs.logits, levels, output, Q, *value.stride()[:3], **constants
         )
     return output
 
@@ -49,7 +49,7 @@ def backward(
     dtypes = inputs.value.dtype, inputs.reference.dtype if inputs.reference is not None else torch.float32
     inputs = _arranged(inputs)
     value, _, reference, offsets, logits, _ = inputs
-    batch, S, H, _ = value.shape
+    batch, _, H, _ = value.shape
     Q = offsets.shape[1]
     atomic = not (torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic)
     g_value = torch.zeros_like(value, dtype=torch.float32)
@@ -78,7 +78,6 @@ def backward(
                 g_logits,
                 bases,
                 shares,
-                S,
                 Q,
                 num_bases,
                 *value.stride()[:3],
@@ -100,23 +99,22 @@ def _gather(
     (batch, S, H, D), (L, P) = inputs.value.shape, inputs.offsets.shape[3:5]
     bases, order = bases.flatten().sort(stable=True)
     starts = torch.searchsorted(bases, torch.arange(batch * H * num_bases + 1, dtype=torch.int32, device=bases.device))
-    padding, _ = _optional(inputs)
+    valid_sizes, _ = _optional(inputs)
     gather_kernel[(S, batch * H)](
         gradient,
-        padding,
+        valid_sizes,
         levels,
         order,
         starts,
         shares,
         g_value,
-        S,
         num_bases,
         *g_value.stride()[:3],
         H=H,
         D=D,
         L=L,
         P=P,
-        PADDED=inputs.padding is not None,
+        PADDED=inputs.valid_sizes is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=1,
@@ -125,7 +123,7 @@ def _gather(
 
 def _arranged(inputs: Inputs) -> Inputs:
     """Value as [B, S, H, D] or, head by head, as [B, H, S, D] in memory; the rest contiguous."""
-    value, shapes, reference, offsets, logits, padding = inputs
+    value, shapes, reference, offsets, logits, valid_sizes = inputs
     if not value.transpose(1, 2).is_contiguous():
         value = value.contiguous()
     if max(value[0].numel(), 2 * offsets[0].numel()) >= LIMIT:
@@ -138,14 +136,14 @@ def _arranged(inputs: Inputs) -> Inputs:
         None if reference is None else reference.contiguous(),
         offsets.contiguous(),
         logits.contiguous(),
-        None if padding is None else padding.contiguous().view(torch.uint8),
+        None if valid_sizes is None else valid_sizes.contiguous(),
     )
 
 
 def _optional(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Padding and reference; any tensor stands in for one that no kernel will read."""
-    value, _, reference, _, _, padding = inputs
-    return (value if padding is None else padding), (value if reference is None else reference)
+    """Valid sizes and reference; any tensor stands in for one that no kernel will read."""
+    value, _, reference, _, _, valid_sizes = inputs
+    return (value if valid_sizes is None else valid_sizes), (value if reference is None else reference)
 
 
 def _plan(inputs: Inputs, launch: Launch) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
@@ -162,7 +160,7 @@ def _plan(inputs: Inputs, launch: Launch) -> tuple[tuple[int, int], Tensor, dict
         "L": L,
         "P": P,
         "FORM": 0 if inputs.reference is None else inputs.reference.shape[-1],
-        "PADDED": inputs.padding is not None,
+        "PADDED": inputs.valid_sizes is not None,
         "BLOCK_Q": block_q,
         "BLOCK_D": block_d,
         "BLOCK_LP": triton.next_power_of_2(L * P),

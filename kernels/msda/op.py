@@ -136,7 +136,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    value, ctx.sizes, reference, offsets, logits, padding = inputs
+    value, ctx.sizes, reference, offsets, logits, valid_sizes = inputs
     ctx.save_for_backward(output, value, reference, offsets, logits, valid_sizes)
 
 
