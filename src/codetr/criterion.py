@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.errors import UserError
-from codetr.losses import ClassLoss
+from codetr.losses import ClassLoss, giou_loss
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Known, Matching, Output, Prediction, QueryGroup, Targets
@@ -105,7 +105,7 @@ class Criterion(nn.Module):
         if valid is not None:
             classes = classes * valid[None, :, :, None]
         l1 = (boxes - goal.boxes).abs().sum(-1)
-        giou = generalized_box_iou_loss(predicted, truth)
+        giou = giou_loss(predicted, truth)
         return {
             "class": self.focal * classes.sum((1, 2, 3)) / count,
             "l1": self.l1 * l1.where(positive, 0).sum((1, 2)) / count,

@@ -1,7 +1,7 @@
-"""Classification losses, each called with (logits [..., K], labels [...], quality [...]) -> [..., K], elementwise.
+"""Losses of single predictions: of boxes, and of classes.
 
-labels: the class, or -1 for background. quality: in [0, 1], the IoU of the predicted with the target box, without
-gradient; only read where the label is a class. `Focal` does not read it at all.
+The latter are each called with (logits [..., K], labels [...], quality [...]) -> [..., K], elementwise. the class, or -1 for background. quality: in [0, 1], the IoU of the predicted with the target box, without gradient;
+only read where the label is a class. `Focal` does not read it at all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
+
+EPS = 1e-7  # keeps the GIoU of boxes without area finite
+
+
+def giou_loss(boxes: Tensor, goals: Tensor) -> Tensor:
+    """1 - GIoU of corresponding xyxy boxes (Rezatofighi et al. 2019, algorithm 1): [..., 4], [..., 4] -> [...].
+
+    The digits of torchvision's `generalized_box_iou_loss`, which makes the host wait: it indexes by a mask.
+    """
+    low, high = torch.maximum(boxes[..., :2], goals[..., :2]), torch.minimum(boxes[..., 2:], goals[..., 2:])
+    intersection = _area(low, high).where((high > low).all(-1), 0)
+    union = _area(*boxes.split(2, -1)) + _area(*goals.split(2, -1)) - intersection
+    hull = _area(torch.minimum(boxes[..., :2], goals[..., :2]), torch.maximum(boxes[..., 2:], goals[..., 2:]))
+    return 1 - (intersection / (union + EPS) - (hull - union) / (hull + EPS))
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    width, height = (high - low).unbind(-1)
+    return width * height
 
 
 class ClassLoss(Protocol):

@@ -14,7 +14,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
 from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.rt_detr.configuration_rt_detr import RTDetrConfig
 
-from codetr.losses import ClassLoss, Focal, QualityFocal, Varifocal
+from codetr.losses import ClassLoss, Focal, QualityFocal, Varifocal, giou_loss
 
 LOSSES = [Focal(0.25, 2.0), QualityFocal(2.0), Varifocal(0.75, 2.0)]
 
@@ -35,7 +35,7 @@ def elementwise(name: str, pred: Tensor, target: list[Tensor]) -> Tensor:
         case "bce_soft":
             return functional.binary_cross_entropy_with_logits(pred, target[0], reduction="none")
         case "giou":
-            return generalized_box_iou_loss(pred, target[0])
+            return giou_loss(pred, target[0])
         case "l1":
             return (pred - target[0]).abs()
     raise AssertionError(name)
@@ -136,3 +136,21 @@ def test_varifocal_equals_the_transformers_library() -> None:
     quality[0, queries] = box_iou(a, b).diag()
     loss = Varifocal(reference.alpha, reference.gamma)(logits, labels, quality)
     torch.testing.assert_close(loss.sum() / 2, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_giou_loss_equals_torchvisions() -> None:
+    """Also of boxes that touch, that miss each other and that have no area; with its gradient."""
+    torch.manual_seed(0)
+    low = torch.rand(2, 3, 500, 2, dtype=torch.double)
+    boxes, goals = torch.cat([low, low + torch.rand_like(low)], -1)
+    boxes[:, :20, 2:], goals[:, 10:40] = boxes[:, :20, :2], boxes[:, 10:40]
+    goals[:, 40:60, :2] = boxes[:, 40:60, 2:]
+    goals[:, 40:60, 2:] = goals[:, 40:60, :2] + 0.1
+    weight, found = torch.rand(3, 500, dtype=torch.double), []
+    for loss in (giou_loss, generalized_box_iou_loss):
+        ours, theirs = boxes.clone().requires_grad_(), goals.clone().requires_grad_()
+        value = loss(ours, theirs)
+        found.append((value.detach(), *torch.autograd.grad((value * weight).sum(), (ours, theirs))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(found[0][0], found[1][0])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss
 
 from codetr.assign.atss import assign_atss
 from codetr.heads.common import assigned, centerness_target, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
-from codetr.losses import Focal
+from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
@@ -83,7 +82,7 @@ class ATSSHead(nn.Module):
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
         quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
         focal = self.class_loss(logits, found.labels, quality).sum(-1)
-        giou = generalized_box_iou_loss(self.coder.decode(found.boxes_xyxy, deltas), goals)
+        giou = giou_loss(self.coder.decode(found.boxes_xyxy, deltas), goals)
         entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision.ops import generalized_box_iou_loss
 
 from codetr.assign import IGNORED
 from codetr.assign.sampling import Priority
@@ -14,6 +13,7 @@ from codetr.heads.mask import MaskBranch
 from codetr.heads.regions import Regions, sample_regions
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
+from codetr.losses import giou_loss
 from codetr.nn.anchors import BoxCoder, clip
 from codetr.ops.distributed import mean_over_processes
 from codetr.ops.gather import take
@@ -86,7 +86,7 @@ class FasterRCNNHead(nn.Module):
         entropy = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         own = regions.labels.clamp(min=0, max=deltas.shape[2] - 1)[..., None, None].expand(-1, -1, 1, 4)
         boxes = self.coder.decode(regions.boxes_xyxy, deltas.gather(2, own)[:, :, 0])
-        giou = generalized_box_iou_loss(boxes, regions.target_boxes_xyxy)
+        giou = giou_loss(boxes, regions.target_boxes_xyxy)
         return {
             "class": entropy.where(valid, 0).sum() / count,
             "giou": giou.where(regions.positive, 0).sum() / count,

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss
 
 from codetr.assign.fcos import assign_fcos
 from codetr.heads.common import assigned, cell_strides, centerness_target, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
-from codetr.losses import Focal
+from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
@@ -105,7 +104,7 @@ class FCOSHead(nn.Module):
         count = mean_over_processes(positive.sum()).clamp(min=1)
         quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
         focal = self.class_loss(logits, found.labels, quality).sum(-1)
-        giou = generalized_box_iou_loss(around(found.boxes_xyxy, distances), goals)
+        giou = giou_loss(around(found.boxes_xyxy, distances), goals)
         entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision.ops import generalized_box_iou_loss
 
 from codetr.assign.atss import assign_atss
 from codetr.assign.fcos import point_distances
 from codetr.heads.common import assigned, cell_strides, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
 from codetr.heads.fcos import around
-from codetr.losses import QualityFocal
+from codetr.losses import QualityFocal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
@@ -88,7 +87,7 @@ class GFLHead(nn.Module):
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
         weight = logits.detach().sigmoid().amax(-1).where(positive, 0)
         total = mean_over_processes(weight.sum()).clamp(min=1)
-        giou = generalized_box_iou_loss(boxes, goals)
+        giou = giou_loss(boxes, goals)
         center = (anchors[..., :2] + anchors[..., 2:]) / 2
         spread = distribution_focal_loss(distances, point_distances(center, goals)).mean(-1)
         return {

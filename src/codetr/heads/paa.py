@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import generalized_box_iou_loss
 
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.paa import assign_paa
 from codetr.heads.common import assigned, assigned_boxes, assigned_labels, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
-from codetr.losses import Focal
+from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
@@ -98,7 +97,7 @@ class PAAHead(nn.Module):
     def _cost(self, dense: Dense, anchors: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
         """[B, N] what it would cost to make each candidate (label >= 0) a positive."""
         focal = self.class_loss(dense.logits, labels, (labels >= 0).float()).sum(-1)
-        giou = generalized_box_iou_loss(self.coder.decode(anchors, dense.deltas), goals)
+        giou = giou_loss(self.coder.decode(anchors, dense.deltas), goals)
         return (self.weights["class"] * focal + self.weights["giou"] * giou).where(labels >= 0, 0)
 
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
@@ -107,7 +106,7 @@ class PAAHead(nn.Module):
         boxes = self.coder.decode(found.boxes_xyxy, dense.deltas)
         quality = aligned_iou(boxes.detach(), goals).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
-        giou = generalized_box_iou_loss(boxes, goals).where(positive, 0)
+        giou = giou_loss(boxes, goals).where(positive, 0)
         entropy = binary_cross_entropy_with_logits(dense.iou, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count.clamp(min=len(positive)),

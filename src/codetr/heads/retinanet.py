@@ -7,12 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from codetr.assign.max_iou import assign_max_iou
 from codetr.heads.common import assigned, flatten, init_normal
 from codetr.heads.dense import Selection, start_at_prior, tower
-from codetr.losses import Focal
+from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
@@ -80,7 +79,7 @@ class RetinaNetHead(nn.Module):
         focal = self.class_loss(logits, found.labels, positive.float()).sum(-1)
         if self.box_loss == "giou":
             boxes = self.coder.decode(found.boxes_xyxy, deltas)
-            error = generalized_box_iou_loss(boxes, found.target_boxes_xyxy)
+            error = giou_loss(boxes, found.target_boxes_xyxy)
         else:
             error = (deltas - self.coder.encode(found.boxes_xyxy, found.target_boxes_xyxy)).abs().sum(-1)
         return {
