@@ -1,7 +1,8 @@
 """Losses of single predictions: of boxes, and of classes.
 
-The latter are each called with (logits [..., K], labels [...], quality [...]) -> [..., K], elementwise. the class, or -1 for background. quality: in [0, 1], the IoU of the predicted with the target box, without gradient;
-only read where the label is a class. `Focal` does not read it at all.
+The latter are each called with (logits [..., K], labels [...], quality [...]) -> [..., K], elementwise. labels: the
+class, or -1 for background. quality: in [0, 1], the IoU of the predicted with the target box, without gradient; only
+read where the label is a class. `Focal` does not read it at all.
 """
 
 from __future__ import annotations
