@@ -89,14 +89,16 @@ class Batch(_Movable):
 class Memory:
     """The encoder's output, or its input: all levels flattened, finest first.
 
-    tokens: [B, S, C]. position: [B, S, C]. padding: [B, S]. spatial_shapes: (height, width) per level, plain
-    integers. valid_ratios: [B, L, 2] (width, height), the share of each level that is not padding.
+    tokens: [B, S, C]. position: [B, S, C]. padding: [B, S], right and below on each level. spatial_shapes: (height,
+    width) per level, plain integers. valid_sizes: [B, L, 2] int32 (height, width) of the part of each level that is
+    not padding. valid_ratios: [B, L, 2] (width, height), its share of the level.
     """
 
     tokens: Tensor
     position: Tensor
     padding: Tensor
     spatial_shapes: tuple[tuple[int, int], ...]
+    valid_sizes: Tensor
     valid_ratios: Tensor
 
     def levels(self) -> list[Tensor]:

@@ -46,7 +46,8 @@ def memory() -> Memory:
     tokens = torch.randn(BATCH, cells, WIDTH, dtype=torch.double, requires_grad=True)
     padding = torch.zeros(BATCH, cells, dtype=torch.bool)
     padding[1, -2:] = True
-    return Memory(tokens, torch.randn_like(tokens), padding, SHAPES, torch.ones(BATCH, 2, 2, dtype=torch.double))
+    sizes = torch.tensor(SHAPES, dtype=torch.int32).expand(BATCH, -1, -1)
+    return Memory(tokens, torch.randn_like(tokens), padding, SHAPES, sizes, torch.ones(BATCH, 2, 2, dtype=torch.double))
 
 
 def group(size: int, seed: int, **fields: object) -> QueryGroup:

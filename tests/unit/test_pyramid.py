@@ -15,7 +15,9 @@ def memory(*strides: int) -> Memory:
     shapes = tuple((IMAGE[0] // s, IMAGE[1] // s) for s in strides)
     tokens = torch.cat([centres(s).flatten(1).T for s in strides])[None]
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-    return Memory(tokens, torch.zeros_like(tokens), padding, shapes, torch.ones(1, len(strides), 2))
+    return Memory(
+        tokens, torch.zeros_like(tokens), padding, shapes, torch.tensor([shapes]).int(), torch.ones(1, len(strides), 2)
+    )
 
 
 def centres(stride: int) -> Tensor:

@@ -27,7 +27,9 @@ def group(
     valid &= not empty
     targets = Targets(boxes, torch.randint(CLASSES, (2, objects)), valid, torch.full((2, 2), 64))
     nothing = torch.zeros(2, 0, WIDTH)
-    memory = Memory(nothing, nothing, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2))
+    memory = Memory(
+        nothing, nothing, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2).int(), torch.ones(2, 0, 2)
+    )
     source = DenoisingQueries(WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, unused, 1e-6, 1.0)
     made = source(QueryContext(memory, targets))
     return made, targets

@@ -18,8 +18,9 @@ def context() -> QueryContext:
     tokens = torch.randn(BATCH, TOKENS, WIDTH)
     padding = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
     valid = torch.ones(BATCH, 1, dtype=torch.bool)
+    sizes = torch.tensor(SHAPES, dtype=torch.int32).expand(BATCH, -1, -1)
     targets = Targets(torch.full((BATCH, 1, 4), 0.5), valid.long(), valid, torch.full((BATCH, 2), 64))
-    return QueryContext(Memory(tokens, tokens, padding, SHAPES, torch.ones(BATCH, 2, 2)), targets)
+    return QueryContext(Memory(tokens, tokens, padding, SHAPES, sizes, torch.ones(BATCH, 2, 2)), targets)
 
 
 def two_stage(class_agnostic: bool = True) -> TwoStageQueries:

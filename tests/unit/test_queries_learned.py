@@ -16,7 +16,16 @@ WIDTH, QUERIES, BATCH = 8, 5, 2
 def context(dtype: torch.dtype = torch.float32) -> QueryContext:
     tokens = torch.randn(BATCH, 6, WIDTH, dtype=dtype)
     padding = torch.zeros(BATCH, 6, dtype=torch.bool)
-    return QueryContext(Memory(tokens, tokens, padding, ((2, 3),), torch.ones(BATCH, 1, 2)))
+    return QueryContext(
+        Memory(
+            tokens,
+            tokens,
+            padding,
+            ((2, 3),),
+            torch.tensor([[2, 3]]).int().expand(BATCH, 1, 2),
+            torch.ones(BATCH, 1, 2),
+        )
+    )
 
 
 def made(places: str, content: str, indicator: bool) -> tuple[LearnedQueries, QueryGroup]:

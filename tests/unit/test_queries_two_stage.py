@@ -20,6 +20,7 @@ def context() -> QueryContext:
     padding[1] = torch.cat([(torch.arange(6) >= 3).repeat(4), (torch.arange(3) >= 2).repeat(2)])
     ratios = torch.ones(BATCH, 2, 2, dtype=torch.double)
     ratios[1, :, 0] = torch.tensor([3 / 6, 2 / 3])
+    sizes = torch.tensor([SHAPES, ((4, 3), (2, 2))], dtype=torch.int32)
     tokens = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.double)
     targets = Targets(
         torch.full((BATCH, 1, 4), 0.5),
@@ -27,7 +28,7 @@ def context() -> QueryContext:
         torch.ones(BATCH, 1, dtype=torch.bool),
         torch.full((BATCH, 2), 64),
     )
-    return QueryContext(Memory(tokens, tokens, padding, SHAPES, ratios), targets)
+    return QueryContext(Memory(tokens, tokens, padding, SHAPES, sizes, ratios), targets)
 
 
 def source(class_agnostic: bool = True, mixed: bool = True, embed: bool = True) -> TwoStageQueries:

@@ -29,6 +29,7 @@ def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, po
         position=torch.cat([p.flatten(1, 2) for p in positions], 1).to(levels[0].dtype),
         padding=torch.cat([m.flatten(1) for m in masks], 1),
         spatial_shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
+        valid_sizes=torch.stack([_valid_size(m) for m in masks], 1),
         valid_ratios=torch.stack([_valid_ratio(m) for m in masks], 1),
     )
 
@@ -171,6 +172,12 @@ def encoder_reference_points(memory: Memory) -> Tensor:
 def _resize_mask(padding: Tensor, size: torch.Size) -> Tensor:
     """A cell is padding if its top-left pixel is (nearest interpolation)."""
     return F.interpolate(padding[:, None].float(), size=tuple(size)).squeeze(1).bool()
+
+
+def _valid_size(padding: Tensor) -> Tensor:
+    """[B, H, W] -> [B, 2] (height, width) of the cells that are not padding."""
+    valid = ~padding
+    return torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], -1).int()
 
 
 def _valid_ratio(padding: Tensor) -> Tensor:
