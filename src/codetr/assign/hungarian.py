@@ -97,7 +97,8 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
         size = math.prod(shape)
         owners.append(_solve(flat[:size].reshape(shape), counts, problem.repeats))
         flat = flat[size:]
-    packed = torch.from_numpy(np.concatenate([o.ravel() for o in owners])).to(targets.labels.device)
+    packed = torch.from_numpy(np.concatenate([o.ravel() for o in owners]))
+    packed = packed.to(targets.labels.device, non_blocking=True)
     return [
         _targets_of(owner.view(array.shape), targets, problem.class_agnostic)
         for owner, array, problem in zip(packed.split([o.size for o in owners]), owners, problems, strict=True)

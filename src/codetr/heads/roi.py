@@ -9,6 +9,8 @@ from torchvision.ops import roi_align
 from codetr.heads.common import init_normal
 from codetr.types import Pyramid
 
+NOWHERE = -1e4  # pixels: RoIAlign finds nothing, 0, in a box with all its corners here, at any sampling ratio
+
 
 class RoIPool(nn.Module):
     """RoIAlign (Mask R-CNN) of every box on the level that fits its size (FPN, eq. 1); the coarsest is not used.
@@ -29,24 +31,25 @@ class RoIPool(nn.Module):
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> Tensor:
         """boxes: [B, R, 4] xyxy in pixels. valid: [B, R]. Returns [B, R, C, size, size], 0 where not valid."""
-        (index,) = torch.where(valid.flatten())
-        found = self.regions(pyramid, index // boxes.shape[1], boxes.flatten(0, 1)[index])
-        result = found.new_zeros(valid.numel(), *found.shape[1:]).index_copy_(0, index, found)
-        return result.unflatten(0, boxes.shape[:2])
+        images = torch.arange(len(boxes), device=boxes.device)[:, None].expand(valid.shape)
+        boxes = boxes.where(valid[..., None], NOWHERE)
+        return self.regions(pyramid, images.flatten(), boxes.flatten(0, 1)).unflatten(0, valid.shape)
 
     def regions(self, pyramid: Pyramid, images: Tensor, boxes: Tensor) -> Tensor:
-        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. Returns [R, C, size, size]."""
-        rois = torch.cat([images[:, None].to(boxes), boxes], 1)
+        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. Returns [R, C, size, size].
+
+        Every level pools all boxes, those of other levels `NOWHERE`, which is little work: sorting the boxes by level
+        would make the host wait for their numbers.
+        """
         strides = pyramid.strides[:-1]
-        levels = self.levels(boxes, strides)
-        order, pooled = [], []
-        for number, stride in enumerate(strides):
-            (members,) = torch.where(levels == number)
-            features, scale = pyramid.levels[number].to(rois), 1 / stride
-            order.append(members)
-            pooled.append(roi_align(features, rois[members], self.size, scale, self.sampling_ratio, aligned=True))
-        found = torch.cat(pooled)
-        return torch.empty_like(found).index_copy_(0, torch.cat(order), found)
+        levels, image = self.levels(boxes, strides), images[:, None].to(boxes)
+        found = boxes.new_zeros(())
+        for number, (level, stride) in enumerate(zip(pyramid.levels, strides, strict=False)):
+            rois = torch.cat([image, boxes.where((levels == number)[:, None], NOWHERE)], 1)
+            found = roi_align(level.to(rois), rois, self.size, 1 / stride, self.sampling_ratio, aligned=True).add_(
+                found
+            )
+        return found
 
 
 class BoxHead(nn.Module):

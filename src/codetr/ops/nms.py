@@ -14,11 +14,12 @@ def best_after_nms(
     not suppress each other. valid: [B, N]; the others are dropped. iou: suppress above it. Returns
     (index [B, min(count, N)], best first, kept [B, min(count, N)]); places beyond an image's survivors are not kept.
     """
-    images = torch.arange(len(boxes), device=boxes.device)[:, None]
-    images_and_groups = (groups * len(boxes) + images)[valid]
-    survivors = batched_nms(boxes[valid].float(), scores[valid].float(), images_and_groups, iou)
-    kept = torch.zeros_like(valid).flatten()
-    kept[valid.flatten().nonzero()[survivors, 0]] = True
-    kept = kept.view_as(valid)
+    # A box without area suppresses nothing. Dropping it instead would make the host wait for the number that is left,
+    # as suppressing itself does; and image by image torchvision does not begin to sort boxes by group on a GPU.
+    boxes = boxes.float().where(valid[..., None], 0)
+    kept = torch.zeros_like(valid)
+    for image, parts in enumerate(zip(boxes, scores.float(), groups, strict=True)):
+        kept[image].index_fill_(0, batched_nms(*parts, iou), True)
+    kept &= valid
     index = scores.masked_fill(~kept, -torch.inf).topk(min(count, scores.shape[1]), dim=1).indices
     return index, kept.gather(1, index)

@@ -54,7 +54,7 @@ class DenoisingQueries(nn.Module):
         blocks = max(1, self.num_queries // most)
         shape = (batch, blocks, 2 if self.contrastive else 1, most)
         labels = targets.labels[:, None, None].expand(shape)
-        positive = torch.tensor([True, False][: shape[2]], device=labels.device)[:, None].expand(shape)
+        positive = (torch.arange(shape[2], device=labels.device) == 0)[:, None].expand(shape)
         boxes = targets.boxes[:, None, None].expand(*shape, 4)
         noised = move_corners(boxes, positive, self.box_noise) if self.contrastive else jitter(boxes, self.box_noise)
         content, used = self._content(labels), targets.valid[:, None, None].expand(shape)
