@@ -28,6 +28,8 @@ def msda_reference(
     batch, _, heads, channels = value.shape
     output = grids.new_zeros(batch * heads, channels, sampling_locations.shape[1])
     for level, (maps, shape) in enumerate(zip(levels, spatial_shapes, strict=True)):
+        if 0 in shape:
+            continue
         maps = maps.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shape)
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
         weights = attention_weights[:, :, :, level].to(dtype).transpose(1, 2).flatten(0, 1)
@@ -66,8 +68,8 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Seque
     """
     reference = reference[:, :, None, :, None].to(torch.promote_types(reference.dtype, torch.float32))
     if reference.shape[-1] == 2:
-        cells = offsets.new_tensor([(w, h) for h, w in spatial_shapes], dtype=reference.dtype)
-        return reference + offsets / cells[:, None]
+        cells = offsets.new_tensor([(max(w, 1), max(h, 1)) for h, w in spatial_shapes], dtype=reference.dtype)
+        return reference + offsets / cells.view(-1, 1, 2)
     return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
 
 

@@ -1,5 +1,7 @@
 """Inputs for deformable attention, and the truth: the reference in float64 (for its own, see test_msda.py)."""
 
+from collections.abc import Sequence
+
 import torch
 from codetr.kernels.msda import deformable_attention_reference, msda_reference
 from codetr.kernels.msda.inputs import Gradients, Inputs, Shapes
@@ -29,7 +31,9 @@ def draw(
     offsets = torch.randn(*slots, 2) * (1.5 if form == "points" else points)
     if not padding:
         return Inputs(value, shapes, reference, offsets, torch.randn(slots) * 2, None)
-    sizes = [[(h, w), (max(h - 1, 0), max(w - 2, 1))] for h, w in shapes]  # of the first image, and of the others
+    sizes = [
+        [(h, w), (max(h - 1, 0), max(w - 2, min(w, 1)))] for h, w in shapes
+    ]  # of the first image, and of the others
     valid_sizes = torch.tensor(sizes, dtype=torch.int32).view(-1, 2, 2).transpose(0, 1)[[0] + [1] * (batch - 1)]
     value[padding_of(valid_sizes, shapes)] = torch.nan
     return Inputs(value, shapes, reference, offsets, torch.randn(slots) * 2, valid_sizes.contiguous())
@@ -57,7 +61,9 @@ def truth(inputs: Inputs) -> tuple[Tensor, Gradients]:
         if (tensor := getattr(inputs, name)) is not None
     }
     output = reference_of(inputs._replace(**wide))
-    found = torch.autograd.grad(output, list(wide.values()), upstream(inputs).double(), allow_unused=True)
+    found: Sequence[Tensor | None] = [None] * len(wide)  # where there is nothing to sample
+    if output.requires_grad:
+        found = torch.autograd.grad(output, list(wide.values()), upstream(inputs).double(), allow_unused=True)
     gradients = {name: torch.zeros_like(wide[name]) if g is None else g for name, g in zip(wide, found, strict=True)}
     return output.detach(), Gradients(**{"reference": None, **gradients})
 
