@@ -70,7 +70,7 @@ def _arrays(inputs: Inputs, levels: np.ndarray) -> tuple[np.ndarray, ...]:
     if valid_sizes is not None:
         sizes = np.minimum(sizes, valid_sizes.numpy())
     rows = np.empty((0, 0), np.float32) if reference is None else _rows(reference)
-    return _flat(value), np.ascontiguousarray(sizes, np.int64), levels, rows, _flat(offsets), _flat(logits)
+    return _flat(value), np.array(sizes, np.int64, order="C"), levels, rows, _flat(offsets), _flat(logits)
 
 
 def _flat(tensor: Tensor) -> np.ndarray:

@@ -306,7 +306,8 @@ def _scatter_row(q, row, g, P, levels, reference, offsets, weights, maps, g_maps
                 x_sum, x_moment = x_sum + g_x, x_moment + g_x * offsets[i]
                 y_sum, y_moment = y_sum + g_y, y_moment + g_y * offsets[i + 1]
                 mean += weight * g_weight
-            g_offsets[i], g_offsets[i + 1] = g_x * scale_x, g_y * scale_y
+                g_x, g_y = g_x * scale_x, g_y * scale_y
+            g_offsets[i], g_offsets[i + 1] = g_x, g_y
             g_logits[row * N + slot] = g_weight
             slot += 1
         if g_reference.shape[1] > 0:
