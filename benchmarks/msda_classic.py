@@ -31,6 +31,8 @@ RENAMED = {
 
 def build(folder: Path) -> ModuleType:
     """folder: `models/ops/src` of github.com/fundamentalvision/Deformable-DETR. For the card at hand, or sm_90."""
+    if Path("/usr/local/cuda/lib64").exists():  # a compiler on the PATH need not have its libraries beside it
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     from torch.utils import cpp_extension
 
     if not (folder / "vision.cpp").exists():

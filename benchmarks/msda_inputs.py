@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from codetr.kernels.msda.inputs import Inputs, Shapes
+from codetr.kernels.msda.reference import sampling_locations
 from torch import Tensor
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -48,19 +49,12 @@ def initial_offsets() -> Tensor:
 
 
 def draw(
-    case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
-    image: tuple[int, int] = IMAGE,
-    spread: float = 2.0,
-    jitter: float = 0.0,
+    case: Case, dtype: torch.dtype, device: torch.device, image: tuple[int, int] = IMAGE, spread: float = 2.0
 ) -> Inputs:
     """value, offsets and logits in dtype, as autocast leaves them; reference in float32. No padding.
 
     Encoder: points at the cells' centres, offsets as at the start of training plus noise of `spread` cells. Decoder:
-    boxes of 2% to 50% of the image, the same offsets, which count half sizes over P. jitter: noise on the points, in
-    cells of the first map, for comparisons: where a sample falls exactly between two cells, as offsets of 8 bits
-    often do, either one's derivative is right.
+    boxes of 2% to 50% of the image, the same offsets, which count half sizes over P.
     """
     shapes = case.shapes(image)
     size = sum(height * width for height, width in shapes)
@@ -71,12 +65,21 @@ def draw(
         extent = 0.02 * 25 ** torch.rand(case.batch, queries, 2)
         reference = torch.cat([torch.rand(case.batch, queries, 2), extent], -1)
     reference = reference[:, :, None].repeat(1, 1, len(shapes), 1)
-    reference[..., :2] += (torch.rand(reference[..., :2].shape) - 0.5) * jitter / max(shapes[0])
     slots = (case.batch, queries, HEADS, len(shapes), POINTS)
     offsets = initial_offsets()[:, None] + torch.randn(*slots, 2) * spread
     value = torch.randn(case.batch, size, HEADS, CHANNELS)
-    moved = [t.to(device, dtype).contiguous() for t in (value, offsets, torch.randn(slots))]
+    moved = [t.to(device, dtype) for t in (value, offsets, torch.randn(slots))]
     return Inputs(moved[0], shapes, reference.to(device), moved[1], moved[2], None)
+
+
+def without_ambiguous(inputs: Inputs) -> Inputs:
+    """Samples that fall between two cells, where either one's derivative is right, get a weight of zero."""
+    assert inputs.reference is not None
+    sizes = torch.tensor([(width, height) for height, width in inputs.spatial_shapes], device=inputs.value.device)
+    places = sampling_locations(inputs.reference.double(), inputs.offsets.double(), inputs.spatial_shapes)
+    places = places * sizes[:, None] - 0.5
+    ambiguous = ((places - places.round()).abs() < 1e-3).any(-1)
+    return inputs._replace(logits=inputs.logits.masked_fill(ambiguous, -1e4))
 
 
 def hbm_bytes(inputs: Inputs) -> tuple[int, int]:
