@@ -32,7 +32,7 @@ def launch_for(device: torch.device, kernel: str, dtype: torch.dtype) -> Launch:
 @cache
 def launch_for_capability(capability: int, kernel: str, bits: int) -> Launch:
     """The row of the newest architecture in the table that is not newer. capability: 90 for sm_90."""
-    table = json.loads(TABLE.read_text())["launch"]
+    table = json.loads(TABLE.read_text())
     known = [int(name.removeprefix("sm_")) for name in table]
     name = f"sm_{max((one for one in known if one <= capability), default=min(known))}"
     return Launch(**table[name][kernel][f"{bits} bits"])
