@@ -32,8 +32,9 @@ def test_a_stage_is_what_the_official_code_computes(bundle: Bundle, stage: str) 
     lines = list(STAGES[stage](bundle))
     assert len(lines) > 5
     assert [line for line in lines if not line.passes] == []
-    # `check.py` must hold for other bundles too. In these, gradients are equal to float32 but for two parts: the group
-    # norm over one or two cells of the coarsest level, and masks with their thresholds.
+    # `check.py` must hold for other bundles too. In these, gradients are equal to about 1e-5, but for two parts: the
+    # group norm over one or two cells of the coarsest level, and masks with their thresholds; and but for a sample that
+    # rounding puts onto the other side of a cell's border: it moves its layer's offsets by 2e-4, all below by less.
     gradients = [line for line in lines if ": gradient" in line.stage]
     assert bool(gradients) == (stage == "training")
-    assert [one for one in gradients if one.relative > 2e-5 and not re.search("adapter|mask_head", one.stage)] == []
+    assert [one for one in gradients if one.relative > 3e-4 and not re.search("adapter|mask_head", one.stage)] == []

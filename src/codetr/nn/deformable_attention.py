@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from codetr.ops.msda import multi_scale_deformable_attention
+from codetr.ops.msda import deformable_attention
 from codetr.types import Memory
 
 
@@ -41,28 +41,13 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """query: [B, N, C]. reference: [B, N, L, 2 or 4], normalised to the padded map of each level."""
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
         grid = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*grid, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        locations = sampling_locations(reference, offsets, memory.spatial_shapes)
-        sampled = multi_scale_deformable_attention(
-            value.unflatten(-1, (self.num_heads, -1)),
+        sampled = deformable_attention(
+            self.value_proj(memory.tokens).unflatten(-1, (self.num_heads, -1)),
             memory.spatial_shapes,
-            locations,
-            weights.unflatten(-1, grid[1:]),
+            reference,
+            self.sampling_offsets(query).unflatten(-1, (*grid, 2)),
+            self.attention_weights(query).unflatten(-1, grid),
+            memory.valid_sizes,
         )
         return self.output_proj(sampled)
-
-
-def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Where to sample: offsets count cells around a point, or half box widths over P around a box.
-
-    reference: [B, N, L, 2 or 4]. offsets: [B, N, H, L, P, 2]. Returns [B, N, H, L, P, 2] in [0, 1] of each level,
-    in float32 at the least: bfloat16 cannot name a cell on a large map.
-    """
-    reference = reference[:, :, None, :, None].to(torch.promote_types(reference.dtype, torch.float32))
-    if reference.shape[-1] == 2:
-        cells = offsets.new_tensor([(w, h) for h, w in spatial_shapes], dtype=reference.dtype)
-        return reference + offsets / cells[:, None]
-    return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5

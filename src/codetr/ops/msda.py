@@ -24,19 +24,20 @@ def deformable_attention(
     reference: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    padding: Tensor,
+    valid_sizes: Tensor,
 ) -> Tensor:
     """What each query sees around its reference, summed with weights (Deformable DETR, sec. 4.1, eq. 3).
 
     value: [B, S, H, D]. spatial_shapes: (height, width) per level, plain integers. reference: [B, Q, L, 2 or 4],
     points or boxes (cx, cy, w, h), normalised to each level. offsets: [B, Q, H, L, P, 2], in cells around points, in
     half sizes over P around boxes. logits: [B, Q, H, L, P]; the weights are their softmax over levels and points.
-    padding: [B, S], True where value counts as zero. Returns [B, Q, H * D] in value's dtype.
+    valid_sizes: [B, L, 2] int32, (height, width) of the part of each level that is not padding; the rest counts as
+    zero. Returns [B, Q, H * D] in value's dtype.
 
     The environment variable CODETR_MSDA=reference|numba|triton overrides the choice; a UserError where that cannot be.
     """
     run = attention_kernel if _use_kernel(value, reference, offsets, logits) else deformable_attention_reference
-    return run(value, spatial_shapes, reference, offsets, logits, padding)
+    return run(value, spatial_shapes, reference, offsets, logits, valid_sizes)
 
 
 def multi_scale_deformable_attention(
