@@ -23,6 +23,7 @@ import triton.knobs
 from codetr.kernels.msda import triton_kernels
 from codetr.kernels.msda.gpu import BLOCK_N
 from codetr.kernels.msda.launch import Launch, launch_for_capability
+from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -30,6 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "msda_registers.json"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("forward", "backward", "backward, deterministic", "gather")
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+WIDTHS = (8, 16, 64, 128)
 FORMS = {"classic": 0, "points": 2, "boxes": 4}
 
 
@@ -43,10 +45,11 @@ class Case:
 
 
 def all_cases(quick: bool) -> list[Case]:
-    widths = (32,) if quick else (8, 16, 32, 64, 128)
-    forms = ("boxes",) if quick else tuple(FORMS)
-    dtypes = tuple(TYPES)[: 2 if quick else 3]
-    return [Case(*case) for case in itertools.product(ARCHITECTURES, KERNELS, dtypes, widths, forms)]
+    """Every head width with boxes, every form at 32; float16 once, which costs what bfloat16 does."""
+    product = itertools.product(ARCHITECTURES, KERNELS, ("float32", "bfloat16"))
+    kinds = [("boxes", 32)] if quick else [(form, 32) for form in FORMS] + [("boxes", width) for width in WIDTHS]
+    cases = [Case(*one, width, form) for one in product for form, width in kinds]
+    return cases if quick else [*cases, *(Case(90, kernel, "float16", 32, "boxes") for kernel in KERNELS)]
 
 
 def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
@@ -56,10 +59,20 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
     bits = 32 if case.dtype == "float32" else 16
     launch = launch or launch_for_capability(case.architecture, "forward" if name == "forward" else "backward", bits)
     block_q, narrow = launch.block_q(case.width), TYPES[case.dtype]
-    pointers = dict.fromkeys(("value", "offsets", "logits", "gradient", "output", "g_offsets", "g_logits"), f"*{narrow}")
+    pointers = dict.fromkeys(
+        ("value", "offsets", "logits", "gradient", "output", "g_offsets", "g_logits"), f"*{narrow}"
+    )
     pointers |= dict.fromkeys(("reference", "g_value", "g_reference", "shares"), "*fp32")
     pointers |= {"valid_sizes": "*i32", "levels": "*i32", "bases": "*i32", "order": "*i64", "starts": "*i64"}
-    constants = {"H": 8, "D": case.width, "L": 4, "P": 4, "FORM": FORMS[case.form], "PADDED": True, "OF_REFERENCE": True}
+    constants = {
+        "H": 8,
+        "D": case.width,
+        "L": 4,
+        "P": 4,
+        "FORM": FORMS[case.form],
+        "PADDED": True,
+        "OF_REFERENCE": True,
+    }
     constants |= {"ATOMIC": case.kernel == "backward", "BLOCK_Q": block_q, "BLOCK_D": case.width, "BLOCK_LP": 16}
     constants |= {"TILE_WIDTH": min(launch.tile_width, block_q), "BLOCK_N": BLOCK_N}
     names = function.arg_names
@@ -100,12 +113,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    cases = []
-    for case in all_cases(given.quick):
-        cases.append({**asdict(case), **resources(compiled(case))})
-        print(json.dumps(cases[-1]), flush=True)
+    cases = [{**asdict(case), **resources(compiled(case))} for case in track(all_cases(given.quick), "compiling")]
     record = {"date": date.today().isoformat(), "triton": triton.__version__, "cases": cases}
     given.out.write_text(json.dumps(record, indent=1) + "\n")
+    if not given.quick:
+        given.out.with_suffix(".md").write_text(table(record))
+
+
+def table(record: dict) -> str:
+    """A line for each kernel and architecture: from the narrowest to the widest head, all forms."""
+    lines = ["| kernel | type | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |", "|---" * 5 + "|"]
+    for kernel, dtype in itertools.product(KERNELS, ("float32", "bfloat16")):
+        cells = []
+        for architecture in ARCHITECTURES:
+            own = [
+                c
+                for c in record["cases"]
+                if (c["architecture"], c["kernel"], c["dtype"]) == (architecture, kernel, dtype)
+            ]
+            ranges = [sorted(c[name] for c in own) for name in ("registers", "stack", "shared")]
+            cells.append(" / ".join(str(r[0]) if r[0] == r[-1] else f"{r[0]}-{r[-1]}" for r in ranges))
+        lines.append(f"| {kernel} | {dtype} | " + " | ".join(cells) + " |")
+    about = "Registers per thread / bytes of stack per thread (spills) / bytes of shared memory per program, over head"
+    about += f" widths 8 to 128 and all forms. `python benchmarks/msda_compile.py`, {record['date']}, Triton {record['triton']}."
+    return "\n".join([*lines, "", about]) + "\n"
 
 
 if __name__ == "__main__":

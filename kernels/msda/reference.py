@@ -68,7 +68,8 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Seque
     """
     reference = reference[:, :, None, :, None].to(torch.promote_types(reference.dtype, torch.float32))
     if reference.shape[-1] == 2:
-        cells = offsets.new_tensor([(max(w, 1), max(h, 1)) for h, w in spatial_shapes], dtype=reference.dtype)
+        sizes = torch.tensor([(max(w, 1), max(h, 1)) for h, w in spatial_shapes], dtype=reference.dtype)
+        cells = sizes.to(offsets.device, non_blocking=True)
         return reference + offsets / cells.view(-1, 1, 2)
     return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
 

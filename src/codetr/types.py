@@ -20,17 +20,22 @@ from torchvision.ops import box_convert
 
 @dataclass
 class _Movable:
-    """`.to(device)` and `.pin_memory()` for a dataclass of tensors, so that Lightning moves it like a tensor."""
+    """`.to(device)` and `.pin_memory()` for a dataclass of tensors, so that Lightning moves it like a tensor.
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self)(**{f.name: _apply(getattr(self, f.name), "to", args, kwargs) for f in fields(self)})
+    What is pinned is copied while the device works: Lightning asks for that with plain tensors only.
+    """
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking or value.is_pinned())
+            return value.to(device, non_blocking) if isinstance(value, _Movable) else value
+
+        return type(self)(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     def pin_memory(self) -> Any:
-        return type(self)(**{f.name: _apply(getattr(self, f.name), "pin_memory", (), {}) for f in fields(self)})
-
-
-def _apply(value: Any, method: str, args: tuple, kwargs: dict) -> Any:
-    return getattr(value, method)(*args, **kwargs) if isinstance(value, (Tensor, _Movable)) else value
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{k: v.pin_memory() if isinstance(v, (Tensor, _Movable)) else v for k, v in parts.items()})
 
 
 @dataclass

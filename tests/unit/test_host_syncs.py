@@ -29,7 +29,6 @@ CO_DINO = (
 MATCHER = ("assign/hungarian.py", "match", "aten::_to_copy")
 SUPPRESSION = ("ops/nms.py", "best_after_nms", "torchvision::nms")
 COLLABORATIVE = ("queries/collaborative.py", "CollaborativeQueries._choose", "aten::_local_scalar_dense")
-SINE = ("nn/position.py", "sine_reference", "aten::_to_copy")
 IMAGES = 2
 # What is left, how often in a step, and why.
 LEFT = {
@@ -37,7 +36,6 @@ LEFT = {
     SUPPRESSION: IMAGES,  # torchvision returns as many boxes as it keeps
     ("ops/nms.py", "best_after_nms", "aten::_to_copy"): IMAGES,  # and sends the number 1 to the device
     COLLABORATIVE: 2,  # one per head: padded to `max_queries`, a step of the demo takes 30 % longer
-    SINE: 4,  # sends the order of its coordinates to the device
 }
 ATTENTION = ("nn/deformable_attention.py", "ops/msda.py")  # its reference stands in for a kernel, which sends nothing
 
@@ -95,7 +93,7 @@ def test_a_step_of_co_dino_waits_where_it_must_and_nowhere_else() -> None:
 def test_one_stage_heads_do_not_wait(head: str) -> None:
     """Only their queries' number and the matcher do."""
     places, _ = waits(*CO_DINO, f"model/collaborator=[{head}]")
-    assert places == Counter({MATCHER: 1, COLLABORATIVE: 1, SINE: 3})
+    assert places == Counter({MATCHER: 1, COLLABORATIVE: 1})
 
 
 X = torch.arange(8.0).view(4, 2)

@@ -41,9 +41,9 @@ def sine_reference(reference: Tensor, features_per_coordinate: int, temperature:
     reference: [..., 2 or 4] in (cx, cy[, w, h]). order: the coordinates to encode, e.g. "xywh" or "yxwh".
     Returns [..., len(order) * features_per_coordinate].
     """
-    columns = torch.tensor(["xywh".index(c) for c in order], device=reference.device)
     frequencies = _frequencies(features_per_coordinate, temperature, reference.device)
-    angles = reference.float().index_select(-1, columns)[..., None] * (2 * math.pi) / frequencies
+    columns = torch.stack([reference[..., "xywh".index(c)] for c in order], -1)
+    angles = columns.float()[..., None] * (2 * math.pi) / frequencies
     return _interleave(angles).flatten(-2).to(reference.dtype)
 
 

@@ -1,0 +1,41 @@
+"""What the compiler makes of the Triton kernels for three architectures, without a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "benchmarks" / "msda_compile.py"
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """A process of its own: where the interpreter is on, nothing can be compiled."""
+    out = tmp_path_factory.mktemp("compiled") / "registers.json"
+    subprocess.run([sys.executable, TOOL, "--quick", "--out", out], check=True, capture_output=True)
+    return json.loads(out.read_text())["cases"]
+
+
+def test_nothing_is_spilled(cases: list[dict]) -> None:
+    assert {case["architecture"] for case in cases} == {80, 90, 100}
+    assert [case for case in cases if case["stack"] > 0] == []
+
+
+def test_four_channels_an_atomic_from_hopper_on(cases: list[dict]) -> None:
+    """Scalar atomics are four times the instructions; Ampere has no others."""
+    for case in cases:
+        names = case["atomics"].keys()
+        if case["kernel"] != "backward":
+            assert not names
+        else:
+            assert names
+            assert all(name.endswith(".v4.f32") == (case["architecture"] >= 90) for name in names)
+
+
+def test_room_for_many_warps(cases: list[dict]) -> None:
+    """Loads hide behind other warps: how many programs of four warps fit into a multiprocessor's 65536 registers."""
+    for case in cases:
+        programs = 65536 // (128 * case["registers"])
+        assert programs >= (5 if case["kernel"] == "forward" else 2), case
