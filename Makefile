@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUNDLES ?= tests/data/bundles/*
+# Of another machine: a Python that has the packages but not codetr.
+GPU_PYTHON ?= $(BIN)/python
 # Cached byte code makes every later start ten seconds faster.
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format bench measure readme wheel lock clean
+.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format bench gpu tune links measure readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +60,27 @@ bench: install ## CPU benchmarks side by side; results in benchmarks/results
 	$(BIN)/python benchmarks/matcher.py
 	$(BIN)/python benchmarks/step_cost.py groups
 	$(BIN)/python benchmarks/step_cost.py heads
+
+# Beside a Python that is not ours codetr lies as links, laid out as an installation would.
+ifneq ($(GPU_PYTHON),$(BIN)/python)
+gpu tune: export PYTHONPATH := $(CURDIR)/build/site:$(PYTHONPATH)
+gpu tune: links
+else
+gpu tune: install
+endif
+
+links:
+	rm -rf build/site && mkdir -p build/site/codetr/kernels
+	ln -s $(filter-out %/kernels %/__pycache__,$(wildcard $(CURDIR)/src/codetr/*)) $(CURDIR)/conf build/site/codetr
+	ln -s $(CURDIR)/src/codetr/kernels/__init__.py $(CURDIR)/kernels/* build/site/codetr/kernels
+
+gpu: ## On a CUDA machine: kernel tests, benchmarks (GPU_PYTHON=python3, CLASSIC=.../models/ops/src)
+	$(GPU_PYTHON) -m pytest -W default tests/kernels
+	$(GPU_PYTHON) benchmarks/msda_gpu.py $(if $(CLASSIC),--classic $(CLASSIC))
+	$(GPU_PYTHON) benchmarks/training_step.py
+
+tune: ## On a CUDA machine: the fastest launch constants into kernels/msda/launch.json
+	$(GPU_PYTHON) benchmarks/msda_tune.py
 
 measure: install ## `make demo` from a fresh clone, twice: time, mAP, the same digits
 	$(BIN)/python benchmarks/demo.py --repeat 2
