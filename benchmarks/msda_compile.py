@@ -58,7 +58,8 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
     function = getattr(triton_kernels, f"{name}_kernel")
     bits = 32 if case.dtype == "float32" else 16
     launch = launch or launch_for_capability(case.architecture, "forward" if name == "forward" else "backward", bits)
-    block_q, narrow = launch.block_q(case.width), TYPES[case.dtype]
+    block_d = max(case.width, 16) if name == "backward" else case.width
+    block_q, narrow = launch.block_q(block_d), TYPES[case.dtype]
     pointers = dict.fromkeys(
         ("value", "offsets", "logits", "gradient", "output", "g_offsets", "g_logits"), f"*{narrow}"
     )
@@ -73,7 +74,7 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
         "PADDED": True,
         "OF_REFERENCE": True,
     }
-    constants |= {"ATOMIC": case.kernel == "backward", "BLOCK_Q": block_q, "BLOCK_D": case.width, "BLOCK_LP": 16}
+    constants |= {"ATOMIC": case.kernel == "backward", "BLOCK_Q": block_q, "BLOCK_D": block_d, "BLOCK_LP": 16}
     constants |= {"TILE_WIDTH": min(launch.tile_width, block_q), "BLOCK_N": BLOCK_N}
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
@@ -135,7 +136,8 @@ def table(record: dict) -> str:
             cells.append(" / ".join(str(r[0]) if r[0] == r[-1] else f"{r[0]}-{r[-1]}" for r in ranges))
         lines.append(f"| {kernel} | {dtype} | " + " | ".join(cells) + " |")
     about = "Registers per thread / bytes of stack per thread (spills) / bytes of shared memory per program, over head"
-    about += f" widths 8 to 128 and all forms. `python benchmarks/msda_compile.py`, {record['date']}, Triton {record['triton']}."
+    about += " widths 8 to 128 and all forms. `python benchmarks/msda_compile.py`,"
+    about += f" {record['date']}, Triton {record['triton']}."
     return "\n".join([*lines, "", about]) + "\n"
 
 

@@ -58,7 +58,7 @@ def backward(
     g_reference = value.new_zeros(batch, Q, H, *(reference.shape[2:] if of_reference else (0,)), dtype=torch.float32)
     if output.numel() and offsets.numel():
         launch = launch or launch_for(value.device, "backward", value.dtype)
-        grid, levels, constants = _plan(inputs, launch)
+        grid, levels, constants = _plan(inputs, launch, 3 * offsets.shape[4] + 4)
         num_bases = sum((height + 1) * (width + 1) for height, width in inputs.spatial_shapes)
         bases = offsets.new_empty(logits.shape if not atomic else (0,), dtype=torch.int32)
         shares = offsets.new_empty((*bases.shape, 4), dtype=torch.float32)
@@ -146,11 +146,11 @@ def _optional(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return (value if valid_sizes is None else valid_sizes), (value if reference is None else reference)
 
 
-def _plan(inputs: Inputs, launch: Launch) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
+def _plan(inputs: Inputs, launch: Launch, columns: int = 1) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
     """Grid (programs, images x heads: one pair after the other, so that few maps are in the cache at a time), table of
-    levels, and constants of both kernels."""
+    levels, and constants of both kernels. columns: that a tile has at least."""
     (batch, S, H, D), (_, Q, _, L, P, _) = inputs.value.shape, inputs.offsets.shape
-    block_d = triton.next_power_of_2(D)
+    block_d = triton.next_power_of_2(max(D, columns))
     block_q = launch.block_q(block_d)
     tile_width = min(launch.tile_width, block_q) if Q == S else 0
     levels, tiles = level_table(inputs.spatial_shapes, block_q, tile_width, inputs.value.device)

@@ -106,6 +106,12 @@ def look_up(value, x, y, first, width, valid_height, valid_width, exists, channe
 
 
 @triton.jit
+def put(tile, numbers, column):
+    """One number for each row into a column."""
+    return tl.where((tl.arange(0, tile.shape[1]) == column)[None, :], numbers[:, None], tile)
+
+
+@triton.jit
 def forward_kernel(
     value,
     valid_sizes,
@@ -209,7 +215,7 @@ def backward_kernel(
 ):
     """Every gradient of a block of queries. g_reference: [B, Q, H, L, FORM], a part per head.
 
-    ATOMIC: that of value is added to g_value (float32, value's strides, zero before). Otherwise the base cell of each
+    BLOCK_D >= 3 * P + 4, see below. ATOMIC: that of value is added to g_value (float32, value's strides, zero before). Otherwise the base cell of each
     sample and the shares of its four corners are written to bases and shares, for `gather_kernel`.
     """
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -245,6 +251,9 @@ def backward_kernel(
             valid_height, valid_width = tl.load(valid_sizes + level * 2), tl.load(valid_sizes + level * 2 + 1)
         centre_x, centre_y, scale_x, scale_y = rule_of(reference, query, level, exists, height, width, L, P, FORM)
         at = (row * L + level) * P
+        # What is found for each query is collected in the columns of a tile that lies in registers as values do: a
+        # store of one number for each query would move it between threads, with barriers, twelve times a level.
+        found = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         g_cx = tl.zeros([BLOCK_Q], tl.float32)
         g_cy = tl.zeros([BLOCK_Q], tl.float32)
         g_w = tl.zeros([BLOCK_Q], tl.float32)
@@ -266,11 +275,11 @@ def backward_kernel(
             g_y = weight * (lower - upper)
             seen = base >= 0  # what is not seen may have a reference or an offset that is not finite
             g_dx, g_dy = tl.where(seen, g_x * scale_x, 0), tl.where(seen, g_y * scale_y, 0)
-            tl.store(g_offsets + at * 2 + 2 * point, g_dx.to(g_offsets.dtype.element_ty), mask=exists)
-            tl.store(g_offsets + at * 2 + (2 * point + 1), g_dy.to(g_offsets.dtype.element_ty), mask=exists)
             if FORM != 0:
                 g_weight = weight * (g_weight - mean)
-            tl.store(g_logits + at + point, g_weight.to(g_logits.dtype.element_ty), mask=exists)
+            found = put(found, g_dx, 2 * point)
+            found = put(found, g_dy, 2 * point + 1)
+            found = put(found, g_weight, 2 * P + point)
             if OF_REFERENCE:
                 g_cx += g_x
                 g_cy += g_y
@@ -292,13 +301,21 @@ def backward_kernel(
                 tl.store(shares + at * 4 + (4 * point + 1), w01, mask=exists)
                 tl.store(shares + at * 4 + (4 * point + 2), w10, mask=exists)
                 tl.store(shares + at * 4 + (4 * point + 3), w11, mask=exists)
+        columns = exists[:, None] & (channel < 2 * P)[None, :]
+        place = (at * 2)[:, None] + channel[None, :]
+        tl.store(g_offsets + place, found.to(g_offsets.dtype.element_ty), mask=columns)
+        columns = exists[:, None] & ((channel >= 2 * P) & (channel < 3 * P))[None, :]
+        place = (at - 2 * P)[:, None] + channel[None, :]
+        tl.store(g_logits + place, found.to(g_logits.dtype.element_ty), mask=columns)
         if OF_REFERENCE:
-            part = g_reference + (row * L + level) * FORM
-            tl.store(part, g_cx * width, mask=exists)
-            tl.store(part + 1, g_cy * height, mask=exists)
+            found = put(found, g_cx * width, 3 * P)
+            found = put(found, g_cy * height, 3 * P + 1)
             if FORM == 4:
-                tl.store(part + 2, g_w * (width * (0.5 / P)), mask=exists)
-                tl.store(part + 3, g_h * (height * (0.5 / P)), mask=exists)
+                found = put(found, g_w * (width * (0.5 / P)), 3 * P + 2)
+                found = put(found, g_h * (height * (0.5 / P)), 3 * P + 3)
+            columns = exists[:, None] & ((channel >= 3 * P) & (channel < 3 * P + FORM))[None, :]
+            place = ((row * L + level) * FORM - 3 * P)[:, None] + channel[None, :]
+            tl.store(g_reference + place, found, mask=columns)
 
 
 @triton.jit
