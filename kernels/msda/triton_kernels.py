@@ -215,8 +215,9 @@ def backward_kernel(
 ):
     """Every gradient of a block of queries. g_reference: [B, Q, H, L, FORM], a part per head.
 
-    BLOCK_D >= 3 * P + 4, see below. ATOMIC: that of value is added to g_value (float32, value's strides, zero before). Otherwise the base cell of each
-    sample and the shares of its four corners are written to bases and shares, for `gather_kernel`.
+    BLOCK_D >= 3 * P + 4, see below. ATOMIC: that of value is added to g_value (float32, value's strides, zero before).
+    Otherwise the base cell of each sample and the shares of its four corners are written to bases and shares, for
+    `gather_kernel`.
     """
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     query, exists = queries_of(tl.program_id(0), levels, Q, L, BLOCK_Q, TILE_WIDTH)

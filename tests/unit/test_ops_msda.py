@@ -4,14 +4,17 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from codetr.errors import UserError
+from codetr.nn.deformable_attention import DeformableAttention
 from codetr.ops import msda as door
-from codetr.ops.msda import multi_scale_deformable_attention
+from codetr.ops.msda import deformable_attention, multi_scale_deformable_attention
+from codetr.types import Memory
 
 SHAPES = ((4, 3), (2, 2))
 
@@ -54,9 +57,18 @@ def test_says_once_what_runs(wish, dtype, said, monkeypatch, caplog) -> None:  #
 
 def test_both_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs()
-    fast = call(*args)
+    sizes = torch.tensor([[[3, 3], [2, 1]]], dtype=torch.int32)
+
+    def both() -> tuple[Tensor, Tensor]:
+        value, offsets, logits = args
+        return call(*args), deformable_attention(value, SHAPES, torch.rand(1, 3, 2, 4), offsets, logits, sizes)
+
+    torch.manual_seed(0)
+    fast = both()
     monkeypatch.setenv("CODETR_MSDA", "reference")
-    torch.testing.assert_close(fast, call(*args))
+    torch.manual_seed(0)
+    for own, expected in zip(fast, both(), strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 @pytest.mark.parametrize(
@@ -78,17 +90,58 @@ def test_warns_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
         call(*args)
 
 
-def test_export_has_no_custom_op() -> None:
-    class Attend(torch.nn.Module):
-        def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-            return call(value, locations, weights)
+class Attend(torch.nn.Module):
+    """Deformable attention as a decoder's layer has it, and the classic form of the same."""
 
-    args = inputs()
-    program = torch.export.export(Attend(), args)
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width=16, num_heads=2, num_levels=2, num_points=2)
+
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        value, locations, weights = (
+            memory.tokens.unflatten(-1, (2, 8)),
+            reference[:, :, None, :, None, :2],
+            query[..., :8],
+        )
+        slots = weights.unflatten(-1, (2, 2, 2))
+        classic = multi_scale_deformable_attention(value, SHAPES, locations.expand(*slots.shape, 2), slots)
+        return self.attention(query, reference, memory), classic
+
+
+def attend_inputs() -> tuple[Tensor, Tensor, Memory]:
+    tokens, sizes = torch.rand(1, 16, 16), torch.tensor([[[3, 3], [2, 1]]], dtype=torch.int32)
+    memory = Memory(tokens, tokens, torch.zeros(1, 16, dtype=torch.bool), SHAPES, sizes, torch.ones(1, 2, 2))
+    return torch.rand(1, 3, 16), torch.rand(1, 3, 2, 4), memory
+
+
+def test_export_has_no_custom_op() -> None:
+    """Other runtimes know `grid_sample`."""
+    attend, (query, reference, memory) = Attend(), attend_inputs()
+
+    class Plain(torch.nn.Module):  # an export takes no dataclasses
+        def forward(self, query: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            return attend(query, reference, replace(memory, tokens=tokens))
+
+    program = torch.export.export(Plain(), (query, reference, memory.tokens), strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert any("grid_sampler" in t for t in targets)
     assert not any("codetr" in t for t in targets)
-    torch.testing.assert_close(program.module()(*args), call(*args))
+    found = program.module()(query, reference, memory.tokens)
+    for own, expected in zip(found, attend(query, reference, memory), strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+def test_compiles_into_one_graph() -> None:
+    """With its gradients, and without a word in between."""
+    attend, args = Attend(), attend_inputs()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, attend):
+        outputs = function(*args)
+        gradients = torch.autograd.grad(sum(o.sum() for o in outputs), list(attend.parameters()))
+        results.append((*outputs, *gradients))
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 def test_import_is_light() -> None:

@@ -53,10 +53,14 @@ def _use_kernel(*tensors: Tensor) -> bool:
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
     double = any(t.dtype == torch.float64 for t in tensors)
-    return _decide(os.environ.get("CODETR_MSDA", ""), tensors[0].device, double)
+    return _decision(os.environ.get("CODETR_MSDA", ""), tensors[0].device, double)
 
 
 @torch.compiler.assume_constant_result
+def _decision(wish: str, device: torch.device, double: bool) -> bool:
+    return _decide(wish, device, double)
+
+
 @cache
 def _decide(wish: str, device: torch.device, double: bool) -> bool:
     """Once per situation: whether a kernel runs. Logs which implementation, and why."""
