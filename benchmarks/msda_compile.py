@@ -91,19 +91,22 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
 
 
 def resources(kernel: CompiledKernel) -> dict[str, object]:
-    """registers per thread; stack: bytes per thread, more than 0 means spills; shared: bytes per program; atomics:
-    instruction and how often it stands in the code."""
+    """registers per thread; stack: bytes per thread, more than 0 means spills; shared: bytes per program; instructions
+    and barriers in the code; atomics: which, and how often they stand there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK):(\d+)", said.stdout + said.stderr))
     atomics = re.findall(r"(?<![a-z])(?:red|atom)\.global[.a-z0-9]+", kernel.asm["ptx"])
     return {
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
         "shared": kernel.metadata.shared,
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/ +[@A-Z]", code)),
+        "barriers": len(re.findall(r"BAR\.SYNC", code)),
         "atomics": {name: atomics.count(name) for name in sorted(set(atomics))},
     }
 
