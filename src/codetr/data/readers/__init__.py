@@ -15,29 +15,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 
 class Document(TypedDict):
-    """What one split's annotations say; every part is a list, or a generator that is read once, in any order.
+    """What one split's annotations say; every part is a list, or a generator that is read once.
 
     categories: `id`, `name`, and where known LVIS' `frequency` ("r", "c", "f"). images: `id`, `file_name` relative to
     the image folder, `width`, `height`, and where known LVIS' `neg_category_ids` and `not_exhaustive_category_ids`.
     annotations: `image_id`, `category_id`, `bbox` [x, y, width, height] in pixels, and where known `id`, `area`,
     `iscrowd`, `ignore`, `segmentation`. An image or annotation may carry `where`, such as "a.xml, object 3": messages
-    then name that place in front of its ids.
+    then name that place.
+
+    sources: the files whose content, and the folders whose entries, make a table of this document stale when they
+    change; left out: the annotation file alone.
     """
 
     categories: Iterable[dict[str, Any]]
     images: Iterable[dict[str, Any]]
     annotations: Iterable[dict[str, Any]]
+    sources: NotRequired[Iterable[Path]]
 
 
 class Reader(Protocol):
-    """Reads one annotation file, or a folder or list of files where the format is made of many.
-
-    sources (optional attribute): `sources(annotations) -> Iterable[Path]`, the files and folders whose change makes a
-    table of them stale; by default `annotations` alone, and every file below it where it is a folder.
-    """
+    """Reads one annotation file, or what a folder holds where the format is made of many files."""
 
     def __call__(self, annotations: Path, /) -> Document: ...
