@@ -35,7 +35,6 @@ def test_four_channels_an_atomic_from_hopper_on(cases: list[dict]) -> None:
 
 
 def test_room_for_many_warps(cases: list[dict]) -> None:
-    """Loads hide behind other warps: how many programs of four warps fit into a multiprocessor's 65536 registers."""
+    """Loads hide behind other warps: as many as a multiprocessor's 65536 registers hold."""
     for case in cases:
-        programs = 65536 // (128 * case["registers"])
-        assert programs >= (5 if case["kernel"] == "forward" else 2), case
+        assert 65536 // (32 * case["registers"]) >= (20 if case["kernel"] == "forward" else 12), case
