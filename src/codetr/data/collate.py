@@ -16,15 +16,16 @@ def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
     """Pad images right and below to the largest height and width, rounded up to multiples of `size_divisor`.
 
     Objects are padded to the largest number in the batch, at least 1, with the box (0.5, 0.5, 1, 1), label 0 and an
-    empty mask.
+    empty mask. The images have channels-last strides.
     """
     sizes = torch.tensor([s.image.shape[-2:] for s in samples])
     height, width = (int(-(-side // size_divisor) * size_divisor) for side in sizes.amax(0))
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    # Channels last, as decoders write and convolutions read: what is copied lies in one piece per row.
+    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     for i, sample in enumerate(samples):
         h, w = sample.image.shape[-2:]
-        images[i, :, :h, :w] = sample.image
+        images[i, :, :h, :w] = sample.image.as_subclass(Tensor)
         padding[i, :h, :w] = False
     return Batch(
         images=images,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -15,6 +16,9 @@ from codetr.errors import UserError
 _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL = 4096
 _ORIENTATION = 0x0112  # the EXIF tag
+_JPEG = b"\xff\xd8"
+_MAY_BE_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # the second is XMP's
+_COLORS = ("YCbCr", "RGB", "Gray")  # others are inks, or cannot be shown
 
 
 class UnreadableImage(UserError):
@@ -22,18 +26,19 @@ class UnreadableImage(UserError):
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """[3, H, W] uint8 RGB, whatever the file holds (grey, palette, CMYK, alpha, 16 bit).
+    """[3, H, W] uint8 RGB with channels-last strides, whatever the file holds (grey, palette, CMYK, alpha, 16 bit).
 
     `size` is (height, width) as the annotations say. The EXIF orientation is applied, unless only the raster as
     stored has that size: then it is what was annotated.
 
-    Pillow, because torchvision 0.29 deprecates its decoders. Raises UnreadableImage when the file does not decode
-    or has another size.
+    A JPEG of that size, in grey or RGB and not turned, goes through simplejpeg, libjpeg-turbo's shortest path to an
+    array. Everything else, and every JPEG that is not flawless, is Pillow's, which also decides what is an error. Both
+    give the same pixels. Raises UnreadableImage when the file does not decode or has another size.
     """
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) != 1 and ImageOps.exif_transpose(image)
-            pixels = _to_rgb(turned if turned and turned.size == size[::-1] else image)
+        pixels = _decode_jpeg(path, size)
+        if pixels is None:
+            pixels = _decode(path, size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path} cannot be decoded: {error}") from error
     if pixels.shape[:2] != size:
@@ -41,6 +46,33 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
             f"{path} holds {pixels.shape[1]}x{pixels.shape[0]} pixels, but the annotations say {size[1]}x{size[0]}"
         )
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """[H, W, 3] uint8, or None for what is not an upright, plain JPEG of (height, width) `size` without a fault."""
+    data = path.read_bytes()
+    if not data.startswith(_JPEG):
+        return None
+    if any(mark in data for mark in _MAY_BE_TURNED):
+        with Image.open(path) as image:
+            if _orientation(image) != 1:
+                return None
+    try:
+        *found, colors, _ = simplejpeg.decode_jpeg_header(data)
+        return simplejpeg.decode_jpeg(data) if tuple(found) == size and colors in _COLORS else None
+    except ValueError:
+        return None
+
+
+def _decode(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """[H, W, 3] uint8, the right way up."""
+    with Image.open(path) as image:
+        turned = _orientation(image) != 1 and ImageOps.exif_transpose(image)
+        return _to_rgb(turned if turned and turned.size == size[::-1] else image)
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
