@@ -63,8 +63,8 @@ def write(record: dict, out: Path) -> None:
         f"Images of 800 x 1333, batch 2, 8 heads x 32, 4 points. Medians of {record['repeats']} on the device, the "
         f"implementations alternating, L2 overwritten before each. In bfloat16 the classic kernel casts to float32 and "
         f"back, which is timed. Of the time of each of our kernels: device memory, every tensor once; the gather, four"
-        f" rows a sample, from L2 alone (more than 100% where L1 helps) and from L1 alone; the atomics. Limits, measured, "
-        f"in TB/s: {rates}. {record['card']}, driver {record['driver']}, {versions}; `{record['command']}`, "
+        f" rows a sample, from L2 alone (more than 100% where L1 helps) and from L1 alone; the atomics. Limits, "
+        f"measured, in TB/s: {rates}. {record['card']}, driver {record['driver']}, {versions}; `{record['command']}`, "
         f"{record['date']}."
     )
     reasons = {(name, why) for case in record["cases"].values() for name, why in case["refused"].items()}
