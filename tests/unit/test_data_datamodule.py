@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from codetr.data.datamodule import DetectionDataModule
+from codetr.data.sampling import Uniform
 from codetr.errors import UserError
 from codetr.types import Batch
 
@@ -73,6 +74,8 @@ def module(folder: Path, **changes: Any) -> DetectionDataModule:
         "size_divisor": 8,
         "num_workers": 0,
         "seed": 11,
+        "sampling": Uniform,
+        "aspect_ratio_grouping": False,
         "classes": None,
         "on_error": "stop",
         "verify": "complete",

@@ -3,12 +3,13 @@
 import pytest
 
 from codetr.data.sampler import EvalSampler, TrainSampler, mix_seed
+from codetr.data.sampling import Uniform
 
 
 @pytest.mark.parametrize("length", [6, 7, 12, 25])
 @pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 4), (2, 3), (3, 2)])
 def test_training_visits_each_image_at_most_once_in_equal_parts(length: int, world: int, batch: int) -> None:
-    samplers = [TrainSampler(length, batch, seed=5, rank=r, world_size=world) for r in range(world)]
+    samplers = [TrainSampler(Uniform(range(length)), batch, seed=5, rank=r, world_size=world) for r in range(world)]
     for epoch in range(4):
         for sampler in samplers:
             sampler.set_epoch(epoch)
@@ -21,14 +22,14 @@ def test_training_visits_each_image_at_most_once_in_equal_parts(length: int, wor
 
 
 def test_the_split_into_processes_does_not_change_a_step() -> None:
-    alone = list(TrainSampler(29, 6, seed=1))
-    ranks = [list(TrainSampler(29, 2, seed=1, rank=r, world_size=3)) for r in range(3)]
+    alone = list(TrainSampler(Uniform(range(29)), 6, seed=1))
+    ranks = [list(TrainSampler(Uniform(range(29)), 2, seed=1, rank=r, world_size=3)) for r in range(3)]
     assert [[*a, *b, *c] for a, b, c in zip(*ranks, strict=True)] == alone
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        sampler = TrainSampler(50, 1, seed)
+        sampler = TrainSampler(Uniform(range(50)), 1, seed)
         sampler.set_epoch(epoch)
         return tuple(i for ((_, i),) in sampler)
 
@@ -40,18 +41,18 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
 
 
 def _epoch(length: int, batch: int, epoch: int) -> list[list[tuple[int, int]]]:
-    sampler = TrainSampler(length, batch, seed=0)
+    sampler = TrainSampler(Uniform(range(length)), batch, seed=0)
     sampler.set_epoch(epoch)
     return list(sampler)
 
 
 @pytest.mark.parametrize("batch", range(6))
 def test_a_resumed_epoch_is_the_rest_and_the_next_is_whole(batch: int) -> None:
-    sampler = TrainSampler(23, 2, seed=9, rank=1, world_size=2)
+    sampler = TrainSampler(Uniform(range(23)), 2, seed=9, rank=1, world_size=2)
     sampler.resume(epoch=2, batch=batch)
     for epoch in range(4):
         sampler.set_epoch(epoch)
-        fresh = TrainSampler(23, 2, seed=9, rank=1, world_size=2)
+        fresh = TrainSampler(Uniform(range(23)), 2, seed=9, rank=1, world_size=2)
         fresh.set_epoch(epoch)
         assert list(sampler) == list(fresh)[batch if epoch == 2 else 0 :]
         assert len(sampler) == 5

@@ -14,6 +14,7 @@ from toy_model import detector
 from codetr.data.coco import CocoDetection
 from codetr.data.collate import collate
 from codetr.data.datamodule import DetectionDataModule
+from codetr.data.sampling import Uniform
 from codetr.data.transforms import Transform, fit_canvas, transformed
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.inference import Found, ImageFiles, Writer, detect, finder
@@ -164,6 +165,8 @@ def test_validation_reads_run_lengths_where_asked(painted: tuple[Path, Path]) ->
             size_divisor=1,
             num_workers=0,
             seed=0,
+            sampling=Uniform,
+            aspect_ratio_grouping=False,
             classes=None,
             on_error="stop",
             verify="exists",

@@ -24,6 +24,7 @@ from codetr.data.checks import (
     select_classes,
 )
 from codetr.data.images import read_image
+from codetr.data.sampling import Objects
 from codetr.data.segmentations import Segmentations, fault
 from codetr.errors import UserError
 
@@ -135,6 +136,13 @@ class CocoDetection(Dataset[Sample]):
         """Class name -> number of objects to train on (no crowds)."""
         counts = np.bincount(self._labels[~self._crowd], minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def objects(self) -> Objects:
+        """The labels to train on (no crowds) of all images, for `codetr.data.sampling`."""
+        if not self._crowd.any():
+            return Objects(self._offsets, self._labels)
+        kept = np.concatenate([[0], np.cumsum(~self._crowd)])
+        return Objects(kept[self._offsets], self._labels[~self._crowd])
 
     def __len__(self) -> int:
         return len(self.image_ids)

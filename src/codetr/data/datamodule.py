@@ -14,6 +14,7 @@ from codetr.data.coco import CocoDetection
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.loader import BatchLoader, TrainLoader
 from codetr.data.sampler import EvalSampler, TrainSampler
+from codetr.data.sampling import Order, orientations
 from codetr.data.transforms import TransformedDataset
 from codetr.errors import UserError
 
@@ -25,7 +26,9 @@ class DetectionDataModule(LightningDataModule):
     count images per process. classes selects and orders categories by name (None: all, as in the training file).
     on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the
     objects' masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node
-    before anything is read, to make or fetch the data. copy_paste: of training images; reads masks.
+    before anything is read, to make or fetch the data. copy_paste: of training images; reads masks. sampling: which
+    images an epoch shows how often; aspect_ratio_grouping: batches of wide or of high images (see
+    `codetr.data.sampling`).
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
     an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
@@ -48,6 +51,8 @@ class DetectionDataModule(LightningDataModule):
         size_divisor: int,
         num_workers: int,
         seed: int,
+        sampling: Callable[[CocoDetection], Order],
+        aspect_ratio_grouping: bool,
         classes: Sequence[str] | None,
         on_error: OnError,
         verify: Verify,
@@ -65,6 +70,7 @@ class DetectionDataModule(LightningDataModule):
         self.train_transform, self.val_transform = train_transform, val_transform
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
+        self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
         self.classes, self.on_error, self.verify = classes, on_error, verify
         self.masks, self.val_masks = masks, val_masks
         self.prepare, self.copy_paste = prepare, copy_paste
@@ -95,7 +101,9 @@ class DetectionDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         assert self.train_set is not None, "setup('fit') comes first"
         rank, world_size = self._process()
-        sampler = TrainSampler(len(self.train_set), self.batch_size, self.seed, rank, world_size)
+        groups = orientations(self.train_set.sizes) if self.aspect_ratio_grouping else None
+        order = self.sampling(self.train_set)
+        sampler = TrainSampler(order, self.batch_size, self.seed, rank, world_size, groups)
         if not len(sampler):
             raise UserError(
                 f"{self.train_set.report.source} has {len(self.train_set)} usable images, fewer than one step "

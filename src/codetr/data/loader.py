@@ -75,7 +75,7 @@ class TrainLoader(BatchLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError when the rest of the epoch would not be the rest: other data, batch size or seed."""
         sampler, order = self.batch_sampler, state["order"]
-        changed = [f"{k} {order[k]} -> {v}" for k, v in sampler.order_key.items() if order[k] != v]
+        changed = [f"{k} {order.get(k)} -> {v}" for k, v in sampler.order_key.items() if order.get(k) != v]
         if changed and state["batch"] < len(sampler):
             raise UserError(
                 f"the checkpoint lies in the middle of epoch {state['epoch']}, but what decides its order has "

@@ -1,13 +1,18 @@
-"""Which images make up which batch, on which process. Both samplers yield lists of (epoch, index)."""
+"""Which images make up which batch, on which process. Both samplers yield lists of (visit, index)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from codetr.data.sampling import Order, batches_of_one_group, nth_visit
+
 Keys = list[tuple[int, int]]
+_EPOCHS = 2**16  # more than any training has; visits beyond an image's first are counted above it
 
 
 def mix_seed(seed: int, epoch: int, index: int = -1) -> int:
@@ -20,18 +25,31 @@ def mix_seed(seed: int, epoch: int, index: int = -1) -> int:
 
 
 class TrainSampler(Sampler[Keys]):
-    """Batches of a permutation that depends on (seed, epoch) alone.
+    """Batches of the images that `order` draws, which depend on (seed, epoch) alone.
 
-    Step n of all processes together takes the n-th `world_size * batch_size` images of the permutation, so that
-    the split into processes does not change what a step sees. Every process has equally many batches: the
-    remainder of the permutation, fewer images than one step takes, is left out and differs by epoch.
+    Step n of all processes together takes the n-th `world_size * batch_size` images of the order, so that the split
+    into processes does not change what a step sees. Every process has equally many batches, in every epoch: the
+    remainder, fewer images than one step takes, is left out and differs by epoch.
 
-    `resume(epoch, batch)` lets that epoch begin at that batch; other epochs begin at their first.
+    groups: one number per image (see `codetr.data.sampling.orientations`); a process's batch holds images of one
+    group. The sequence of batches does not depend on the number of processes: step n takes the next `world_size`.
+
+    Keys are (visit, index). visit is the epoch, or, where an image comes again within one, a number of its own: no
+    two visits are augmented alike. `resume(epoch, batch)` lets that epoch begin at that batch; other epochs begin at
+    their first.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+    def __init__(
+        self,
+        order: Order,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: np.ndarray | None = None,
+    ) -> None:
+        self.order, self.batch_size, self.seed = order, batch_size, seed
+        self.rank, self.world_size, self.groups = rank, world_size, groups
         self.epoch = 0
         self._resumed = (0, 0)
 
@@ -41,13 +59,15 @@ class TrainSampler(Sampler[Keys]):
         return self
 
     @property
-    def order_key(self) -> dict[str, int]:
+    def order_key(self) -> dict[str, Any]:
         """Everything but the epoch that decides which images a batch of a process holds."""
         return {
-            "images": self.length,
+            "images": self.order.length,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "processes": self.world_size,
+            "grouped": self.groups is not None,
+            **self.order.key,
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -64,14 +84,18 @@ class TrainSampler(Sampler[Keys]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return self.length // (self.batch_size * self.world_size)
+        return self.order.length // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Keys]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
-        steps = order[: len(self) * self.batch_size * self.world_size].view(-1, self.world_size, self.batch_size)
-        for batch in steps[self.start :, self.rank].tolist():
-            yield [(self.epoch, index) for index in batch]
+        order = self.order.draw(generator)[: self.order.length]
+        if self.groups is not None:
+            order = batches_of_one_group(order, self.groups[order], self.batch_size, generator)
+        order = order[: len(self) * self.batch_size * self.world_size]
+        visits = self.epoch + nth_visit(order) * _EPOCHS
+        steps = np.stack([visits, order], axis=1).reshape(-1, self.world_size, self.batch_size, 2)
+        for batch in steps[self.start :, self.rank]:
+            yield [(visit, index) for visit, index in batch.tolist()]
 
 
 class EvalSampler(Sampler[Keys]):
