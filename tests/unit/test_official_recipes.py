@@ -199,3 +199,9 @@ def test_the_rest_of_the_settings(name: str) -> None:
     single = dino and ("swin" in name or "vit" in name)
     assert config.data.batch_size == (1 if single else 2)
     assert ("copy_paste" in config.data) == bool(canvas)
+    # The LSJ files of ResNet and Swin name the plain data set; the others inherit ClassBalancedDataset.
+    repeated = "lvis" in name and ("vit" in name or "lsj" not in name)
+    assert config.data.sampling._target_ == f"codetr.data.sampling.{'RepeatFactor' if repeated else 'Uniform'}"
+    if repeated:
+        assert (config.data.sampling.threshold, config.data.sampling.round_up) == (1e-3, True)
+    assert config.data.aspect_ratio_grouping
