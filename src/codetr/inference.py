@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from codetr.checkpoint import load_weights
 from codetr.data.coco import Sample
 from codetr.data.collate import collate
 from codetr.data.images import UnreadableImage, read_image
+from codetr.data.readers.folder import seen_size
 from codetr.data.transforms import Transform, transformed
 from codetr.errors import UserError
 from codetr.instances import with_masks
@@ -30,8 +30,6 @@ from codetr.models.detector import Detector
 from codetr.types import MAIN, Batch, Detections, Prediction
 from codetr.visualize import draw_boxes
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
-EXIF_ORIENTATION = 0x0112
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
 
 
@@ -101,31 +99,6 @@ class Found:
     detections: Detections
 
 
-def find_images(pattern: str) -> list[Path]:
-    """The files that `pattern` means, sorted: one file, the images of a folder (not of folders in it), or a glob.
-
-    Raises UserError when there are none.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            kinds = " ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(
-                f"images={pattern}: no image in this folder (looked for {kinds}); see its subfolders with "
-                f"images='{path}/**/*.jpg'"
-            )
-        return files
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    files = [p for p in files if p.is_file()]
-    if not files:
-        raise UserError(
-            f"images={pattern}: no such file, and no file matches it as a pattern; give a file, a folder "
-            "or a quoted pattern such as images='photos/*.jpg'"
-        )
-    return files
-
-
 class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
     """Image files behind the evaluation transform, each with its original pixels. What does not decode is an item
     too, so that the reader decides what to do about it."""
@@ -147,14 +120,6 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
         no_labels = torch.zeros(0, dtype=torch.int64)
         sample = Sample(Image(image), no_boxes, no_labels, image_id=index, original_size=size, file_size=size, truth={})
         return transformed(sample, self.transform), image
-
-
-def seen_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file as a viewer shows it: after the EXIF orientation, without decoding."""
-    with PIL.Image.open(path) as file:
-        width, height = file.size
-        on_its_side = file.getexif().get(EXIF_ORIENTATION, 1) >= 5
-    return (width, height) if on_its_side else (height, width)
 
 
 Items = list[tuple[Sample, Tensor] | Unreadable]

@@ -17,11 +17,12 @@ def predict(config: DictConfig) -> Path:
     from rich.progress import track
 
     from codetr import inference
+    from codetr.data.readers.folder import find_images
 
     inference.require(config, images="photos")
     inference.one_of(config, on_error=("stop", "skip"))
     trained = inference.open_checkpoint(config)
-    paths = inference.find_images(config.images)
+    paths = find_images(config.images)
     writer = inference.Writer(Path(config.out), paths, trained.class_names, config.score_threshold, config.pictures)
     device = inference.pick_device(config.device)
     results = inference.detect(

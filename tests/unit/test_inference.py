@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
+from codetr.data.readers.folder import find_images
 from codetr.errors import UserError
-from codetr.inference import Found, ImageFiles, Unreadable, Writer, detect, find_images
+from codetr.inference import Found, ImageFiles, Unreadable, Writer, detect
 from codetr.postprocess import PostProcess
 from codetr.types import Batch, Detections, Prediction
 

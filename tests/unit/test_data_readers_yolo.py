@@ -1,0 +1,235 @@
+"""Ultralytics YOLO: what hand-written files mean, in every layout of data.yaml, and where their faults are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coco_files import write_image
+from PIL import Image
+
+from codetr.data.readers import folder, yolo
+from codetr.errors import UserError
+
+NAMES = "names: [cat, dog]\n"
+
+
+def yolo_set(root: Path, settings: str, labels: dict[str, str | None], where: str = "images/train") -> Path:
+    """Images of 80 x 64 pixels with these labels (None: no file); returns data.yaml."""
+    for stem, text in labels.items():
+        image = root / where / f"{stem}.jpg"
+        write_image(image, 80, 64)
+        path = Path("labels".join(str(image).rsplit("images", 1))).with_suffix(".txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            path.write_text(text)
+    (root / "data.yaml").write_text(settings)
+    return root / "data.yaml"
+
+
+def parts(document: Any) -> tuple[list[dict], list[dict], list[tuple[int, str]]]:
+    categories = [(c["id"], c["name"]) for c in document["categories"]]
+    return list(document["images"]), list(document["annotations"]), categories
+
+
+def test_boxes(tmp_path: Path) -> None:
+    """x = (cx - w / 2) W, and so on; an image without a label file, or with an empty one, has no objects."""
+    labels = {"a": "0 0.5 0.5 1 1\n\n1 0.25 0.75 0.125 0.25\n", "b": None, "c": "", "d": "1 0.5 0.25 0.1 0.5"}
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, labels)
+    images, objects, names = parts(yolo.read(source / "train"))
+    files = [f"images/train/{s}.jpg" for s in "abcd"]
+    assert images == [{"id": i + 1, "file_name": f, "width": 80, "height": 64} for i, f in enumerate(files)]
+    assert names == [(0, "cat"), (1, "dog")]
+    assert [(o["image_id"], o["category_id"]) for o in objects] == [(1, 0), (1, 1), (4, 1)]
+    expected = [[0, 0, 80, 64], [15, 40, 10, 16], [36, 0, 8, 32]]
+    np.testing.assert_allclose([o["bbox"] for o in objects], expected, rtol=0, atol=1e-12)
+    places = ("a.txt, line 1", "a.txt, line 3", "d.txt, line 1")
+    assert [o["where"] for o in objects] == [f"labels/train/{place}" for place in places]
+
+
+def test_random_boxes_to_the_last_digits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((50, 2, 2)), 1) * [80, 64]
+    low, high = corners[:, 0], corners[:, 1]
+    centre, extent = (low + high) / 2 / [80, 64], (high - low) / [80, 64]
+    lines = [
+        " ".join(map(repr, ["0", *c, *e])).replace("'", "")
+        for c, e in zip(centre.tolist(), extent.tolist(), strict=True)
+    ]
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": "\n".join(lines)})
+    _, objects, _ = parts(yolo.read(source / "train"))
+    np.testing.assert_allclose([o["bbox"] for o in objects], np.concatenate([low, high - low], 1), rtol=0, atol=1e-11)
+
+
+def test_polygons(tmp_path: Path) -> None:
+    """A right triangle and a concave arrow: the box is the extent, the area that of the polygon."""
+    line = "1 0 0 0.5 0 0 0.25\n0 0 0 0.5 0.25 0 0.5 0.125 0.25\n"
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": line})
+    _, (triangle, arrow), _ = parts(yolo.read(source / "train"))
+    assert (triangle["category_id"], triangle["bbox"], triangle["area"]) == (1, [0, 0, 40, 16], 320)
+    assert triangle["segmentation"] == [[0, 0, 40, 0, 0, 16]]
+    assert (arrow["bbox"], arrow["area"]) == ([0, 0, 40, 32], 40 * 32 / 2 - 10 * 32 / 2)
+
+
+TRAIN = {"a": "0 0.5 0.5 0.1 0.1", "b": "1 0.5 0.5 0.1 0.1"}
+SETTINGS = {
+    "from its folder": "train: images/train\n",
+    "path": "path: .\ntrain: images/train\n",
+    "absolute path": "path: ROOT\ntrain: images/train\n",
+    "absolute folder": "train: ROOT/images/train\n",
+    "moved": "path: /nowhere/at/all\ntrain: images/train\n",
+    "one up": "train: ../images/train\n",
+    "list of folders": "train: [images/train/sub, images/train/other]\n",
+    "a file": "train: list.txt\n",
+    "current folder": "path: sets/mine\ntrain: images/train\n",
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """All the ways to name the same two images."""
+    root = tmp_path / "sets" / "mine"
+    monkeypatch.chdir(tmp_path)
+    settings = SETTINGS[case].replace("ROOT", str(root)) + NAMES
+    source = yolo_set(root, settings, {"sub/a": TRAIN["a"], "other/b": TRAIN["b"]})
+    (root / "list.txt").write_text(f"./images/train/other/b.jpg\n\n{root}/images/train/sub/a.jpg\n")
+    images, objects, _ = parts(yolo.read(source / "train"))
+    label_of = {o["image_id"]: o["category_id"] for o in objects}
+    assert {i["file_name"]: label_of[i["id"]] for i in images} == {
+        "images/train/sub/a.jpg": 0,
+        "images/train/other/b.jpg": 1,
+    }
+
+
+def test_the_last_images_folder_is_the_one_with_labels(tmp_path: Path) -> None:
+    """As exports of Roboflow have it: train/images, train/labels; even below a folder of the same name."""
+    root = tmp_path / "images" / "mine"
+    source = yolo_set(root, "train: ../train/images\nval: ../valid/images\n" + NAMES, TRAIN, where="train/images")
+    _, objects, _ = parts(yolo.read(source / "train"))
+    assert [o["where"] for o in objects] == ["train/labels/a.txt, line 1", "train/labels/b.txt, line 1"]
+
+
+def test_labels_beside_images_where_no_folder_is_named_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "a.jpg", 80, 64)
+    (tmp_path / "train" / "a.txt").write_text(TRAIN["a"])
+    (tmp_path / "data.yaml").write_text("train: train\n" + NAMES)
+    _, objects, _ = parts(yolo.read(tmp_path / "data.yaml" / "train"))
+    assert objects[0]["where"] == "train/a.txt, line 1"
+
+
+def test_names_with_numbers(tmp_path: Path) -> None:
+    source = yolo_set(tmp_path, "train: images/train\nnames:\n  3: dog\n  0: cat\n", {"a": "3 0.5 0.5 0.1 0.1"})
+    _, objects, names = parts(yolo.read(source / "train"))
+    assert names == [(0, "cat"), (3, "dog")]
+    assert objects[0]["category_id"] == 3
+
+
+def test_images_outside_of_the_set_keep_their_whole_path(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    source = yolo_set(root, f"train: {tmp_path}/images\n" + NAMES, {"a": None})
+    write_image(tmp_path / "images" / "x.png", 40, 30)
+    images, _, _ = parts(yolo.read(source / "train"))
+    assert images == [{"id": 1, "file_name": f"{tmp_path}/images/x.png", "width": 40, "height": 30}]
+
+
+def test_sizes_are_those_a_viewer_shows(tmp_path: Path) -> None:
+    """A photograph held upright is stored on its side."""
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": "0 0.5 0.5 1 1"})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 64)).save(tmp_path / "images/train/a.jpg", exif=exif)
+    images, objects, _ = parts(yolo.read(source / "train"))
+    assert (images[0]["width"], images[0]["height"], objects[0]["bbox"]) == (64, 80, [0, 0, 64, 80])
+
+
+def test_what_makes_a_table_stale(tmp_path: Path) -> None:
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": TRAIN["a"], "b": None})
+    folders = {tmp_path / "images" / "train", tmp_path / "labels" / "train"}
+    assert set(yolo.read(source / "train")["sources"]) == {source, *folders, tmp_path / "labels" / "train" / "a.txt"}
+
+
+LINES = {
+    "words": ("cat 0.5 0.5 0.1 0.1", "not only numbers", None),
+    "four": ("1 0.5 0.5 0.1", "4 numbers, neither 5", 1),
+    "score": ("1 0.5 0.5 0.1 0.1 0.9", "6 numbers, neither 5", 1),
+    "half a point": ("1 0 0 0.5 0 0 0.25 1", "8 numbers, neither 5", 1),
+    "pixels": ("1 40 32 10 10", "divided by the image's width and height", 1),
+    "negative": ("1 0.5 0.5 -0.1 0.1", "divided by the image's width and height", 1),
+    "nan": ("1 nan 0.5 0.1 0.1", "divided by the image's width and height", 1),
+    "class": ("1.5 0.5 0.5 0.1 0.1", "1.5 is no class number", None),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_broken_line_says_where_it_is(tmp_path: Path, case: str) -> None:
+    line, message, label = LINES[case]
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": f"0 0.5 0.5 0.1 0.1\n{line}\n"})
+    _, (good, bad), _ = parts(yolo.read(source / "train"))
+    assert good["bbox"] is not None
+    assert bad["bbox"] is None
+    assert bad["category_id"] == label
+    assert bad["where"].startswith("labels/train/a.txt, line 2: ")
+    assert message in bad["where"]
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    source = yolo_set(tmp_path, "train: list.txt\n" + NAMES, {"a": None, "b": None})
+    (tmp_path / "images/train/a.jpg").write_bytes(b"no image")
+    (tmp_path / "labels/train/b.txt").write_bytes(b"\xff\xfe\x80")
+    (tmp_path / "list.txt").write_text("./images/train/a.jpg\n./images/train/b.jpg\n./images/train/gone.jpg\n")
+    images, objects, _ = parts(yolo.read(source / "train"))
+    assert [("width" in i) for i in images] == [False, True, False]
+    assert "cannot identify image file" in images[0]["where"]
+    assert images[2]["where"] == f"{tmp_path}/images/train/gone.jpg: no such file"
+    assert [o["where"] for o in objects] == ["labels/train/b.txt: cannot be read as text"]
+
+
+USER_ERRORS = {
+    "no split": (NAMES, "data.yaml has no `train`: add where those images are"),
+    "no names": ("train: images/train\n", "`names` must list the classes"),
+    "names in words": ("train: images/train\nnames: {a: cat}\n", "`names` must list the classes"),
+    "no mapping": ("- 1\n", "is not the data.yaml of a YOLO set"),
+    "no yaml": ("train: [\n", "cannot be read as YAML"),
+    "no folder": ("path: x\ntrain: images/trian\n" + NAMES, "points to images/trian, but there is no .*images/trian"),
+    "empty folder": ("train: empty\n" + NAMES, "no image in .*empty, where `train` points to"),
+    "key points": ("train: images/train\nkpt_shape: [17, 3]\n" + NAMES, "its labels are key points"),
+}
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_a_data_yaml_that_does_not_say_enough(tmp_path: Path, case: str) -> None:
+    settings, message = USER_ERRORS[case]
+    source = yolo_set(tmp_path, settings, TRAIN)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message) as raised:
+        yolo.read(source / "train")
+    assert str(source) in str(raised.value)
+
+
+def test_another_yaml_is_proposed(tmp_path: Path) -> None:
+    source = yolo_set(tmp_path, NAMES, {})
+    source.rename(tmp_path / "coco8.yaml")
+    with pytest.raises(UserError, match=re.escape("data.yaml does not exist: perhaps coco8.yaml/train is meant")):
+        yolo.read(source / "train")
+
+
+def test_a_folder_of_images_alone(tmp_path: Path) -> None:
+    write_image(tmp_path / "b.jpg", 80, 64)
+    write_image(tmp_path / "a" / "c.png", 30, 20)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "._b.jpg").touch()
+    (tmp_path / "d.jpg").write_bytes(b"no image")
+    images, objects, names = parts(folder.read(tmp_path))
+    assert images[:2] == [
+        {"id": 1, "file_name": "a/c.png", "width": 30, "height": 20},
+        {"id": 2, "file_name": "b.jpg", "width": 80, "height": 64},
+    ]
+    assert images[2]["file_name"] == "d.jpg"
+    assert "cannot identify" in images[2]["where"]
+    assert objects == names == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image in this folder"):
+        folder.read(tmp_path / "empty")
