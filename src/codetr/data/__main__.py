@@ -39,9 +39,8 @@ def _command(name: str) -> ModuleType:
 
 def _overview(names: list[str]) -> str:
     lines = [f"  {n:8} {(_command(n).__doc__ or '').strip().splitlines()[0]}" for n in names]
-    return "\n".join(
-        ["python -m codetr.data COMMAND key=value ...", "", *lines, "", "python -m codetr.data COMMAND --help tells more."]
-    )
+    usage = "python -m codetr.data COMMAND key=value ..."
+    return "\n".join([usage, "", *lines, "", "python -m codetr.data COMMAND --help tells more."])
 
 
 def main() -> None:

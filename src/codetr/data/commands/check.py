@@ -1,10 +1,170 @@
-"""Find what is wrong with a data set before training on it.
+"""Find what is wrong with a data set, before training on it.
 
-  python -m codetr.data check data=custom data.train_annotations=...
+  python -m codetr.data check data=custom data.train_images=... data.train_annotations=... data.val_images=... ...
+  python -m codetr.data check experiment=demo
+  python -m codetr.data check data=coco data.root=/data/coco decode=true strict=true
+
+Takes what training takes, and tells how much there is of what, and every bad image, box, mask and category; which
+images are there twice, or in both splits. Exit status: 0 clean, 1 errors, 2 wrong use.
+
+  page=check.html   the page with pictures of every kind of finding; null: none
+  report=null       a file for the findings as JSON
+  decode=false      true: read every image to its end, and find copies by their pixels; takes longer
+  strict=false      true: warnings too make the exit status 1
+  fix=false         true: write NAME.clean.json (COCO files); what is bad is removed or clipped, all else stays as it
+                    is, the original too. Exit status 0 if that mends all errors
+  output=null       the folder for it; null: beside the original
+  examples=50       records that page and report list of each kind; all are counted
+  pictures=6        of each kind on the page
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from codetr.data.inspection.files import File
+    from codetr.data.inspection.findings import Severity
+    from codetr.data.inspection.split import Split
+
 
 def main(overrides: list[str]) -> int:
-    raise NotImplementedError
+    """Raises UserError for a configuration that is none, and for files that cannot be written."""
+    from rich import get_console
+
+    from codetr import application
+    from codetr.data.inspection import page, summary
+    from codetr.data.inspection.statistics import statistics
+    from codetr.errors import UserError
+
+    config = application.compose("check", overrides)
+    splits = inspect(config)
+    numbers = [statistics(s) for s in splits]
+    console = get_console()
+    console.print(summary.tables(splits, numbers))
+    try:
+        if config.page:
+            page.write(Path(config.page), splits, numbers, config.pictures)
+        if config.report:
+            _write_json(Path(config.report), summary.as_data(splits, numbers))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}): choose another page or report"
+        ) from error
+    mended = _fix(splits, config.output) if config.fix else {}
+    for source, line in mended.items():
+        console.print(f"{source}: {line}", soft_wrap=True, highlight=False)
+    console.print(f"{summary.verdict(splits)}{f'; pictures in {config.page}' if config.page else ''}", highlight=False)
+    grave: list[Severity] = ["error", "warning"] if config.strict else ["error"]
+    counts = [s.findings.left(g) if config.fix else s.findings.total(g) for s in splits for g in grave]
+    return int(any(counts))
+
+
+def inspect(config: DictConfig) -> list[Split]:
+    """Both splits of a configuration of training, inspected; one where the other is not given."""
+    from hydra.utils import instantiate
+
+    from codetr.data.inspection import whole
+
+    data = config.data
+    if data.prepare is not None:
+        instantiate(data.prepare)()
+    classes = list(data.classes) if data.classes is not None else None
+    splits = [_inspect_split(config, name, classes) for name in ("train", "val") if _given(data, name)]
+    if len(splits) == 1:
+        other = "val" if splits[0].name == "train" else "train"
+        splits[0].add("split not given", f"data.{other}_images and data.{other}_annotations are not set")
+    whole.find_copies(splits)
+    for split in splits:
+        whole.inspect_balance(split, classes, data.batch_size)
+    if len(splits) == 2 and all(s.categories for s in splits):
+        whole.compare(splits[0], splits[1], classes)
+    return splits
+
+
+def _given(data: DictConfig, name: str) -> bool:
+    from omegaconf import OmegaConf
+
+    from codetr.errors import UserError
+
+    missing = [key for key in (f"{name}_images", f"{name}_annotations") if OmegaConf.is_missing(data, key)]
+    if len(missing) == 1 or (missing and name == "train" and OmegaConf.is_missing(data, "val_annotations")):
+        raise UserError(f"data.{missing[0]} is not set: give the image folders and annotation files of the data set")
+    return not missing
+
+
+def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None) -> Split:
+    from codetr.data.inspection import boxes, masks, records
+    from codetr.data.inspection.findings import Findings
+    from codetr.data.inspection.split import Split
+    from codetr.errors import UserError
+
+    data, root = config.data, Path(config.data.root)
+    source = root / data[f"{name}_annotations"]
+    reads_masks = data.masks if name == "train" else data.val_masks
+    split = Split(name, root / data[f"{name}_images"], Findings(source, config.examples, bool(reads_masks)))
+    try:
+        document = _reader(data)(source)
+        split.categories, split.images = list(document["categories"]), list(document["images"])
+        split.annotations = list(document["annotations"])
+    except UserError as error:
+        split.add("unusable annotation file", str(error))
+        return split
+    records.inspect_categories(split, classes)
+    records.inspect_images(split, config.decode, _progress(name))
+    records.inspect_annotations(split)
+    boxes.inspect_boxes(split)
+    masks.inspect_masks(split)
+    return split
+
+
+def _reader(data: DictConfig) -> Any:
+    from hydra.utils import instantiate
+
+    from codetr.data.readers import coco
+
+    return instantiate(data.reader) if "reader" in data else coco.read
+
+
+def _progress(name: str) -> Any:
+    """Images on the way, for a terminal only."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+
+    def show(files: Iterable[File], total: int) -> Iterable[File]:
+        shown = console.is_terminal
+        return track(files, f"{name} images", total, console=console, transient=True, disable=not shown)
+
+    return show
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    import json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _fix(splits: Sequence[Split], output: str | None) -> dict[Path, str]:
+    """Original -> what was done about it. Raises UserError for files that are not COCO's."""
+    from codetr.data.inspection.clean import write_clean
+    from codetr.errors import UserError
+
+    done = {}
+    for split in splits:
+        source = split.findings.source
+        if "unusable annotation file" in split.findings.counts:
+            continue
+        if source.suffix != ".json":
+            raise UserError(f"{source}: fix=true writes COCO files; see python -m codetr.data convert --help")
+        target, words = write_clean(split, Path(output) if output else None)
+        left = {k: n for k, n in split.findings.unmended.items() if n and split.findings.severity(k) == "error"}
+        rest = "".join(f"\n  not mended: {n} x {kind}" for kind, n in left.items())
+        done[source] = f"{words}; written to {target}{rest}"
+    return done

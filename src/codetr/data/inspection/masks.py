@@ -1,0 +1,102 @@
+"""Faults of masks: polygons and run lengths that cannot be read, are empty, or lie elsewhere than their box."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from codetr.data import segmentations
+from codetr.data.inspection.split import Box, Split
+
+_PIXELS, _SHARE = 3.0, 0.15  # how far a mask's side may lie from its box's, in pixels and in the box's own side
+
+
+def inspect_masks(split: Split) -> None:
+    """Objects without any segmentation are named only where masks are read, or where most objects have one."""
+    present = sum(bool(a.get("segmentation")) for a in split.annotations)
+    expected = split.findings.masks or 2 * present > len(split.annotations)
+    for i, record in enumerate(split.annotations):
+        image, mask = split.image_of(i), record.get("segmentation")
+        if image is None or (not mask and (not expected or record.get("iscrowd", 0))):
+            continue
+        width, height = split.size(image)
+        wrong = fault(mask, (height, width))
+        if wrong and record.get("iscrowd", 0):
+            continue  # covers its box
+        if wrong:
+            _unusable(split, i, "object without a usable mask", wrong)
+            continue
+        bounds = _bounds(mask, (height, width))
+        if bounds is None:
+            _unusable(split, i, "mask without area", "covers no pixel")
+        elif i in split.boxes and not _agree(bounds, split.boxes[i]):
+            box = ", ".join(f"{v:.4g}" for v in bounds)
+            what = f"{split.annotation_name(i)}: mask in [{box}], bbox {list(split.boxes[i])}"
+            split.add("mask that disagrees with its box", what, split.picture(i))
+
+
+def _unusable(split: Split, position: int, kind: str, wrong: str) -> None:
+    what = f"{split.annotation_name(position)}: {wrong}"
+    if split.findings.masks:
+        split.drop_annotation(position, kind, what)
+    else:
+        split.add(kind, what, split.picture(position))
+
+
+def fault(mask: Any, size: tuple[int, int]) -> str | None:
+    """What is wrong with a segmentation of an image of (height, width) `size`."""
+    if isinstance(mask, dict) and not isinstance(mask.get("size"), (list, tuple)):
+        return f"run lengths of size {mask.get('size')!r}"
+    wrong = segmentations.fault(mask, size)
+    if wrong is None and isinstance(mask, dict) and isinstance(mask["counts"], str):
+        runs = _uncompressed(mask["counts"])
+        if runs is None or min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+            return f"compressed run lengths that do not add up to {size[0]} x {size[1]} pixels"
+    return wrong
+
+
+def _uncompressed(counts: str) -> list[int] | None:
+    """Run lengths of COCO's compressed form: five bits in each letter, from the third run on relative to the one
+    before the last; None for what is none."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        if bits & 0x10:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return None if shift else runs
+
+
+def _bounds(mask: Any, size: tuple[int, int]) -> Box | None:
+    """The mask's extent (x, y, width, height); None if it covers nothing."""
+    if isinstance(mask, list):
+        points = np.concatenate([np.asarray(p, np.float64) for p in mask]).reshape(-1, 2)
+        low, side = points.min(0), np.ptp(points, 0)
+        polygons = (np.asarray(p, np.float64).reshape(-1, 2) for p in mask)
+        return (*low.tolist(), *side.tolist()) if any(map(_has_area, polygons)) else None
+    runs = coco_mask.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
+    x, y, w, h = coco_mask.toBbox(runs).tolist()
+    return (x, y, w, h) if w and h else None
+
+
+def _has_area(points: np.ndarray) -> bool:
+    x, y = (points - points[0]).T
+    return abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) > 1e-6
+
+
+def _agree(bounds: Box, box: Box) -> bool:
+    a, b = np.array(bounds), np.array(box)
+    a[2:] += a[:2]
+    b[2:] += b[:2]
+    allowed = np.maximum(_PIXELS, _SHARE * (b[2:] - b[:2]))
+    return bool((np.abs(a - b) <= np.tile(allowed, 2)).all())

@@ -1,0 +1,96 @@
+"""One split of a data set as it is written, nothing dropped, with what was found in it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from codetr.data.inspection.files import File
+from codetr.data.inspection.findings import Findings, Picture, Repair
+
+Record = dict[str, Any]
+Box = tuple[float, float, float, float]
+
+
+@dataclass
+class Split:
+    """Records in the words of COCO; files: what is known of the image of each record, None for records without.
+
+    name: "train" or "val". root: the folder of the images. usable: image id -> position of its first good record.
+    boxes: position of an annotation -> (x, y, width, height), of those that have four finite numbers.
+    """
+
+    name: str
+    root: Path
+    findings: Findings
+    categories: list[Record] = field(default_factory=list)
+    images: list[Record] = field(default_factory=list)
+    annotations: list[Record] = field(default_factory=list)
+    repair: Repair = field(default_factory=Repair)
+    files: list[File | None] = field(default_factory=list)
+    usable: dict[int, int] = field(default_factory=dict)
+    boxes: dict[int, Box] = field(default_factory=dict)
+
+    def add(self, kind: str, record: str, picture: Picture | None = None) -> None:
+        """A finding that `fix=true` leaves as it is."""
+        self.findings.add(kind, record, picture)
+
+    def drop_image(self, position: int, kind: str, record: str, picture: Picture | None = None) -> None:
+        self.repair.images.add(position)
+        self.findings.add(kind, record, picture, mended=True)
+
+    def drop_annotation(self, position: int, kind: str, record: str) -> None:
+        self.repair.annotations.add(position)
+        self.findings.add(kind, record, self.picture(position), mended=True)
+
+    def change(self, position: int, kind: str, record: str, **values: Any) -> None:
+        self.repair.changes.setdefault(position, {}).update(values)
+        self.findings.add(kind, record, self.picture(position), mended=True)
+
+    def image_name(self, position: int) -> str:
+        record = self.images[position]
+        file = record.get("file_name")
+        where = f", {record['where']}" if "where" in record else ""
+        return f"image {record.get('id', f'number {position}')}{f' ({file})' if file else ''}{where}"
+
+    def annotation_name(self, position: int) -> str:
+        """By its id and its image, or by the place that the reader knows."""
+        record = self.annotations[position]
+        if "where" in record:
+            return str(record["where"])
+        name = f"annotation {record.get('id', f'number {position}')}"
+        image = self.image_of(position)
+        return name if image is None else f"{name} of {self.image_name(image)}"
+
+    def image_of(self, position: int) -> int | None:
+        """The position of the image record of an annotation."""
+        key = self.annotations[position].get("image_id")
+        return self.usable.get(key) if type(key) is int else None
+
+    def size(self, image: int) -> tuple[int, int]:
+        """(width, height)"""
+        return self.images[image]["width"], self.images[image]["height"]
+
+    def picture(self, position: int) -> Picture | None:
+        """Of an annotation, where its image can be shown."""
+        image = self.image_of(position)
+        if image is None or image in self.repair.images:
+            return None
+        path = self.root / self.images[image]["file_name"]
+        if position not in self.boxes:
+            return Picture(path)
+        x, y, w, h = self.boxes[position]
+        return Picture(path, (x, y, x + w, y + h))
+
+
+def repeated(values: Iterable[Any]) -> set[int]:
+    """Positions of values that appeared before."""
+    seen: set[Any] = set()
+    again = set()
+    for i, value in enumerate(values):
+        if value in seen:
+            again.add(i)
+        seen.add(value)
+    return again
