@@ -52,10 +52,11 @@ def _targets(samples: Sequence[Sample], sizes: Tensor, canvas: tuple[int, int]) 
 
 
 def _masks(samples: Sequence[Sample], slots: int, canvas: tuple[int, int]) -> Tensor | None:
+    if any(s.masks is None for s in samples):
+        return None
     masks = torch.zeros(len(samples), slots, *canvas, dtype=torch.bool)
     for padded, sample in zip(masks, samples, strict=True):
-        if sample.masks is None:
-            return None
+        assert sample.masks is not None
         count, height, width = sample.masks.shape
-        padded[:count, :height, :width] = sample.masks
+        padded[:count, :height, :width] = sample.masks.as_subclass(Tensor)
     return masks

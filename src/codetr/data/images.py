@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ _END = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL = 4096
 _ORIENTATION = 0x0112  # the EXIF tag
 _JPEG = b"\xff\xd8"
-_MAY_BE_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # the second is XMP's
+_SCAN = b"\xff\xda"  # where the pixels begin
+# Segments of metadata that may tell an orientation, or hold another JPEG whose scan comes before such a segment.
+_METADATA = re.compile(rb"\xff[\xe1-\xed\xef]|JFXX")
 _COLORS = ("YCbCr", "RGB", "Gray")  # others are inks, or cannot be shown
 
 
@@ -53,7 +56,7 @@ def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
     data = path.read_bytes()
     if not data.startswith(_JPEG):
         return None
-    if any(mark in data for mark in _MAY_BE_TURNED):
+    if _METADATA.search(data, 0, data.find(_SCAN)):
         with Image.open(path) as image:
             if _orientation(image) != 1:
                 return None
