@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codetr.data.checks import read_coco, select_classes
+from codetr.data.checks import select_classes
+from codetr.data.readers import coco
 from codetr.errors import UserError
 
 COCO = tuple(
@@ -42,7 +43,7 @@ def _given(given: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(given, str):
         return tuple(given)
     path = Path(given)
-    return tuple(select_classes(read_coco(path)["categories"], None, path).values())
+    return tuple(select_classes(list(coco.read(path)["categories"]), None, path).values())
 
 
 def _told(about: dict[str, Any]) -> tuple[str, ...] | None:

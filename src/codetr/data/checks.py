@@ -1,4 +1,4 @@
-"""What can be wrong with a COCO data set, found before any training time is spent on it.
+"""What can be wrong with a data set, found before any training time is spent on it.
 
 Structural faults (no file, no JSON, no categories) always stop. Bad records follow `on_error`: "stop" raises one
 UserError that names the first few of every kind; "skip" drops them and logs one summary.
@@ -6,10 +6,9 @@ UserError that names the first few of every kind; "skip" drops them and logs one
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from codetr.data import segmentations
 from codetr.data.images import UnreadableImage, looks_complete, read_image
 from codetr.errors import UserError
 
@@ -59,6 +57,15 @@ class Report:
         if len(shown) < _SHOWN:
             shown.append(record)
 
+    def add_all(self, kind: str, bad: np.ndarray, name: Callable[[int], str]) -> None:
+        """Add every record i where bad[i]; name(i) is asked for those that are shown."""
+        rows = bad.nonzero()[0]
+        if not len(rows):
+            return
+        shown = self.examples.setdefault(kind, [])
+        shown += [name(int(i)) for i in rows[: _SHOWN - len(shown)]]
+        self.counts[kind] = self.counts.get(kind, 0) + len(rows)
+
     def __str__(self) -> str:
         lines = []
         for kind, count in self.counts.items():
@@ -80,31 +87,6 @@ class Report:
             _log.warning("%s: %d bad records dropped\n%s", self.source, total, self)
         elif self.clipped:
             _log.info("%s:\n%s", self.source, self)
-
-
-def read_coco(path: Path) -> dict[str, Any]:
-    """The document at `path`, with its three lists of records.
-
-    Raises UserError when there is no such file, or it is not JSON, or not COCO.
-    """
-    try:
-        with path.open("rb") as file:
-            document = json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"annotation file {path} does not exist: check the paths under `data`") from error
-    except OSError as error:
-        raise UserError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): give a COCO instances file") from error
-    keys = ("images", "annotations", "categories")
-    wrong = [k for k in keys if not isinstance(document, dict) or not _is_records(document.get(k))]
-    if wrong:
-        raise UserError(f"{path} is not a COCO instances file: no list of objects under {', '.join(wrong)}")
-    return document
-
-
-def _is_records(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, dict) for v in value)
 
 
 def select_classes(
@@ -136,56 +118,43 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
     return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
 
 
-def check_images(records: list[dict[str, Any]], root: Path, verify: Verify, report: Report) -> list[dict]:
-    """The usable ones of `records`, in their order.
+def check_files(
+    names: Sequence[str], ids: np.ndarray, sizes: np.ndarray, root: Path, verify: Verify, report: Report
+) -> np.ndarray:
+    """[n] bool, which image files can be used.
 
-    verify: "exists" asks for the file, "complete" also for a header and an end of file that fit (suspicious files
-    are decoded), "decode" decodes every file. Raises UserError when `root` is not a folder.
+    names: n file names below `root`; ids: [n]; sizes: [n, 2] (height, width). verify: "exists" asks for the file,
+    "complete" also for a header and an end of file that fit (suspicious files are decoded), "decode" decodes every
+    file. Raises UserError when `root` is not a folder.
     """
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist: check the paths under `data`")
-    kept: dict[int, dict] = {}
-    for position, record in enumerate(records):
-        if not _is_image(record):
-            report.add("bad image record", f"image {record.get('id', f'number {position}')}")
-        elif record["id"] in kept:
-            report.add("duplicate image id", f"image {record['id']} ({record['file_name']})")
-        else:
-            kept[record["id"]] = record
-    present = _present(root, kept.values())
-    for record in kept.values():
-        if record["file_name"] not in present:
-            report.add("missing image file", f"image {record['id']} ({root / record['file_name']})")
-    found = [r for r in kept.values() if r["file_name"] in present]
+    present = _present(root, names)
+    report.add_all("missing image file", ~present, lambda i: f"image {ids[i]} ({root / names[i]})")
     if verify == "exists":
-        return found
+        return present
     with ThreadPoolExecutor(16) as pool:
-        faults = list(pool.map(lambda r: _fault(r, root, verify), found))
-    for record, fault in zip(found, faults, strict=True):
-        if fault:
-            report.add("unreadable image file", f"image {record['id']} ({fault})")
-    return [r for r, fault in zip(found, faults, strict=True) if not fault]
+        found = present.nonzero()[0]
+        faults = pool.map(lambda i: _fault(root / names[i], tuple(sizes[i].tolist()), verify), found)
+        for i, fault in zip(found, faults, strict=True):
+            if fault:
+                report.add("unreadable image file", f"image {ids[i]} ({fault})")
+                present[i] = False
+    return present
 
 
-def _is_image(record: dict[str, Any]) -> bool:
-    numbers = [record.get(k) for k in ("id", "width", "height")]
-    fits = all(type(n) is int for n in numbers) and isinstance(record.get("file_name"), str)
-    return fits and min(record["width"], record["height"]) > 0
-
-
-def _present(root: Path, records: Iterable[dict[str, Any]]) -> set[str]:
-    """The file names that exist; one listing per folder, which is much faster than asking file by file."""
-    names = [r["file_name"] for r in records]
-    folders = {os.path.dirname(n) for n in names}
-    listed = {}
-    for folder in folders:
+def _present(root: Path, names: Sequence[str]) -> np.ndarray:
+    """[n] bool; one listing per folder, which is much faster than asking file by file."""
+    files: set[str] = set()
+    for folder in {n.rpartition("/")[0] for n in names}:
         path = root / folder
-        listed[folder] = {e.name for e in os.scandir(path)} if path.is_dir() else set()
-    return {n for n in names if os.path.basename(n) in listed[os.path.dirname(n)]}
+        if path.is_dir():
+            prefix = folder and f"{folder}/"
+            files.update(prefix + entry.name for entry in os.scandir(path))
+    return np.fromiter((n in files for n in names), bool, len(names))
 
 
-def _fault(record: dict[str, Any], root: Path, verify: Verify) -> str:
-    path, size = root / record["file_name"], (record["height"], record["width"])
+def _fault(path: Path, size: tuple[int, int], verify: Verify) -> str:
     if verify == "complete" and looks_complete(path, size):
         return ""
     try:
@@ -195,79 +164,22 @@ def _fault(record: dict[str, Any], root: Path, verify: Verify) -> str:
     return ""
 
 
-def check_annotations(
-    records: list[dict[str, Any]],
-    known_images: set[int],
-    sizes: Mapping[int, tuple[int, int]],
-    categories: set[int],
-    report: Report,
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The usable ones of `records` and their boxes, [n, 4] xyxy in pixels, as in the file (not clipped).
+def check_boxes(boxes: np.ndarray, extent: np.ndarray, report: Report, name: Callable[[int], str]) -> np.ndarray:
+    """[n] bool, which `boxes` ([n, 4] xywh in pixels) are good; counts those that reach out of their image.
 
-    known_images: all image ids of the file; sizes: image id -> (height, width) of the usable ones, since what
-    belongs to a dropped image is dropped with it. categories: all category ids of the file.
+    extent: [n, 2] (width, height) of their images. name: what messages call box i.
     """
-    kept, seen = [], set()
-    for position, record in enumerate(records):
-        key = record.get("id", f"number {position}")
-        name = f"annotation {key}"
-        if key in seen:
-            report.add("duplicate annotation id", name)
-        elif record.get("image_id") not in known_images:
-            report.add("annotation of an unknown image", f"{name} (image {record.get('image_id')})")
-        elif record.get("category_id") not in categories:
-            report.add("unknown category id", f"{name} (category {record.get('category_id')})")
-        elif record["image_id"] in sizes:
-            kept.append(record)
-        seen.add(key)
-    boxes = np.array([_xywh(r) for r in kept], np.float64).reshape(-1, 4)
-    extent = np.array([sizes[r["image_id"]] for r in kept], np.float64).reshape(-1, 2)[:, ::-1]
-    good = _check_boxes(boxes, extent, kept, report)
-    boxes[:, 2:] += boxes[:, :2]
-    reach_out = (boxes[:, :2] < 0) | (boxes[:, 2:] > extent)
-    report.clipped = int((reach_out.any(1) & good).sum())
-    return [r for r, g in zip(kept, good, strict=True) if g], boxes[good]
-
-
-def check_masks(
-    records: list[dict[str, Any]], boxes: np.ndarray, sizes: Mapping[int, tuple[int, int]], report: Report
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Those of `records`, with their `boxes`, whose segmentation can be decoded; crowds need none."""
-    good = np.ones(len(records), bool)
-    for i, record in enumerate(records):
-        wrong = segmentations.fault(record.get("segmentation"), sizes[record["image_id"]])
-        if wrong and not record.get("iscrowd", 0):
-            where = f"annotation {record.get('id')} of image {record['image_id']}"
-            report.add("object without a usable mask", f"{where}: {wrong}")
-            good[i] = False
-    return [r for r, g in zip(records, good, strict=True) if g], boxes[good]
-
-
-def _xywh(record: dict[str, Any]) -> tuple[float, ...]:
-    """Four numbers, NaN where the record does not hold them."""
-    try:
-        x, y, w, h = map(float, record["bbox"])
-    except (KeyError, TypeError, ValueError):
-        return (np.nan,) * 4
-    return x, y, w, h
-
-
-def _check_boxes(boxes: np.ndarray, extent: np.ndarray, records: list[dict[str, Any]], report: Report) -> np.ndarray:
-    """[n] bool, which `boxes` (xywh) are good; extent: [n, 2] (width, height) of their images."""
     finite = np.isfinite(boxes).all(1)
     solid = (boxes[:, 2:] > 0).all(1)
-    inside = ((boxes[:, :2] < extent) & (boxes[:, :2] + boxes[:, 2:] > 0)).all(1)
-    faults = {
-        "box that is not 4 finite numbers": ~finite,
-        "box without area": finite & ~solid,
-        "box outside its image": finite & solid & ~inside,
-    }
-    for kind, bad in faults.items():
-        for i in bad.nonzero()[0]:
-            record = records[i]
-            where = f"annotation {record.get('id')} of image {record['image_id']}"
-            report.add(kind, f"{where}: bbox {record.get('bbox')}")
-    return finite & solid & inside
+    with np.errstate(invalid="ignore"):
+        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    inside = ((low < extent) & (high > 0)).all(1)
+    report.add_all("box that is not 4 finite numbers", ~finite, name)
+    report.add_all("box without area", finite & ~solid, name)
+    report.add_all("box outside its image", finite & solid & ~inside, name)
+    good = finite & solid & inside
+    report.clipped += int((((low < 0) | (high > extent)).any(1) & good).sum())
+    return good
 
 
 def check_trainable(counts: Mapping[str, int], source: Path) -> None:

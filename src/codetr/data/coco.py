@@ -1,4 +1,4 @@
-"""COCO instance annotations and their images as a map-style data set."""
+"""Annotated images as a map-style data set."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
-from codetr.data.checks import (
-    OnError,
-    Report,
-    Verify,
-    check_annotations,
-    check_images,
-    check_masks,
-    read_coco,
-    select_classes,
-)
+from codetr.data.cache import open_table
+from codetr.data.checks import OnError, Verify, check_files, select_classes
+from codetr.data.image_records import take_lists
 from codetr.data.images import read_image
+from codetr.data.readers import Reader, coco
 from codetr.data.sampling import Objects
-from codetr.data.segmentations import Segmentations, fault
+from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
 
 
@@ -34,10 +28,11 @@ class Sample:
     """One image with its objects.
 
     image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
-    on the object, or None where the data set reads none; all without crowds.
+    on the object, or None where the data set reads none; all without crowds and ignored objects.
     original_size: (height, width) of the image in pixels of the file; file_size: of the file itself. truth: all
     objects, crowds included, in pixels of the file: `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m]
-    bool, `area` [m] float64 as in the file; where the data set reads them, `runs`: m compressed run lengths.
+    bool, `ignore` [m] bool, `area` [m] float64 as in the file; where the data set reads them, `runs`: m compressed run
+    lengths; where the file has them, as LVIS does, `neg_labels` and `not_exhaustive_labels`, int64.
     """
 
     image: Image
@@ -51,13 +46,16 @@ class Sample:
 
 
 class CocoDetection(Dataset[Sample]):
-    """Images of the folder `root` with the objects of a COCO instances file, checked on construction.
+    """Images of the folder `root` with the objects of an annotation file, checked on construction.
 
-    Labels are 0, 1, ... in the order of `class_names`: all categories in the order of the file, or `classes`.
-    `category_ids` holds the file's id of each label. `report` tells what was dropped (see `codetr.data.checks`).
-    The annotations are numpy columns: unlike lists of dicts, they stay shared between worker processes, where
-    every touched Python object would be copied. masks, runs: also read the objects' segmentations, for `masks` to
-    train with, or for `runs` of the truth.
+    reader: turns the file into COCO's records (see `codetr.data.readers`). Labels are 0, 1, ... in the order of
+    `class_names`: all categories in the order of the file, or `classes`. `category_ids` holds the file's id of each
+    label. `report` tells what was dropped (see `codetr.data.checks`). masks, runs: also read the objects'
+    segmentations, for `masks` to train with, or for `runs` of the truth. cache: where tables are kept (see
+    `codetr.data.cache`).
+
+    It is a view of a `Table`, and holds nothing else that grows with the number of objects: processes share it.
+    Whether image files are there is asked anew every time, one listing per folder.
 
     Raises UserError for what `codetr.data.checks` lists; UnreadableImage from indexing.
     """
@@ -67,119 +65,146 @@ class CocoDetection(Dataset[Sample]):
         root: str | Path,
         annotations: str | Path,
         *,
+        reader: Reader = coco.read,
         classes: Sequence[str] | None = None,
         on_error: OnError = "stop",
         verify: Verify = "complete",
         masks: bool = False,
         runs: bool = False,
+        cache: str | Path | None = None,
     ) -> None:
         self.root, source = Path(root), Path(annotations)
-        document = read_coco(source)
-        self.report = Report(source)
-        names = select_classes(document["categories"], classes, source)
-        self.class_names, self.category_ids = tuple(names.values()), tuple(names)
-        images = check_images(document["images"], self.root, verify, self.report)
-        sizes = {i["id"]: (i["height"], i["width"]) for i in images}
-        records, boxes = check_annotations(
-            document["annotations"],
-            known_images={i.get("id") for i in document["images"]},
-            sizes=sizes,
-            categories={c["id"] for c in document["categories"]},
-            report=self.report,
-        )
-        if masks or runs:
-            records, boxes = check_masks(records, boxes, sizes, self.report)
-        self.report.settle(on_error)
-        if not images:
-            raise UserError(f"{source} names no usable image in {self.root}")
-        self._set_images(images)
-        self._set_objects(records, boxes)
+        folder = Path(cache) if cache else None
+        self._table, self.report = open_table(source, reader, masks=masks or runs, cache=folder)
         self._masks, self._runs = masks, runs
-        self._segmentations = self._read_segmentations(records) if masks or runs else None
+        self._select(classes, source)
+        table = self._table
+        usable = check_files(table.all_names(), table.image_ids, table.sizes, self.root, verify, self.report)
+        self.report.settle(on_error)
+        if not usable.any():
+            raise UserError(f"{source} names no usable image in {self.root}")
+        self._images = None if usable.all() else usable.nonzero()[0]
 
-    def _set_images(self, images: list[dict[str, Any]]) -> None:
-        self.image_ids = np.array([i["id"] for i in images], np.int64)
-        self.sizes = np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2)
-        self._files = np.array([i["file_name"] for i in images], np.str_)
+    def _select(self, classes: Sequence[str] | None, source: Path) -> None:
+        """The classes are a view: label_of[position of a category] is its label, or -1."""
+        table = self._table
+        ids = table.category_ids.tolist()
+        categories = [{"id": i, "name": n} for i, n in zip(ids, table.category_names, strict=True)]
+        names = select_classes(categories, classes, source)
+        self.class_names, self.category_ids = tuple(names.values()), tuple(names)
+        self._positions = np.array([ids.index(i) for i in names], np.int64)
+        self._label_of = np.full(len(ids), -1, np.int64)
+        self._label_of[self._positions] = np.arange(len(names))
 
-    def _set_objects(self, records: list[dict[str, Any]], boxes: np.ndarray) -> None:
-        """Sort the objects of the selected classes by image; object j of image i is row offsets[i] + j."""
-        label_of = {c: label for label, c in enumerate(self.category_ids)}
-        position = {int(image): i for i, image in enumerate(self.image_ids)}
-        labels = np.array([label_of.get(r["category_id"], -1) for r in records], np.int64)
-        owner = np.array([position[r["image_id"]] for r in records], np.int64)
-        # COCO's own default: an object is no crowd, and covers its box.
-        crowd = np.array([bool(r.get("iscrowd", 0)) for r in records], bool)
-        area = np.array([r.get("area", np.nan) for r in records], np.float64)
-        area = np.where(np.isnan(area), np.prod(boxes[:, 2:] - boxes[:, :2], 1), area)
-        rows = np.argsort(owner, kind="stable")
-        rows = rows[labels[rows] >= 0]
-        self._boxes, self._labels, self._crowd, self._area = boxes[rows], labels[rows], crowd[rows], area[rows]
-        self._offsets = np.searchsorted(owner[rows], np.arange(len(self.image_ids) + 1))
-        self._rows = rows
+    @property
+    def image_ids(self) -> np.ndarray:
+        """[n] int64."""
+        return self._of_images(self._table.image_ids)
 
-    def _read_segmentations(self, records: list[dict[str, Any]]) -> Segmentations:
-        """Of the objects in their order; a crowd without a usable one covers its box."""
-        size_of = {
-            int(i): (height, width) for i, (height, width) in zip(self.image_ids, self.sizes.tolist(), strict=True)
-        }
-        usable = (
-            records[row].get("segmentation")
-            if not crowd or fault(records[row].get("segmentation"), size_of[records[row]["image_id"]]) is None
-            else [[x0, y0, x1, y0, x1, y1, x0, y1]]
-            for row, crowd, (x0, y0, x1, y1) in zip(self._rows, self._crowd, self._boxes.tolist(), strict=True)
-        )
-        return Segmentations(usable)
+    @property
+    def sizes(self) -> np.ndarray:
+        """[n, 2] int32 (height, width)."""
+        return self._of_images(self._table.sizes)
+
+    def _of_images(self, column: np.ndarray) -> np.ndarray:
+        return column if self._images is None else column[self._images]
+
+    def _row(self, index: int) -> int:
+        """The image's place in the table. Raises IndexError."""
+        return range(len(self._table))[index] if self._images is None else int(self._images[index])
+
+    @property
+    def frequencies(self) -> tuple[str, ...] | None:
+        """r, c or f (rare, common, frequent) of each class, where the file tells, as LVIS does."""
+        letters = self._table.frequencies
+        return letters and tuple(letters[i] for i in self._positions)
 
     @property
     def label_counts(self) -> dict[str, int]:
-        """Class name -> number of objects to train on (no crowds)."""
-        counts = np.bincount(self._labels[~self._crowd], minlength=len(self.class_names))
+        """Class name -> number of objects to train on (no crowds, none ignored)."""
+        if self._images is None:
+            counts = self._table.counts[self._positions]
+        else:
+            counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def image_counts(self) -> dict[str, int]:
+        """Class name -> number of images with such an object; LVIS' `image_count`."""
+        if self._images is None:
+            counts = self._table.image_counts[self._positions]
+        else:
+            offsets, labels = self.objects()
+            pairs = np.repeat(np.arange(len(self)), np.diff(offsets)) * len(self.class_names) + labels
+            counts = np.bincount(np.unique(pairs) % len(self.class_names), minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
 
     def objects(self) -> Objects:
-        """The labels to train on (no crowds) of all images, for `codetr.data.sampling`."""
-        if not self._crowd.any():
-            return Objects(self._offsets, self._labels)
-        kept = np.concatenate([[0], np.cumsum(~self._crowd)])
-        return Objects(kept[self._offsets], self._labels[~self._crowd])
+        """The labels to train on (no crowds, none ignored) of all images, for `codetr.data.sampling`."""
+        table = self._table
+        labels = self._label_of[table.categories]
+        labels[table.crowd | table.ignore] = -1
+        offsets = table.offsets
+        if self._images is not None:
+            labels, offsets = take_lists(labels, offsets, self._images)
+        kept = np.concatenate([[0], np.cumsum(labels >= 0)])
+        return Objects(kept[offsets], labels[labels >= 0])
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._table) if self._images is None else len(self._images)
 
     def path(self, index: int) -> Path:
         """The image file of one sample."""
-        return self.root / str(self._files[index])
+        return self.root / self._table.name(self._row(index))
 
     def truth(self, index: int) -> dict[str, Any]:
         """What the evaluator needs to know of one image (see `Sample`), without reading the image."""
-        rows = slice(self._offsets[index], self._offsets[index + 1])
-        columns = {"boxes": self._boxes, "labels": self._labels, "iscrowd": self._crowd, "area": self._area}
-        truth: dict[str, Any] = {name: torch.tensor(column[rows]) for name, column in columns.items()}
-        if self._runs and self._segmentations is not None:
-            height, width = map(int, self.sizes[index])
-            truth["runs"] = self._segmentations.runs(range(rows.start, rows.stop), (height, width))
+        table, image = self._table, self._row(index)
+        rows = self._objects_of(image)
+        columns = {"boxes": table.boxes, "iscrowd": table.crowd, "ignore": table.ignore, "area": table.areas}
+        truth: dict[str, Any] = {name: torch.from_numpy(column[rows]) for name, column in columns.items()}
+        truth["labels"] = torch.from_numpy(self._label_of[table.categories[rows]])
+        if self._runs:
+            height, width = table.sizes[image].tolist()
+            truth["runs"] = self._segmentations.runs(rows, (height, width))
+        if table.is_federated:
+            truth["neg_labels"] = self._listed(image, table.negative, table.negative_offsets)
+            truth["not_exhaustive_labels"] = self._listed(image, table.not_exhaustive, table.not_exhaustive_offsets)
         return truth
 
+    def _objects_of(self, image: int) -> np.ndarray:
+        """Their rows in the table, of the selected classes."""
+        start, end = self._table.offsets[image : image + 2]
+        return start + (self._label_of[self._table.categories[start:end]] >= 0).nonzero()[0]
+
+    def _listed(self, image: int, positions: np.ndarray, offsets: np.ndarray) -> Tensor:
+        labels = self._label_of[positions[offsets[image] : offsets[image + 1]]]
+        return torch.from_numpy(labels[labels >= 0])
+
+    @property
+    def _segmentations(self) -> Segmentations:
+        return Segmentations(self._table.segmentations, self._table.segmentation_offsets)
+
     def __getitem__(self, index: int) -> Sample:
-        height, width = map(int, self.sizes[index])
+        row = self._row(index)
+        height, width = self._table.sizes[row].tolist()
         image = read_image(self.path(index), (height, width))
         truth = self.truth(index)
-        objects = ~truth["iscrowd"]
+        objects = ~(truth["iscrowd"] | truth["ignore"])
         boxes = truth["boxes"][objects].float()
         boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
         return Sample(
             image=Image(image),
             boxes=BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
             labels=truth["labels"][objects],
-            image_id=int(self.image_ids[index]),
+            image_id=int(self._table.image_ids[row]),
             original_size=(height, width),
             file_size=(height, width),
             truth=truth,
-            masks=Mask(self._read_masks(index, (height, width))) if self._masks else None,
+            masks=Mask(self._read_masks(index, objects)) if self._masks else None,
         )
 
-    def _read_masks(self, index: int, size: tuple[int, int]) -> Tensor:
-        assert self._segmentations is not None
-        rows = np.arange(self._offsets[index], self._offsets[index + 1])
-        return self._segmentations.masks(rows[~self._crowd[rows]], size)
+    def _read_masks(self, index: int, objects: Tensor) -> Tensor:
+        image = self._row(index)
+        height, width = self._table.sizes[image].tolist()
+        return self._segmentations.masks(self._objects_of(image)[objects.numpy()], (height, width))

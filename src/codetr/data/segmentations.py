@@ -1,9 +1,13 @@
-"""COCO segmentations: polygons or run lengths, kept small and decoded one image at a time."""
+"""COCO segmentations: polygons or run lengths, kept small and decoded one image at a time.
+
+One object's bytes: nothing; or a letter P, the number of polygons and the number of coordinates of each as int32,
+and all coordinates as float32, which places them to a thousandth of a pixel; or a letter R and compressed run lengths.
+"""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +15,15 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+_POLYGONS, _RUNS = b"P", b"R"
 
+
+@dataclass(frozen=True)
 class Segmentations:
-    """The segmentations of many objects in one buffer, which worker processes share and no reference count touches."""
+    """Of many objects: those of row i are packed[offsets[i] : offsets[i + 1]], as `pack` makes them."""
 
-    def __init__(self, segmentations: Iterable[Any]) -> None:
-        packed = [pickle.dumps(_compact(s)) for s in segmentations]
-        self._bytes = np.frombuffer(b"".join(packed), np.uint8)
-        self._offsets = np.cumsum([0, *map(len, packed)])
+    packed: np.ndarray
+    offsets: np.ndarray
 
     def masks(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> Tensor:
         """[n, H, W] uint8, 1 on the object, of the objects `rows` of an image of (height, width) `size`."""
@@ -28,25 +33,29 @@ class Segmentations:
 
     def runs(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
         """Compressed run lengths {size, counts} of the objects `rows` of an image of (height, width) `size`."""
-        return [_runs(self._segmentation(row), size) for row in rows]
-
-    def _segmentation(self, row: int) -> Any:
-        return pickle.loads(self._bytes[self._offsets[row] : self._offsets[row + 1]].data)
+        return [_runs(self.packed[self.offsets[r] : self.offsets[r + 1]].tobytes(), size) for r in rows]
 
 
-def _compact(segmentation: Any) -> Any:
-    """Coordinates in half the bytes; 32 bits place them to a thousandth of a pixel."""
-    return [np.array(p, np.float32) for p in segmentation] if isinstance(segmentation, list) else segmentation
-
-
-def _runs(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Compressed run lengths, whatever form the file has."""
+def pack(segmentation: Any, size: tuple[int, int]) -> bytes:
+    """A segmentation without `fault`, of an image of (height, width) `size`, as bytes."""
     if isinstance(segmentation, list):
-        polygons = [polygon.astype(np.float64).tolist() for polygon in segmentation]
-        return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+        head = np.array([len(segmentation), *map(len, segmentation)], np.int32)
+        return _POLYGONS + head.tobytes() + np.concatenate(segmentation).astype(np.float32).tobytes()
     if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, *size)
-    return segmentation
+        segmentation = coco_mask.frPyObjects(segmentation, *size)
+    counts = segmentation["counts"]
+    return _RUNS + (counts.encode() if isinstance(counts, str) else counts)
+
+
+def _runs(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    """Compressed run lengths of what `pack` made."""
+    if packed[:1] == _RUNS:
+        return {"size": list(size), "counts": packed[1:].decode()}
+    number = int(np.frombuffer(packed, np.int32, 1, 1)[0])
+    lengths = np.frombuffer(packed, np.int32, number, 5)
+    coordinates = np.frombuffer(packed, np.float32, offset=5 + 4 * number).astype(np.float64)
+    polygons = [p.tolist() for p in np.split(coordinates, np.cumsum(lengths)[:-1])]
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
 
 
 def encode(masks: Tensor) -> list[dict[str, Any]]:
@@ -67,9 +76,32 @@ def fault(segmentation: Any, size: tuple[int, int]) -> str | None:
         return None if np.isfinite(np.concatenate(segmentation)).all() else "polygons with a number that is not finite"
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), (list, str)):
         return "neither polygons nor run lengths {size, counts}"
-    if tuple(segmentation.get("size", ())) != size:
+    if segmentation.get("size") not in (list(size), size):
         return f"run lengths of size {segmentation.get('size')} in an image of {list(size)} (height, width)"
     runs = segmentation["counts"]
-    if isinstance(runs, list) and (not all(type(r) is int and r >= 0 for r in runs) or sum(runs) != size[0] * size[1]):
+    good = all(type(r) is int and r >= 0 for r in runs) if isinstance(runs, list) else runs.isascii()
+    if not good or (sum(runs) if isinstance(runs, list) else _pixels(runs.encode())) != size[0] * size[1]:
         return f"run lengths that do not add up to {size[0]} x {size[1]} pixels"
     return None
+
+
+def _pixels(counts: bytes) -> int:
+    """How many pixels compressed run lengths cover, -1 if that is no text of theirs; pycocotools trusts them blindly.
+
+    Five bits per character, least significant first, the sixth set where the number goes on; from the fourth number
+    on, differences to the number before the last.
+    """
+    code = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if not len(code) or code.min() < 0 or code.max() > 63 or code[-1] & 32:
+        return -1
+    last = (code & 32) == 0
+    number = np.cumsum(last) - last
+    first = np.flatnonzero(np.r_[True, last[:-1]])
+    place = 5 * (np.arange(len(code)) - first[number])
+    if place.max() > 30:
+        return -1
+    values = np.bincount(number, (code & 31) << place).astype(np.int64)
+    values -= np.where(code[last] & 16, 1 << (place[last] + 5), 0)
+    for start in (1, 2):
+        values[start::2] = np.cumsum(values[start::2])
+    return int(values.sum()) if values.min() >= 0 else -1

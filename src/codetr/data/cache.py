@@ -1,0 +1,190 @@
+"""Tables kept on disk, so that annotations are read and checked once."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from codetr.data import table
+from codetr.data.checks import Report
+from codetr.data.readers import Document, Reader
+from codetr.data.table import Table
+from codetr.data.tabulate import tabulate
+from codetr.errors import UserError
+
+# Changes with what a table holds, or what the checks let pass.
+_VERSION = 1
+_log = logging.getLogger(__name__)
+_TICK = 2 * 10**9  # nanoseconds, of the coarsest file systems' clocks
+_PATIENCE = 2.0  # seconds without a progress bar
+
+
+def open_table(
+    annotations: Path, reader: Reader, *, masks: bool, cache: Path | None, progress: bool = True
+) -> tuple[Table, Report]:
+    """The table of an annotation file and what its checks found, read by `reader` only if that is news.
+
+    A table is kept per file, reader with its options, and `masks`; it is made anew when the content of what was read
+    has changed. An unchanged size and time of modification counts as unchanged content. cache: the folder to keep it
+    in; None: `.codetr_cache` beside the annotations, or the user's cache folder where nothing can be written there.
+    Of several processes that want the same table, one makes it and the others wait. An unreadable table is made
+    anew, with a warning.
+
+    Raises UserError for what the reader cannot read.
+    """
+    if not annotations.exists():
+        raise UserError(f"annotation file {annotations} does not exist: check the paths under `data`")
+    folder = _folder(annotations, cache)
+    key = {"version": _VERSION, "path": str(annotations.resolve()), "reader": _describe(reader), "masks": masks}
+    stem = f"{annotations.stem}-{_digest(json.dumps(key).encode())}"
+    with FileLock(folder / f"{stem}.lock"):
+        if found := _load(folder, stem):
+            return found
+        return _build(folder, stem, annotations, reader, masks, progress)
+
+
+def _folder(annotations: Path, cache: Path | None) -> Path:
+    """The first folder that can be written to."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codetr"
+    choices = [cache] if cache else [annotations.absolute().parent / ".codetr_cache", user]
+    for folder in choices:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            fault = error
+    raise UserError(f"no table of {annotations} can be kept in {choices[-1]} ({fault.strerror}): set data.cache=FOLDER")
+
+
+def _describe(reader: Any) -> str:
+    """The function and its options, of a function or a partial of one."""
+    options = ""
+    while isinstance(reader, partial):
+        options += repr((reader.args, sorted(reader.keywords.items())))
+        reader = reader.func
+    return f"{reader.__module__}.{reader.__qualname__}{options}"
+
+
+def _load(folder: Path, stem: str) -> tuple[Table, Report] | None:
+    """The table that is there, unless it is stale or broken."""
+    path = folder / f"{stem}.json"
+    if not path.exists():
+        return None
+    try:
+        head = json.loads(path.read_bytes())
+        report = Report(**head["report"] | {"source": Path(head["report"]["source"])})
+        result = Table(folder / head["data"], head["layout"])
+        sources = [_unchanged(s) for s in head["sources"]]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        _log.warning("%s is broken (%s): the annotations are read again", path, error)
+        return None
+    if None in sources:
+        return None
+    if sources != head["sources"]:
+        _replace(path, head | {"sources": sources})
+    return result, report
+
+
+def _build(
+    folder: Path, stem: str, annotations: Path, reader: Reader, masks: bool, progress: bool
+) -> tuple[Table, Report]:
+    report = Report(annotations)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}-") as temporary:
+        # Before it is read: what changes meanwhile makes the table stale.
+        sources = [_fingerprint(annotations)]
+        document = reader(annotations)
+        if "sources" in document:
+            sources = [_fingerprint(source) for source in document["sources"]]
+        with _shown(document, annotations, progress) as shown:
+            tabulated = tabulate(shown, Path(temporary), masks, report)
+        data = Path(temporary) / "table"
+        layout = table.write(data, *tabulated)
+        name = f"{Path(temporary).name}.table"
+        data.rename(folder / name)
+    head = {"data": name, "layout": layout, "report": asdict(report) | {"source": str(annotations)}, "sources": sources}
+    _replace(folder / f"{stem}.json", head)
+    for old in folder.glob(f"{glob.escape(stem)}-*.table"):
+        if old.name != name:
+            old.unlink()
+    return Table(folder / name, json.loads(json.dumps(layout))), report
+
+
+def _replace(path: Path, head: dict[str, Any]) -> None:
+    """At once, so that no process ever sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(head))
+    temporary.replace(path)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "size": path.stat().st_size, "time": _settled_time(path), "digest": _content(path)}
+
+
+def _settled_time(path: Path) -> int | None:
+    """When it was modified; None so soon afterwards that the next change may have the same time."""
+    modified = path.stat().st_mtime_ns
+    return modified if time.time_ns() - modified > _TICK else None
+
+
+def _unchanged(source: dict[str, Any]) -> dict[str, Any] | None:
+    """The fingerprint of the same content, with its present time; None where the content has changed."""
+    path = Path(source["path"])
+    try:
+        stat = path.stat()
+        if (stat.st_size, stat.st_mtime_ns) == (source["size"], source["time"]):
+            return source
+        now = {"size": stat.st_size, "time": _settled_time(path)}
+        return source | now if _content(path) == source["digest"] else None
+    except OSError:
+        return None
+
+
+def _content(path: Path) -> str:
+    """Of a file, its bytes; of a folder, the names in it."""
+    if path.is_dir():
+        return _digest("\0".join(sorted(os.listdir(path))).encode(errors="surrogateescape"))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+@contextmanager
+def _shown(document: Document, annotations: Path, progress: bool) -> Iterator[Document]:
+    """The same document; a bar counts its records once they take longer than a moment."""
+    columns = TextColumn(f"Reading {annotations.name}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress)
+    later = threading.Timer(_PATIENCE, bar.start)
+
+    def counted(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        task = bar.add_task("", total=len(records) if isinstance(records, list) else None)
+        for number, record in enumerate(records):
+            if not number % 10_000:
+                bar.update(task, completed=number)
+            yield record
+
+    try:
+        later.start()
+        yield Document(**document | {k: counted(document[k]) for k in ("images", "annotations")})  # type: ignore
+    finally:
+        later.cancel()
+        bar.stop()

@@ -1,0 +1,146 @@
+"""A reader's document to the columns of a table, every record checked on the way.
+
+Memory stays bounded: records come in batches, and what is kept of them goes to files at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codetr.data.checks import Report, select_classes
+from codetr.data.image_records import image_columns
+from codetr.data.object_records import ObjectRecords
+from codetr.data.readers import Document
+
+_BATCH = 1 << 16
+_COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
+    "id": (np.int64, ()),
+    "owner": (np.int32, ()),
+    "boxes": (np.float64, (4,)),
+    "categories": (np.int32, ()),
+    "crowd": (np.bool_, ()),
+    "ignore": (np.bool_, ()),
+    "areas": (np.float64, ()),
+    "segmentations": (np.uint8, ()),
+    "lengths": (np.int64, ()),
+}
+
+
+class Tabulated(NamedTuple):
+    """What `codetr.data.table.write` takes."""
+
+    columns: dict[str, np.ndarray]
+    category_names: list[str]
+    frequencies: list[str] | None
+
+
+def tabulate(document: Document, folder: Path, masks: bool, report: Report) -> Tabulated:
+    """The usable records of `document`; what is wrong with the others goes into `report`.
+
+    folder: for temporary files, to which the columns are mapped. masks: keep segmentations, and only objects that have
+    a usable one; crowds need none. Raises UserError where the categories make no sense.
+    """
+    categories = list(document["categories"])
+    names = select_classes(categories, None, report.source)
+    ids = np.array(list(names), np.int64)
+    columns, broken = image_columns(document["images"], ids, report)
+    objects = ObjectRecords(columns, broken, ids, masks, report)
+    read, sorted_ = _Files(folder / "read"), _Files(folder / "sorted")
+    for records in _batches(document["annotations"]):
+        good, packed = objects.columns(records)
+        read.append(good | _joined(packed, masks))
+    rows, columns["offsets"] = _by_image(read, columns["image_ids"], report)
+    _copy(read, sorted_, rows, masks)
+    columns |= {"category_ids": ids} | {
+        name: sorted_.column(name) for name in ("boxes", "categories", "crowd", "ignore", "areas", "segmentations")
+    }
+    columns["segmentation_offsets"] = _ends(sorted_.column("lengths")) if masks else np.empty(0, np.int64)
+    columns["counts"], columns["image_counts"] = count(columns, len(ids))
+    letters = [c.get("frequency") for c in categories]
+    known = bool(letters) and all(letter in ("r", "c", "f") for letter in letters)
+    return Tabulated(columns, list(names.values()), letters if known else None)
+
+
+def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(records)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch
+
+
+def _joined(packed: Sequence[bytes], masks: bool) -> dict[str, np.ndarray]:
+    if not masks:
+        return {}
+    return {
+        "segmentations": np.frombuffer(b"".join(packed), np.uint8),
+        "lengths": np.array([len(p) for p in packed], np.int64),
+    }
+
+
+class _Files:
+    """Growing columns, each in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        for name, column in columns.items():
+            with (self._folder / name).open("ab") as file:
+                np.ascontiguousarray(column, _COLUMNS[name][0]).tofile(file)
+
+    def column(self, name: str) -> np.ndarray:
+        path, (dtype, shape) = self._folder / name, _COLUMNS[name]
+        if not path.exists() or not path.stat().st_size:
+            return np.empty((0, *shape), dtype)
+        return np.memmap(path, dtype, "r").reshape(-1, *shape)
+
+
+def _by_image(read: _Files, images: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """Which objects stay, sorted by image, and where each image's begin; an id's first object stays."""
+    ids, owner = read.column("id"), read.column("owner")
+    kept = np.ones(len(ids), bool)
+    if not np.all(ids[1:] > ids[:-1]):
+        order = np.argsort(ids, kind="stable")
+        kept[order[1:][ids[order[1:]] == ids[order[:-1]]]] = False
+        report.add_all("duplicate annotation id", ~kept, lambda i: f"annotation {ids[i]} of image {images[owner[i]]}")
+    rows = kept.nonzero()[0]
+    if not np.all(owner[1:] >= owner[:-1]):
+        rows = rows[np.argsort(owner[rows], kind="stable")]
+    return rows, _ends(np.bincount(owner[rows], minlength=len(images)))
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _copy(read: _Files, to: _Files, rows: np.ndarray, masks: bool) -> None:
+    """The rows of every column, in their order."""
+    for name in ("boxes", "categories", "crowd", "ignore", "areas"):
+        column = read.column(name)
+        for i in range(0, len(rows), _BATCH):
+            to.append({name: column[rows[i : i + _BATCH]]})
+    if masks:
+        packed, ends = read.column("segmentations"), _ends(read.column("lengths"))
+        for i in range(0, len(rows), _BATCH):
+            spans = zip(ends[rows[i : i + _BATCH]].tolist(), ends[rows[i : i + _BATCH] + 1].tolist(), strict=True)
+            to.append(_joined([packed[start:end].tobytes() for start, end in spans], masks))
+
+
+def count(columns: dict[str, np.ndarray], categories: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per category, the objects that are neither crowd nor ignored, and the images with such an object."""
+    objects, images = np.zeros(categories, np.int64), np.zeros(categories, np.int64)
+    bounds = np.unique(np.r_[0 : len(columns["offsets"]) : _BATCH, len(columns["offsets"]) - 1])
+    for first, last in pairwise(bounds):
+        ends = columns["offsets"][first : last + 1]
+        rows = slice(ends[0], ends[-1])
+        usable = ~(columns["crowd"][rows] | columns["ignore"][rows])
+        labels = columns["categories"][rows][usable]
+        owner = np.repeat(np.arange(last - first), np.diff(ends))[usable]
+        objects += np.bincount(labels, minlength=categories)
+        images += np.bincount(np.unique(owner * categories + labels) % max(categories, 1), minlength=categories)
+    return objects, images
