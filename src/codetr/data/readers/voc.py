@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -55,8 +55,8 @@ def read(annotations: Path, *, names: Sequence[str] | None = None) -> Document:
     images, objects = [], []
     for number, stem in enumerate(stems if wanted is None else wanted, start=1):
         image, found = parsed[stem]
-        filename = image.pop("filename", None)
-        images.append({"id": number, "file_name": files.get(stem) or filename or f"{stem}.jpg", **image})
+        named = PurePosixPath(stem).with_name(image.pop("filename", f"{PurePosixPath(stem).name}.jpg")).as_posix()
+        images.append({"id": number, "file_name": files.get(stem, named), **image})
         objects += [
             {"image_id": number, "category_id": categories.get(o["name"])} | {k: v for k, v in o.items() if k != "name"}
             for o in found
