@@ -14,6 +14,9 @@ OPTIONS = (
     f"trainer.max_epochs={EPOCHS}",
     "callbacks.checkpoints.every_n_steps=2",
     "model.dropout=0.1",
+    "data/sampling=repeat_factor",
+    "data.sampling.threshold=1",
+    "data.aspect_ratio_grouping=true",
 )
 
 
@@ -41,8 +44,9 @@ def assert_same(a: object, b: object, where: str = "") -> None:
 
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 3])
 def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, step: int) -> None:
+    """In the middle of an epoch that shows some images twice, in batches of one orientation."""
     data = tmp_path / "data"
-    make_coco(data, train=2 * STEPS_PER_EPOCH, val=3)
+    make_coco(data, train=9, val=3, sizes=((64, 80), (80, 64), (96, 64)))
     done = train(data, tmp_path, *OPTIONS, "run_dir=whole")
     assert done.returncode == 0, done.stderr
     killed = train(data, tmp_path, *OPTIONS, f"+callbacks.kill={{_target_: toy_callbacks.Kill, step: {step}}}")

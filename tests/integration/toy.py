@@ -15,15 +15,23 @@ CLASSES = ("red", "green", "blue")
 SIZE = 64
 
 
-def make_coco(folder: Path, train: int, val: int, empty: tuple[int, ...] = ()) -> None:
-    """folder/{train,val} with one file of annotations each. empty: training images without an object."""
+def make_coco(
+    folder: Path,
+    train: int,
+    val: int,
+    empty: tuple[int, ...] = (),
+    sizes: tuple[tuple[int, int], ...] = ((SIZE, SIZE),),
+) -> None:
+    """folder/{train,val} with one file of annotations each. empty: training images without an object. sizes: height
+    and width of the images, in turn; at least SIZE."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         (folder / split).mkdir(parents=True)
         images, annotations = [], []
         for i in range(count):
-            pixels = np.full((SIZE, SIZE, 3), 90, np.uint8)
-            images.append({"id": i + 1, "file_name": f"{i}.png", "width": SIZE, "height": SIZE})
+            height, width = sizes[i % len(sizes)]
+            pixels = np.full((height, width, 3), 90, np.uint8)
+            images.append({"id": i + 1, "file_name": f"{i}.png", "width": width, "height": height})
             for _ in range(0 if split == "train" and i in empty else 2):
                 label = int(rng.integers(3))
                 (x, y), (w, h) = rng.integers(0, 30, 2).tolist(), rng.integers(12, 30, 2).tolist()
