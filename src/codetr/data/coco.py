@@ -178,7 +178,8 @@ class CocoDetection(Dataset[Sample]):
         return start + (self._label_of[self._table.categories[start:end]] >= 0).nonzero()[0]
 
     def _listed(self, image: int, positions: np.ndarray, offsets: np.ndarray) -> Tensor:
-        labels = self._label_of[positions[offsets[image] : offsets[image + 1]]]
+        listed = positions[offsets[image] : offsets[image + 1]] if len(offsets) else positions
+        labels = self._label_of[listed]
         return torch.from_numpy(labels[labels >= 0])
 
     @property

@@ -93,9 +93,10 @@ def looks_complete(path: Path, size: tuple[int, int]) -> bool:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             kind, (width, height) = image.format, image.size
+            turned = size == (width, height) != (height, width) and _orientation(image) >= 5
             file.seek(0, 2)
             file.seek(max(0, file.tell() - _TAIL))
             tail = file.read()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
-    return size in {(height, width), (width, height)} and kind in _END and _END[kind] in tail
+    return (turned or size == (height, width)) and kind in _END and _END[kind] in tail

@@ -101,12 +101,13 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     from codetr.data.inspection import boxes, masks, records
     from codetr.data.inspection.findings import Findings
     from codetr.data.inspection.split import Split
+    from codetr.data.readers import locate
     from codetr.errors import UserError
 
-    data, root = config.data, Path(config.data.root)
-    source = root / data[f"{name}_annotations"]
+    data = config.data
+    source = locate(data.root, data[f"{name}_annotations"])
     reads_masks = data.masks if name == "train" else data.val_masks
-    split = Split(name, root / data[f"{name}_images"], Findings(source, config.examples, bool(reads_masks)))
+    split = Split(name, locate(data.root, data[f"{name}_images"]), Findings(source, config.examples, bool(reads_masks)))
     try:
         document = _reader(data)(source)
         split.categories, split.images = list(document["categories"]), list(document["images"])
@@ -125,9 +126,7 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
 def _reader(data: DictConfig) -> Any:
     from hydra.utils import instantiate
 
-    from codetr.data.readers import coco
-
-    return instantiate(data.reader) if "reader" in data else coco.read
+    return instantiate(data.reader)
 
 
 def _progress(name: str) -> Any:

@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
     "duplicate annotation id": Kind("error", "give each annotation its own id", "the first is kept"),
     "annotation of an unknown image": Kind("error", "add the image or remove the annotation", _DROP),
     "unknown category id": Kind("error", "add the category or remove the annotation", _DROP),
-    "iscrowd that is not 0 or 1": Kind("error", "write 0 for an object, 1 for a crowd", _DROP),
+    "flag that is not 0 or 1": Kind("error", "`iscrowd` and `ignore` are 0 for an ordinary object", _DROP),
     "area that is not a number above 0": Kind("error", "write the object's area in pixels", "the box's area"),
     "area larger than the box": Kind("note", "decides between small, medium and large in COCO's evaluation"),
     # Boxes

@@ -22,7 +22,7 @@ def inspect_masks(split: Split) -> None:
         if image is None or (not mask and (not expected or record.get("iscrowd", 0))):
             continue
         width, height = split.size(image)
-        wrong = fault(mask, (height, width))
+        wrong = segmentations.fault(mask, (height, width))
         if wrong and record.get("iscrowd", 0):
             continue  # covers its box
         if wrong:
@@ -43,38 +43,6 @@ def _unusable(split: Split, position: int, kind: str, wrong: str) -> None:
         split.drop_annotation(position, kind, what)
     else:
         split.add(kind, what, split.picture(position))
-
-
-def fault(mask: Any, size: tuple[int, int]) -> str | None:
-    """What is wrong with a segmentation of an image of (height, width) `size`."""
-    if isinstance(mask, dict) and not isinstance(mask.get("size"), (list, tuple)):
-        return f"run lengths of size {mask.get('size')!r}"
-    wrong = segmentations.fault(mask, size)
-    if wrong is None and isinstance(mask, dict) and isinstance(mask["counts"], str):
-        runs = _uncompressed(mask["counts"])
-        if runs is None or min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
-            return f"compressed run lengths that do not add up to {size[0]} x {size[1]} pixels"
-    return wrong
-
-
-def _uncompressed(counts: str) -> list[int] | None:
-    """Run lengths of COCO's compressed form: five bits in each letter, from the third run on relative to the one
-    before the last; None for what is none."""
-    runs: list[int] = []
-    value = shift = 0
-    for letter in counts:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64:
-            return None
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if bits & 0x20:
-            continue
-        if bits & 0x10:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return None if shift else runs
 
 
 def _bounds(mask: Any, size: tuple[int, int]) -> Box | None:

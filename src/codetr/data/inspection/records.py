@@ -146,10 +146,15 @@ def inspect_annotations(split: Split) -> None:
             split.drop_annotation(i, "annotation of an unknown image", f"{name} (image {image!r})")
         if type(category) is not int or category not in categories:
             split.drop_annotation(i, "unknown category id", f"{name} (category {category!r})")
-        if record.get("iscrowd", 0) not in (0, 1):
-            split.drop_annotation(i, "iscrowd that is not 0 or 1", f"{name}: iscrowd {record['iscrowd']!r}")
+        for key in ("iscrowd", "ignore"):
+            if not _is_flag(record.get(key)):
+                split.drop_annotation(i, "flag that is not 0 or 1", f"{name}: {key} {record[key]!r}")
         _inspect_area(split, i, name)
     _inspect_image_lists(split, categories)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and value in (0, 1))
 
 
 def _inspect_area(split: Split, position: int, name: str) -> None:

@@ -64,6 +64,12 @@ class Split:
         image = self.image_of(position)
         return name if image is None else f"{name} of {self.image_name(image)}"
 
+    def is_object(self, position: int) -> bool:
+        """Whether an annotation is one to train on: with a box, no crowd, not to be ignored, not removed by a fix."""
+        record = self.annotations[position]
+        counts = not record.get("iscrowd") and not record.get("ignore")
+        return counts and position in self.boxes and position not in self.repair.annotations
+
     def image_of(self, position: int) -> int | None:
         """The position of the image record of an annotation."""
         key = self.annotations[position].get("image_id")

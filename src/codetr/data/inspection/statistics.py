@@ -18,7 +18,7 @@ CROWDING = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # objects in an image
 
 @dataclass
 class Statistics:
-    """Of the objects with a box, without crowds. Histograms are [(label, count), ...]."""
+    """Of the objects with a box, without crowds and what is ignored. Histograms are [(label, count), ...]."""
 
     images: int
     annotations: int
@@ -36,11 +36,7 @@ class Statistics:
 
 def statistics(split: Split) -> Statistics:
     objects = object_counts(split)
-    rows = [
-        (i, split.image_of(i))
-        for i in split.boxes
-        if i not in split.repair.annotations and not split.annotations[i].get("iscrowd", 0)
-    ]
+    rows = [(i, split.image_of(i)) for i in split.boxes if split.is_object(i)]
     boxes = np.array([split.boxes[i] for i, _ in rows]).reshape(-1, 4)
     owner = [image for _, image in rows if image is not None]
     extent = np.array([split.size(i) for i in owner], np.float64).reshape(-1, 2)

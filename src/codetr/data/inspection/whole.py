@@ -20,7 +20,7 @@ def inspect_balance(split: Split, classes: Sequence[str] | None, step: int) -> N
     chosen = sum(n for key, n in objects.items() if classes is None or names.get(key) in classes)
     if split.name == "train" and not chosen:
         split.add("no objects", f"{split.findings.source}: none of the classes has an object (crowds do not count)")
-    filled = {split.image_of(i) for i, a in enumerate(split.annotations) if i in split.boxes and not a.get("iscrowd")}
+    filled = {split.image_of(i) for i in split.boxes if split.is_object(i)}
     for position in split.usable.values():
         file = split.files[position]
         if position not in filled and file and not file.fault:
@@ -31,12 +31,8 @@ def inspect_balance(split: Split, classes: Sequence[str] | None, step: int) -> N
 
 
 def object_counts(split: Split) -> Counter[int]:
-    """Category id -> number of objects with a box, without crowds and without what `fix=true` removes."""
-    return Counter(
-        a["category_id"]
-        for i, a in enumerate(split.annotations)
-        if i in split.boxes and i not in split.repair.annotations and not a.get("iscrowd", 0)
-    )
+    """Category id -> number of objects."""
+    return Counter(split.annotations[i]["category_id"] for i in split.boxes if split.is_object(i))
 
 
 def compare(train: Split, val: Split, classes: Sequence[str] | None) -> None:

@@ -41,3 +41,9 @@ class Reader(Protocol):
     """Reads one annotation file, or what a folder holds where the format is made of many files."""
 
     def __call__(self, annotations: Path, /) -> Document: ...
+
+
+def locate(root: str | Path, path: str) -> Path:
+    """A path of the settings: below `root`, or from the working directory where only that exists."""
+    below = Path(root, path)
+    return Path(path) if Path(path).exists() and not below.exists() else below
