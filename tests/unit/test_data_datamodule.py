@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from codetr.data.datamodule import DetectionDataModule
+from codetr.data.readers import coco
 from codetr.data.sampling import Uniform
 from codetr.errors import UserError
 from codetr.types import Batch
@@ -67,6 +68,8 @@ def module(folder: Path, **changes: Any) -> DetectionDataModule:
         "train_annotations": "train.json",
         "val_images": "val",
         "val_annotations": "val.json",
+        "reader": coco.read,
+        "cache": None,
         "train_transform": flip_and_scale,
         "val_transform": v2.Resize(32, max_size=64),
         "batch_size": 2,

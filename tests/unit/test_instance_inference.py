@@ -14,6 +14,7 @@ from toy_model import detector
 from codetr.data.coco import CocoDetection
 from codetr.data.collate import collate
 from codetr.data.datamodule import DetectionDataModule
+from codetr.data.readers import coco
 from codetr.data.sampling import Uniform
 from codetr.data.transforms import Transform, fit_canvas, transformed
 from codetr.evaluation.metrics import DetectionMetrics
@@ -158,6 +159,8 @@ def test_validation_reads_run_lengths_where_asked(painted: tuple[Path, Path]) ->
             train_annotations=source.name,
             val_images=folder.name,
             val_annotations=source.name,
+            reader=coco.read,
+            cache=None,
             train_transform=transform,
             val_transform=transform,
             batch_size=1,

@@ -48,8 +48,6 @@ def open_table(
 
     Raises UserError for what the reader cannot read.
     """
-    if not annotations.exists():
-        raise UserError(f"annotation file {annotations} does not exist: check the paths under `data`")
     folder = _folder(annotations, cache)
     key = {"version": _VERSION, "path": str(annotations.resolve()), "reader": _describe(reader), "masks": masks}
     stem = f"{annotations.stem}-{_digest(json.dumps(key).encode())}"
@@ -62,7 +60,8 @@ def open_table(
 def _folder(annotations: Path, cache: Path | None) -> Path:
     """The first folder that can be written to."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codetr"
-    choices = [cache] if cache else [annotations.absolute().parent / ".codetr_cache", user]
+    beside = next(parent for parent in annotations.absolute().parents if parent.is_dir())
+    choices = [cache] if cache else [beside / ".codetr_cache", user]
     for folder in choices:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,11 +106,9 @@ def _build(
 ) -> tuple[Table, Report]:
     report = Report(annotations)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}-") as temporary:
-        # Before it is read: what changes meanwhile makes the table stale.
-        sources = [_fingerprint(annotations)]
         document = reader(annotations)
-        if "sources" in document:
-            sources = [_fingerprint(source) for source in document["sources"]]
+        # Before the records are read: what changes meanwhile makes the table stale.
+        sources = [_fingerprint(source) for source in document.get("sources", [annotations])]
         with _shown(document, annotations, progress) as shown:
             tabulated = tabulate(shown, Path(temporary), masks, report)
         data = Path(temporary) / "table"

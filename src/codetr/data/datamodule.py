@@ -13,6 +13,7 @@ from codetr.data.checks import OnError, Verify, check_same_classes, check_traina
 from codetr.data.coco import CocoDetection
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.loader import BatchLoader, TrainLoader
+from codetr.data.readers import Reader, locate
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.data.sampling import Order, orientations
 from codetr.data.transforms import TransformedDataset
@@ -20,14 +21,15 @@ from codetr.errors import UserError
 
 
 class DetectionDataModule(LightningDataModule):
-    """A training and a validation set in COCO format, with their loaders.
+    """A training and a validation set, with their loaders.
 
-    *_images are folders, *_annotations COCO instances files, relative to `root`. batch_size and eval_batch_size
-    count images per process. classes selects and orders categories by name (None: all, as in the training file).
-    on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the
-    objects' masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node
-    before anything is read, to make or fetch the data. copy_paste: of training images; reads masks. sampling: which
-    images an epoch shows how often; aspect_ratio_grouping: batches of wide or of high images (see
+    *_images are folders, *_annotations what `reader` reads (see `codetr.data.readers`), relative to `root`, or else
+    to the working directory. cache: where tables of annotations are kept (see `codetr.data.cache`). batch_size and
+    eval_batch_size count images per process. classes selects and orders categories by name (None: all, as in the
+    training file). on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects'
+    masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node before
+    anything is read, to make or fetch the data. copy_paste: of training images; reads masks. sampling: which images
+    an epoch shows how often; aspect_ratio_grouping: batches of wide or of high images (see
     `codetr.data.sampling`).
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
@@ -44,6 +46,8 @@ class DetectionDataModule(LightningDataModule):
         train_annotations: str,
         val_images: str,
         val_annotations: str,
+        reader: Reader,
+        cache: str | None,
         train_transform: Callable[[dict[str, Any]], dict[str, Any]],
         val_transform: Callable[[dict[str, Any]], dict[str, Any]],
         batch_size: int,
@@ -64,9 +68,9 @@ class DetectionDataModule(LightningDataModule):
         super().__init__()
         # A process has no image to evaluate when there are fewer images than processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        folder = Path(root)
-        self.train_paths = (folder / train_images, folder / train_annotations)
-        self.val_paths = (folder / val_images, folder / val_annotations)
+        self.train_paths = locate(root, train_images), locate(root, train_annotations)
+        self.val_paths = locate(root, val_images), locate(root, val_annotations)
+        self.reader, self.cache = reader, cache
         self.train_transform, self.val_transform = train_transform, val_transform
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
@@ -151,5 +155,13 @@ class DetectionDataModule(LightningDataModule):
         self, images: Path, annotations: Path, classes: Sequence[str] | None, masks: bool, runs: bool
     ) -> CocoDetection:
         return CocoDetection(
-            images, annotations, classes=classes, on_error=self.on_error, verify=self.verify, masks=masks, runs=runs
+            images,
+            annotations,
+            reader=self.reader,
+            classes=classes,
+            on_error=self.on_error,
+            verify=self.verify,
+            masks=masks,
+            runs=runs,
+            cache=self.cache,
         )
