@@ -83,14 +83,14 @@ def scenario(crowds: float) -> dict[int, Image]:
     return images
 
 
-def metrics(images: dict[int, Image], backend: str = "faster_coco_eval") -> DetectionMetrics:
+def metrics(images: dict[int, Image], backend: str = "hotcoco") -> DetectionMetrics:
     result = DetectionMetrics(NAMES, 100, backend).like(masks=True)
     for i, (found, truth) in images.items():
         result.update([i], [found], [truth])
     return result
 
 
-@pytest.mark.parametrize("backend", ["faster_coco_eval", "pycocotools"])
+@pytest.mark.parametrize("backend", ["hotcoco", "faster_coco_eval", "pycocotools"])
 @pytest.mark.parametrize("crowds", [0.0, 0.4])
 def test_the_numbers_are_those_of_pycocotools(crowds: float, backend: str) -> None:
     images = scenario(crowds)

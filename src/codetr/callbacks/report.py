@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ def _numbers(evaluation: Evaluation, of: str) -> Table:
     for _ in range(2):
         table.add_column("metric", style="dim")
         table.add_column("value", justify="right")
-    for (left, a), (right, b) in zip(ap.items(), ar.items(), strict=True):
+    for (left, a), (right, b) in zip_longest(ap.items(), ar.items(), fillvalue=("", ABSENT)):
         style = "bold" if left == "map" else ""
-        table.add_row(left, Text(_number(a), style=style), right, _number(b))
+        table.add_row(left, Text(_number(a), style=style), right, _number(b) if right else "")
     return table
 
 

@@ -1,38 +1,21 @@
-"""The COCO numbers, AP per class and precision-recall curves: one evaluation, any number of processes."""
+"""The COCO or LVIS numbers, AP per class, curves and confusions: one evaluation, any number of processes."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
+from codetr.evaluation.columns import Columns, columns_of, on_first_process
+from codetr.evaluation.engines import ABSENT, AREAS, Backend, Rules, confusion, curves
 from codetr.types import Detections
 
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
-ABSENT = -1.0  # COCO's value for an average over nothing
-
-# A COCO area of 0 counts as small; torchmetrics would put the box's area in its place.
-SMALLEST_AREA = 1e-6
-
-Runs = dict[str, Any]  # compressed run lengths {size, counts}
-
-
-class Record(NamedTuple):
-    """One image on the CPU. found: [n, 6] (xyxy, score, label). truth: [m, 7] (xyxy, label, iscrowd, area)."""
-
-    found: np.ndarray
-    truth: np.ndarray
-    found_runs: list[Runs] | None = None
-    truth_runs: list[Runs] | None = None
+FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
 
 
 @dataclass
@@ -42,6 +25,8 @@ class Evaluation:
     numbers: torchmetrics' key -> value (`map`, `map_50`, ..., `mar_large`). map_per_class: class name -> AP, -1 for
     a class without objects. objects_per_class: class name -> number of objects, crowds not counted. precision:
     [10 IoU thresholds, 101 recall thresholds, K]; recall: [10, K]; both for all areas and the most detections.
+    confusion: [K + 1, K + 1] objects of a class (row) found as a class (column), at scores of 0.3 and IoUs of 0.5 and
+    more; the last row is of detections of nothing, the last column of objects that were missed.
     """
 
     numbers: dict[str, float]
@@ -50,36 +35,43 @@ class Evaluation:
     precision: np.ndarray
     recall: np.ndarray
     images: int
+    confusion: np.ndarray
 
 
 class DetectionMetrics:
-    """Collects detections and truth per image on the CPU; `compute` evaluates them as COCO does.
+    """Collects detections and truth on the CPU, as arrays; `compute` evaluates them as COCO does, or LVIS.
 
     class_names: name of label 0, 1, .... max_detections: the most detections of an image that count; COCO's own
-    numbers take 100. backend: the engine behind torchmetrics. masks: of instance masks, by their scores, not of boxes.
+    numbers take 100, LVIS' 300. backend: the engine. masks: of instance masks, by their scores, not of boxes.
+    federated: LVIS' rules (see `Rules`) and numbers; its `truth` says what each image was searched for (`neg_labels`,
+    `not_exhaustive_labels`: [n] labels). frequency: of each class, r(are), c(ommon) or f(requent); settable, as it is
+    known when there is a data set.
     """
 
     def __init__(
         self,
         class_names: Sequence[str],
         max_detections: int = 100,
-        backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval",
+        backend: Backend = "hotcoco",
         masks: bool = False,
+        federated: bool = False,
+        frequency: Sequence[str] | None = None,
     ) -> None:
         self.class_names = list(class_names)
-        self.max_detections = max_detections
-        self.backend: Literal["faster_coco_eval", "pycocotools"] = backend
-        self.masks = masks
+        self.max_detections, self.backend = max_detections, backend
+        self.masks, self.federated, self.frequency = masks, federated, frequency
         self.evaluation: Evaluation | None = None
-        self._records: dict[int, Record] = {}
+        self._parts: list[Columns] = []
 
     def like(self, masks: bool = False) -> DetectionMetrics:
         """Another one with the same settings and no images, of boxes or of masks."""
-        return DetectionMetrics(self.class_names, self.max_detections, self.backend, masks)
+        return DetectionMetrics(
+            self.class_names, self.max_detections, self.backend, masks, self.federated, self.frequency
+        )
 
     def reset(self) -> None:
         """Forget the images; `evaluation` stays until the next `compute`."""
-        self._records = {}
+        self._parts = []
 
     def update(
         self,
@@ -89,192 +81,81 @@ class DetectionMetrics:
     ) -> None:
         """Add images. truth: per image `boxes` [n, 4] xyxy, `labels`, `iscrowd`, `area` [n], as in `Batch.truth`.
 
-        Boxes are in pixels of the original image; masks, of `runs` in both, are its own size. The whole batch leaves
-        the device in one copy.
+        Boxes are in pixels of the original image; masks, of `runs` in both, are its own size. Of an image that comes
+        again, the last one counts. Raises UserError when `federated` and the truth does not say what was searched for.
         """
-        scores = [d.mask_scores if self.masks and d.mask_scores is not None else d.scores for d in detections]
-        columns = zip(detections, scores, strict=True)
-        found = _split([torch.column_stack([d.boxes_xyxy, s, d.labels]) for d, s in columns])
-        true = _split([torch.column_stack([t["boxes"], t["labels"], t["iscrowd"], t["area"]]) for t in truth])
         ids = torch.as_tensor(image_ids).tolist()
-        runs = [(d.runs, t["runs"]) if self.masks else (None, None) for d, t in zip(detections, truth, strict=True)]
-        records = (Record(f, t, *own) for f, t, own in zip(found, true, runs, strict=True))
-        self._records.update(zip(ids, records, strict=True))
+        if ids:
+            self._parts.append(columns_of(ids, detections, truth, self.masks, self.federated))
 
     def compute(self) -> dict[str, float]:
-        """The twelve numbers, the same on every process; `self.evaluation` has the rest.
+        """The numbers, the same on every process; `self.evaluation` has the rest.
 
-        An image that several processes saw counts once. Every process must call this equally often.
+        An image that several processes saw counts once. Every process must call this equally often. Raises UserError
+        for LVIS' rules with another backend than hotcoco.
         """
-        self.evaluation = _on_first_process(self._records, self._evaluate)
+        columns = Columns.joined(self._parts)
+        self._parts = [columns]
+        self.evaluation = together(columns, self._evaluate)
         return self.evaluation.numbers
 
-    def _evaluate(self, records: dict[int, Record]) -> Evaluation:
-        precision, recall = self._curves(records)
-        truth = np.concatenate([np.empty((0, 7)), *(record.truth for record in records.values())])
-        objects = np.bincount(truth[truth[:, 5] == 0, 4].astype(int), minlength=len(self.class_names))
-        ap = [_mean(precision[:, :, k, 0, -1]) for k in range(len(self.class_names))]
+    def _evaluate(self, columns: Columns) -> Evaluation:
+        limits = (self.max_detections,) if self.federated else (1, 10, self.max_detections)
+        rules, count = Rules(limits, self.masks, self.federated), len(self.class_names)
+        precision, recall = curves(columns, count, rules, self.backend)
+        truth = columns.truth.rows
+        objects = np.bincount(truth[truth[:, 5] == 0, 4].astype(int), minlength=count)
+        numbers = summarize(precision, recall, limits)
+        if self.federated:
+            numbers |= _by_frequency(precision[:, :, :, 0, -1], self.frequency)
         return Evaluation(
-            numbers=_summarize(precision, recall, self.max_detections),
-            map_per_class=dict(zip(self.class_names, ap, strict=True)),
+            numbers=numbers,
+            map_per_class=dict(zip(self.class_names, per_class(precision[:, :, :, 0, -1]), strict=True)),
             objects_per_class=dict(zip(self.class_names, objects.tolist(), strict=True)),
             precision=precision[..., 0, -1],
             recall=recall[..., 0, -1],
-            images=len(records),
+            images=len(columns.ids),
+            confusion=confusion(columns, count, rules),
         )
 
-    def _curves(self, records: dict[int, Record]) -> tuple[np.ndarray, np.ndarray]:
-        """Precision [10, 101, K, 4 areas, 3 limits] and recall [10, K, 4, 3] of every class; -1 where undefined."""
-        num_classes = len(self.class_names)
-        precision = np.full((len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), num_classes, 4, 3), ABSENT)
-        recall = np.full((len(IOU_THRESHOLDS), num_classes, 4, 3), ABSENT)
-        if not any(len(record.truth) for record in records.values()):
-            return precision, recall
-        if self.masks:
-            return self._mask_curves(records)
-        metric = MeanAveragePrecision(
-            iou_thresholds=IOU_THRESHOLDS.tolist(),
-            rec_thresholds=RECALL_THRESHOLDS.tolist(),
-            max_detection_thresholds=[1, 10, self.max_detections],
-            extended_summary=True,
-            backend=self.backend,
-            sync_on_compute=False,  # _on_first_process has gathered; only that process comes here
-        )
-        metric.warn_on_many_detections = False
-        for _, record in sorted(records.items()):
-            metric.update([_box_detections(record.found)], [_box_truth(record.truth)])
-        result = metric.compute()
-        classes = result["classes"].long().numpy().reshape(-1)
-        precision[:, :, classes] = result["precision"].numpy()
-        recall[:, classes] = result["recall"].numpy()
-        return precision, recall
 
-    def _mask_curves(self, records: dict[int, Record]) -> tuple[np.ndarray, np.ndarray]:
-        """By the engine itself: torchmetrics takes masks as pixels, and of images without true masks it forgets the
-        detections."""
-        coco, evaluator, mask_area = _engine(self.backend)
-        images = [{"id": i, **_size(record)} for i, record in records.items()]
-        categories = [{"id": k} for k in range(len(self.class_names))]
-        truth, found = coco(), coco()
-        truth.dataset = {"images": images, "categories": categories, "annotations": _truth(records)}
-        found.dataset = {"images": images, "categories": categories, "annotations": _detections(records, mask_area)}
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            truth.createIndex()
-            found.createIndex()
-            evaluation = evaluator(truth, found, "segm")
-            evaluation.params.iouThrs, evaluation.params.recThrs = IOU_THRESHOLDS, RECALL_THRESHOLDS
-            evaluation.params.maxDets = [1, 10, self.max_detections]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
+def per_class(values: np.ndarray) -> list[float]:
+    """Means of [..., K] over all but the classes."""
+    return [mean(values[..., k]) for k in range(values.shape[-1])]
 
 
-def _engine(backend: str) -> tuple[Any, Any, Callable[..., Any]]:
-    """The data set, the evaluation and the area of run lengths of a backend, which is imported only now."""
-    if backend == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-        from pycocotools.mask import area
-    else:
-        from faster_coco_eval.core import COCO
-        from faster_coco_eval.core import COCOeval_faster as COCOeval
-        from faster_coco_eval.core.mask import area
-    return COCO, COCOeval, area
-
-
-def _size(record: Record) -> dict[str, int]:
-    """pycocotools wants to know it of every image with masks."""
-    runs = (record.truth_runs or []) + (record.found_runs or [])
-    height, width = runs[0]["size"] if runs else (0, 0)
-    return {"height": height, "width": width}
-
-
-def _truth(records: dict[int, Record]) -> list[dict[str, Any]]:
-    """COCO annotations."""
-    entries = []
-    for image, record in sorted(records.items()):
-        crowd, area = record.truth[:, 5].astype(int).tolist(), record.truth[:, 6].tolist()
-        own = _entries(image, record.truth[:, :5], record.truth_runs)
-        entries += [entry | {"iscrowd": c, "area": a} for entry, c, a in zip(own, crowd, area, strict=True)]
-    return [entry | {"id": i} for i, entry in enumerate(entries, start=1)]
-
-
-def _detections(records: dict[int, Record], mask_area: Callable[..., Any]) -> list[dict[str, Any]]:
-    """COCO results, in the form that an index takes."""
-    entries = []
-    for image, record in sorted(records.items()):
-        area = np.asarray(mask_area(record.found_runs or []))
-        own = _entries(image, record.found[:, [0, 1, 2, 3, 5]], record.found_runs)
-        columns = zip(own, record.found[:, 4].tolist(), area.tolist(), strict=True)
-        entries += [entry | {"score": s, "area": a, "iscrowd": 0} for entry, s, a in columns]
-    return [entry | {"id": i} for i, entry in enumerate(entries, start=1)]
-
-
-def _entries(image: int, rows: np.ndarray, runs: list[Runs] | None) -> list[dict[str, Any]]:
-    """rows: [n, 5] xyxy, label."""
-    boxes = np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2]], 1).tolist()
-    columns = zip(boxes, rows[:, 4].astype(int).tolist(), runs or [], strict=True)
-    return [
-        {"image_id": image, "bbox": box, "category_id": label, "segmentation": dict(own)} for box, label, own in columns
-    ]
-
-
-def _box_detections(rows: np.ndarray) -> dict[str, Tensor]:
-    columns = torch.from_numpy(rows)
-    return {"boxes": columns[:, :4], "scores": columns[:, 4], "labels": columns[:, 5].long()}
-
-
-def _box_truth(rows: np.ndarray) -> dict[str, Tensor]:
-    columns = torch.from_numpy(rows)
-    return {
-        "boxes": columns[:, :4],
-        "labels": columns[:, 4].long(),
-        "iscrowd": columns[:, 5].long(),
-        "area": columns[:, 6].clamp(min=SMALLEST_AREA),
-    }
-
-
-def _split(rows: list[Tensor]) -> list[np.ndarray]:
-    """Rows of several images to the CPU in one copy, as float64: the engines compute in it."""
-    joined = torch.cat(rows).cpu().double().numpy()
-    return np.split(joined, np.cumsum([len(r) for r in rows])[:-1])
-
-
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
     """The mean of what is defined."""
     defined = values[values > ABSENT]
     return float(defined.mean()) if defined.size else ABSENT
 
 
-def _summarize(precision: np.ndarray, recall: np.ndarray, max_detections: int) -> dict[str, float]:
+def summarize(precision: np.ndarray, recall: np.ndarray, limits: Sequence[int]) -> dict[str, float]:
     """COCO's averages over IoU thresholds, recall thresholds and classes, in torchmetrics' names."""
-    areas = enumerate(("small", "medium", "large"), start=1)
-    limits = enumerate((1, 10, max_detections))
     ap, ar = precision[..., -1], recall[..., -1]
     numbers = {"map": ap[..., 0], "map_50": ap[0, ..., 0], "map_75": ap[5, ..., 0]}
-    numbers |= {f"mar_{limit}": recall[:, :, 0, i] for i, limit in limits}
-    for i, area in areas:
+    numbers |= {f"mar_{limit}": recall[:, :, 0, i] for i, limit in enumerate(limits)}
+    for i, area in enumerate(AREAS[1:], start=1):
         numbers |= {f"map_{area}": ap[..., i], f"mar_{area}": ar[..., i]}
-    return {name: _mean(values) for name, values in numbers.items()}
+    return {name: mean(values) for name, values in numbers.items()}
 
 
-def _on_first_process(records: dict[int, Record], evaluate: Callable[..., Evaluation]) -> Evaluation:
-    """Gather the records on process 0, evaluate there, hand the result to all.
+def _by_frequency(precision: np.ndarray, frequency: Sequence[str] | None) -> dict[str, float]:
+    """LVIS' AP of rare, common and frequent classes. precision: [10, 101, K]."""
+    own = np.array(list(frequency) if frequency is not None else [""] * precision.shape[-1])
+    return {f"map_{name}": mean(precision[..., own == letter]) for name, letter in FREQUENCIES.items()}
 
-    Always the same two collectives in the same order, whatever a process holds, so none waits for another. They
-    run over gloo: the records live on the CPU.
+
+def together(columns: Columns, evaluate: Any) -> Any:
+    """evaluate(the columns of all processes) on process 0; its result on every process.
+
+    Over gloo, because the columns live on the CPU.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return evaluate(records)
-    first = dist.get_rank() == 0
+        return evaluate(columns)
     group: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[assignment]
-    parts: list[dict[int, Record]] | None = [{}] * dist.get_world_size() if first else None
-    dist.gather_object(records, parts, dst=0, group=group)
-    result: list[Evaluation | None] = [None]
-    if parts is not None:
-        # In reverse, so that of several copies of an image the one of the lowest rank counts.
-        result = [evaluate({i: record for part in reversed(parts) for i, record in part.items()})]
+    every = on_first_process(columns, group)
+    result = [None if every is None else evaluate(every)]
     dist.broadcast_object_list(result, src=0, group=group)
     dist.destroy_process_group(group)
-    assert result[0] is not None
     return result[0]

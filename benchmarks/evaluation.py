@@ -1,0 +1,158 @@
+"""What an evaluation costs: codetr's against torchmetrics', time and memory, each in a process of its own.
+
+python benchmarks/evaluation.py             # all of them; torchmetrics' default takes minutes
+python benchmarks/evaluation.py ours 80000  # one of them
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULT = Path(__file__).parent / "results" / "evaluation"
+CLASSES, DETECTIONS, OBJECTS, BATCH = 80, 100, 7, 50
+KEYS = (
+    *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+RUNS = [
+    *(("torchmetrics, pycocotools", 5_000), ("torchmetrics, faster_coco_eval", 5_000)),
+    *(("ours", 5_000), ("ours, drop-in", 5_000), ("ours", 80_000)),
+]
+
+
+def batches(images: int) -> Iterator[tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]]:
+    """Detections and truth of 50 images each: some objects are found well, most detections are of nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    for _ in range(images // BATCH):
+        found, truth = [], []
+        for objects in torch.randint(1, 2 * OBJECTS, (BATCH,), generator=generator).tolist():
+            corner, size = uniform(objects, 2) * 400, torch.exp(uniform(objects, 2) * 4 + 1.5)
+            boxes = torch.cat([corner, corner + size], 1)
+            labels = torch.randint(CLASSES, (objects,), generator=generator)
+            near = boxes + size.repeat(1, 2) * 0.06 * torch.randn(objects, 4, generator=generator)
+            corner = uniform(DETECTIONS - objects, 2) * 400
+            other = torch.cat([corner, corner + 5 + uniform(DETECTIONS - objects, 2) * 200], 1)
+            guess = torch.randint(CLASSES, (DETECTIONS - objects,), generator=generator)
+            scores = torch.cat([uniform(objects) * 0.8 + 0.2, uniform(DETECTIONS - objects) * 0.6])
+            found.append({"boxes": torch.cat([near, other]), "scores": scores, "labels": torch.cat([labels, guess])})
+            truth.append({"boxes": boxes, "labels": labels, "iscrowd": torch.zeros_like(labels), "area": size.prod(1)})
+        yield found, truth
+
+
+class Task:
+    """The evaluator as a validation epoch uses it: by image ids."""
+
+    def __init__(self) -> None:
+        from codetr.evaluation.metrics import DetectionMetrics
+
+        self.metrics, self.seen = DetectionMetrics([str(k) for k in range(CLASSES)]), 0
+        self.compute = self.metrics.compute
+
+    def update(self, found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> None:
+        from codetr.types import Detections
+
+        ids = range(self.seen, self.seen + len(found))
+        self.seen += len(found)
+        detections = [Detections(one["scores"], one["labels"], one["boxes"]) for one in found]
+        self.metrics.update(ids, detections, truth)
+
+
+def contender(name: str) -> Any:
+    if name == "ours":
+        return Task()
+    if name == "ours, drop-in":
+        from codetr.evaluation.mean_ap import MeanAveragePrecision as Own
+
+        return Own(class_metrics=True)
+    from torchmetrics.detection import MeanAveragePrecision
+
+    # Its own recall thresholds are those of pycocotools only to 32 bits.
+    thresholds = torch.linspace(0, 1, 101, dtype=torch.float64).tolist()
+    backend: Any = name.removeprefix("torchmetrics, ")
+    return MeanAveragePrecision(rec_thresholds=thresholds, backend=backend)
+
+
+def measure(name: str, images: int) -> dict[str, Any]:
+    """Seconds of `update` and of `compute`; the most memory of the process, and over what it had after its imports."""
+    metric = contender(name)
+    found, truth = next(batches(BATCH))
+    metric.update(found, truth)
+    metric.compute()
+    metric = contender(name)
+    before, updating = _resident(), 0.0
+    for found, truth in batches(images):
+        start = time.perf_counter()
+        metric.update(found, truth)
+        updating += time.perf_counter() - start
+    start = time.perf_counter()
+    numbers = metric.compute()
+    computing = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "evaluator": name,
+        "images": images,
+        "update_s": updating,
+        "compute_s": computing,
+        "peak_mb": peak,
+        "added_mb": peak - before,
+        "numbers": {key: float(numbers[key]) for key in KEYS},
+    }
+
+
+def _resident() -> float:
+    """MB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    slowest = next(row for row in rows if row["evaluator"] == "torchmetrics, pycocotools")
+    total = slowest["update_s"] + slowest["compute_s"]
+    lines = [
+        f"{DETECTIONS} detections and about {OBJECTS} objects per image, {CLASSES} classes, one process, two cores; "
+        "memory is what was added to the process' own after its imports.",
+        "",
+        "| evaluator | images | update | compute | total | times faster | memory | whole process | difference |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        seconds = row["update_s"] + row["compute_s"]
+        alike = row["images"] == slowest["images"]
+        off = max(abs(row["numbers"][key] - slowest["numbers"][key]) for key in KEYS)
+        lines.append(
+            f"| {row['evaluator']} | {row['images']} | {row['update_s']:.2f} s | {row['compute_s']:.2f} s "
+            f"| {seconds:.2f} s | {f'{total / seconds:.0f}' if alike else ''} | {row['added_mb']:.0f} MB "
+            f"| {row['peak_mb']:.0f} MB | {f'{off:.0e}' if alike else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+        return
+    rows = []
+    for name, images in RUNS:
+        done = subprocess.run([sys.executable, __file__, name, str(images)], check=True, stdout=subprocess.PIPE)
+        rows.append(json.loads(done.stdout))
+    RESULT.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+    RESULT.with_suffix(".md").write_text(report(rows))
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    main()
