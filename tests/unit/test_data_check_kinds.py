@@ -263,6 +263,7 @@ class Case:
 
     training: "drops" it (with on_error=stop it stops and names the record; else it counts it), "stops" either way, or
     "reads" it all the same. count: findings of that kind. lost: records that training counts as bad.
+    removed: images that `fix=true` may touch.
     """
 
     plant: Callable[[Planted], Any]
@@ -272,6 +273,7 @@ class Case:
     split: Literal["train", "val"] = "train"
     count: int = 1
     lost: int = 1
+    removed: tuple[int, ...] = (103,)
 
 
 A, I = r"annotation 3 of image 103 \(001\.jpg\)", r"image 103 \(001\.jpg\)"  # noqa: E741
@@ -340,7 +342,10 @@ CASES: dict[str, Case] = {
     "width with a fraction": Case(image(width=60.5), BAD_IMAGE, rf"{I}: width is 60\.5", "drops"),
     "image without file name": Case(forget("image", "file_name"), BAD_IMAGE, "image 103: has no file_name", "drops"),
     "file name that is no text": Case(image(file_name=1), BAD_IMAGE, "image 103 .*: file_name is 1", "drops"),
-    "repeated image id": Case(repeated_image, "duplicate image id", I, "drops"),
+    "repeated image id": Case(repeated_image, "duplicate image id", rf"{I} has the id", "drops"),
+    "image id of another file": Case(
+        image(id=100), "duplicate image id", r"image 100 .* has the id of 000\.jpg", "drops", lost=3, removed=(100, 103)
+    ),
     "file listed twice": Case(listed_twice, "image file listed twice", r"image 170 \(001\.jpg\)", "reads"),
     # Image files
     "missing file": Case(lambda p: p.file.unlink(), "missing image file", rf"{I}: .*001\.jpg does not exist", "drops"),
@@ -348,7 +353,7 @@ CASES: dict[str, Case] = {
     "file name in capitals": Case(moved("001.JPG"), "missing image file", rf"{I}: .* there is 001\.JPG", "drops"),
     "empty image": Case(content(lambda b: b""), "empty image file", rf"{I}: .*has 0 bytes", "drops"),
     "cut off image": Case(content(lambda b: b[:-300]), UNREADABLE, rf"{I}: .*cannot be decoded", "drops"),
-    "text as image": Case(content(lambda b: b"<html>404</html>"), UNREADABLE, rf"{I}: .*cannot identify", "drops"),
+    "text as image": Case(content(lambda b: b"<html>404</html>"), UNREADABLE, rf"{I}: .*is not an image", "drops"),
     "folder as image": Case(into_a_folder, UNREADABLE, rf"{I}: .*is a folder", "drops"),
     "other size": Case(
         image(width=61), "image of another size", rf"{I}: .*001\.jpg holds 60x50 pixels, not 61x50", "drops"
@@ -538,8 +543,8 @@ def test_a_mended_file_passes_and_keeps_the_rest(planted: Planted, composed: Dic
     cleaned = json.loads((planted.folder / "train.clean.json").read_bytes())
     assert cleaned["info"] == {"year": 2026}
     pristine = document(4, first=100)
-    assert all(r in cleaned["images"] for r in pristine["images"] if r["id"] != 103)
-    assert all(r in cleaned["annotations"] for r in pristine["annotations"] if r["image_id"] != 103)
+    assert all(r in cleaned["images"] for r in pristine["images"] if r["id"] not in case.removed)
+    assert all(r in cleaned["annotations"] for r in pristine["annotations"] if r["image_id"] not in case.removed)
 
 
 def module(config: DictConfig, on_error: str) -> Any:

@@ -117,8 +117,8 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
         return split
     records.inspect_categories(split, classes)
     records.inspect_images(split, config.decode, _progress(name))
-    records.inspect_annotations(split)
     boxes.inspect_boxes(split)
+    records.inspect_annotations(split)
     masks.inspect_masks(split)
     return split
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from codetr.data.images import UnreadableImage, looks_complete, read_image
 
@@ -65,8 +65,10 @@ def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
             ending = _hash(stream.read())
     except (FileNotFoundError, NotADirectoryError):
         return File(path, ("missing image file", "does not exist"))
+    except UnidentifiedImageError:
+        return File(path, ("unreadable image file", "is not an image"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return File(path, ("unreadable image file", str(error).removesuffix(f" '{path}'")))
+        return File(path, ("unreadable image file", f"cannot be read: {error}"))
     fault, pixels = _content(path, size, facts[0], orientation, decode)
     return File(path, fault, *facts, ending, pixels)
 

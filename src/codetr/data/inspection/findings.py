@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+Box = tuple[float, float, float, float]
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -48,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "bad image record": Kind(
         "error", "each image needs integer `id`, `width` and `height` above 0, and a `file_name`", _DROP
     ),
-    "duplicate image id": Kind("error", "give each image its own id", "the first is kept"),
+    "duplicate image id": Kind("error", "give each image its own id", "removed, but for one of the same file"),
     "image file listed twice": Kind("warning", "keep one record of each file"),
     "missing image file": Kind("error", "put the file there, or remove the image from the annotations", _DROP),
     "empty image file": Kind("error", "restore the file from its source", _DROP),
@@ -63,8 +64,8 @@ KINDS: dict[str, Kind] = {
     "same image twice": Kind("warning", "keep one; check that both have the same objects"),
     "same image in train and val": Kind("error", "remove it from one: it makes the validation too good", "kept in val"),
     "image without objects": Kind("note", "trained as background; remove it if objects were forgotten"),
-    "image list with an unknown category": Kind("warning", "neg_category_ids and not_exhaustive_category_ids hold ids"),
-    "object of a category that its image excludes": Kind("warning", "neg_category_ids says that there is none"),
+    "image list with an unknown category": Kind("warning", "list ids of `categories`"),
+    "object of a category that its image excludes": Kind("warning", "its `neg_category_ids` say that there is none"),
     "file that no record names": Kind("note", "add it to the annotations, or remove it"),
     # Annotation records
     "annotation without id": Kind("warning", "give each annotation its own integer id"),
@@ -75,9 +76,9 @@ KINDS: dict[str, Kind] = {
     "area that is not a number above 0": Kind("error", "write the object's area in pixels", "the box's area"),
     "area larger than the box": Kind("note", "decides between small, medium and large in COCO's evaluation"),
     # Boxes
-    "box that is not 4 finite numbers": Kind("error", "write bbox as [x, y, width, height] in pixels", _DROP),
-    "inverted box": Kind("error", "bbox is [x, y, width, height]; width and height must be above 0", _DROP),
-    "box without area": Kind("error", "bbox is [x, y, width, height]; width and height must be above 0", _DROP),
+    "box that is not 4 finite numbers": Kind("error", "write `bbox` as [x, y, width, height] in pixels", _DROP),
+    "inverted box": Kind("error", "`bbox` is [x, y, width, height]; width and height must be above 0", _DROP),
+    "box without area": Kind("error", "`bbox` is [x, y, width, height]; width and height must be above 0", _DROP),
     "box outside its image": Kind("error", "check the box, and the image's width and height", _DROP),
     "box that reaches out of its image": Kind("warning", "clipped for training; check the box", "clipped"),
     "box less than a pixel out of its image": Kind("note", "clipped for training", "clipped"),
@@ -86,7 +87,7 @@ KINDS: dict[str, Kind] = {
     "very long box": Kind("note", "one side is more than 20 times the other; check it"),
     "same box twice": Kind("warning", "remove one of the two"),
     "same box with two categories": Kind("warning", "decide for one, unless both are meant"),
-    "boxes that look like corners": Kind("error", "bbox is [x, y, width, height], not [x1, y1, x2, y2]"),
+    "boxes that look like corners": Kind("error", "`bbox` is [x, y, width, height], not [x1, y1, x2, y2]"),
     "boxes that look like fractions": Kind("error", "bbox is in pixels, not in fractions of the image"),
     # Masks
     "object without a usable mask": Kind(
@@ -102,10 +103,14 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """What to show of a finding: an image file, and a box (x0, y0, x1, y1) in its pixels, if there is one."""
+    """What to show of a finding: an image file, and boxes (x0, y0, x1, y1) in its pixels, if there are any.
+
+    other: what `box` is compared with.
+    """
 
     path: Path
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
+    other: Box | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from codetr.data import segmentations
-from codetr.data.inspection.split import Box, Split
+from codetr.data.inspection.findings import Box, Picture
+from codetr.data.inspection.split import Split
 
 _PIXELS, _SHARE = 3.0, 0.15  # how far a mask's side may lie from its box's, in pixels and in the box's own side
 
@@ -31,10 +32,17 @@ def inspect_masks(split: Split) -> None:
         bounds = _bounds(mask, (height, width))
         if bounds is None:
             _unusable(split, i, "mask without area", "covers no pixel")
-        elif i in split.boxes and not _agree(bounds, split.boxes[i]):
-            box = ", ".join(f"{v:.4g}" for v in bounds)
-            what = f"{split.annotation_name(i)}: mask in [{box}], bbox {list(split.boxes[i])}"
-            split.add("mask that disagrees with its box", what, split.picture(i))
+        elif i in split.boxes and i not in split.repair.annotations and not _agree(bounds, split.boxes[i]):
+            _disagreement(split, i, bounds)
+
+
+def _disagreement(split: Split, position: int, bounds: Box) -> None:
+    mask, box = (f"[{', '.join(f'{v:.6g}' for v in b)}]" for b in (bounds, split.boxes[position]))
+    picture, (x, y, w, h) = split.picture(position), bounds
+    if picture:
+        picture = Picture(picture.path, picture.box, other=(x, y, x + w, y + h))
+    what = f"{split.annotation_name(position)}: mask in {mask}, bbox {box}"
+    split.add("mask that disagrees with its box", what, picture)
 
 
 def _unusable(split: Split, position: int, kind: str, wrong: str) -> None:

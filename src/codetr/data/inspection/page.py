@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from codetr.data.inspection.findings import KINDS, SEVERITIES, Example, Picture
+from codetr.data.inspection.findings import KINDS, SEVERITIES, Box, Example, Picture
 from codetr.data.inspection.split import Split
 from codetr.data.inspection.statistics import Statistics
 from codetr.data.inspection.summary import class_names
@@ -18,6 +19,7 @@ from codetr.data.inspection.summary import class_names
 _SIDE = 240  # pixels of a picture
 _AROUND = 1.5  # what is shown around a box, in sides of the box
 _LEAST = 48  # pixels of the image that a picture shows at least
+_RED, _BLUE = (214, 40, 40), (20, 90, 220)
 _STYLE = """
 :root {
   --ink:#1f2933; --faint:#7b8794; --line:#e4e7eb; --paper:#fff; --back:#f5f7fa; --train:#2f6fb3; --val:#e08e2b;
@@ -234,9 +236,14 @@ def _finding(split: Split, number: int, kind: str, pictures: int) -> str:
     return (
         f'<div class="card" id="{_anchor(number, kind)}"><h3><span class="badge {severity}">{severity}</span> '
         f"{escape(kind)} <span class='faint'>{split.findings.counts[kind]:,} in {split.name}</span></h3>"
-        f"<div>{escape(KINDS[kind].advice[0].upper() + KINDS[kind].advice[1:])}.</div>"
+        f"<div>{_sentence(KINDS[kind].advice)}</div>"
         f'<div class="pictures">{shown}</div>{_records(examples, listed, opened=not shown)}</div>'
     )
+
+
+def _sentence(advice: str) -> str:
+    """With a capital letter and a full stop, and `words` of files as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(advice[0].upper() + advice[1:])) + "."
 
 
 def _records(examples: Sequence[Example], title: str, opened: bool) -> str:
@@ -251,7 +258,7 @@ def _thumbnail(picture: Picture) -> str | None:
             if picture.box is None:
                 image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
             pixels = image.convert("RGB")
-        shown = _crop(pixels, picture.box) if picture.box else ImageOps.contain(pixels, (_SIDE, _SIDE))
+        shown = _crop(pixels, picture.box, picture.other) if picture.box else ImageOps.contain(pixels, (_SIDE, _SIDE))
     except (OSError, ValueError, SyntaxError, OverflowError, Image.DecompressionBombError):
         return None
     buffer = io.BytesIO()
@@ -259,12 +266,11 @@ def _thumbnail(picture: Picture) -> str | None:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """The box, drawn, with what is around it; parts outside the image are grey."""
-    x0, x1 = sorted((box[0], box[2]))
-    y0, y1 = sorted((box[1], box[3]))
-    limit = 4.0 * max(image.size)
-    x0, y0, x1, y1 = (max(-limit, min(limit, v)) for v in (x0, y0, x1, y1))
+def _crop(image: Image.Image, box: Box, other: Box | None) -> Image.Image:
+    """The box in red, the other in blue, with what is around them; parts outside the image are grey."""
+    boxes = [_ordered(b, 4.0 * max(image.size)) for b in (other, box) if b]
+    x0, y0 = (min(b[i] for b in boxes) for i in (0, 1))
+    x1, y1 = (max(b[i] for b in boxes) for i in (2, 3))
     side = max(_LEAST, (1 + _AROUND) * max(x1 - x0, y1 - y0))
     left, top = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2
     scale = _SIDE / side
@@ -276,7 +282,16 @@ def _crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.I
         size = max(1, round(part.width * scale)), max(1, round(part.height * scale))
         shown.paste(part.resize(size), (round((window[0] - left) * scale), round((window[1] - top) * scale)))
     pen = ImageDraw.Draw(shown)
-    frame = ((x0 - left) * scale, (y0 - top) * scale, (x1 - left) * scale, (y1 - top) * scale)
-    pen.rectangle(tuple(v + d for v, d in zip(frame, (-2, -2, 2, 2), strict=True)), outline=(255, 255, 255), width=4)
-    pen.rectangle(tuple(v + d for v, d in zip(frame, (-1, -1, 1, 1), strict=True)), outline=(214, 40, 40), width=2)
+    for (a0, b0, a1, b1), color in zip(boxes[::-1], (_RED, _BLUE), strict=False):
+        frame = ((a0 - left) * scale, (b0 - top) * scale, (a1 - left) * scale, (b1 - top) * scale)
+        pen.rectangle(
+            tuple(v + d for v, d in zip(frame, (-2, -2, 2, 2), strict=True)), outline=(255, 255, 255), width=4
+        )
+        pen.rectangle(tuple(v + d for v, d in zip(frame, (-1, -1, 1, 1), strict=True)), outline=color, width=2)
     return shown
+
+
+def _ordered(box: Box, limit: float) -> Box:
+    """Upper left corner first, within `limit` pixels of the origin."""
+    x0, y0, x1, y1 = (max(-limit, min(limit, v)) for v in box)
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)

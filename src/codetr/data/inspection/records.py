@@ -57,7 +57,11 @@ def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
         if wrong := _record_fault(record):
             split.drop_image(position, "bad image record", f"{split.image_name(position)}: {wrong}")
         elif record["id"] in split.usable:
-            split.drop_image(position, "duplicate image id", split.image_name(position))
+            first = split.usable[record["id"]]
+            if split.images[first]["file_name"] != record["file_name"]:
+                split.repair.images.add(first)  # whose the annotations are cannot be told
+            what = f"{split.image_name(position)} has the id of {split.images[first]['file_name']}"
+            split.drop_image(position, "duplicate image id", what)
         else:
             split.usable[record["id"]] = position
             good.append(position)

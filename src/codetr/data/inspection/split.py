@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from codetr.data.inspection.files import File
-from codetr.data.inspection.findings import Findings, Picture, Repair
+from codetr.data.inspection.findings import Box, Findings, Picture, Repair
 
 Record = dict[str, Any]
-Box = tuple[float, float, float, float]
 
 
 @dataclass

@@ -15,7 +15,8 @@ from codetr.data.inspection.split import Split
 from codetr.data.inspection.statistics import Statistics
 
 COLORS = {"error": "bold red", "warning": "yellow", "note": "dim"}
-_CLASSES, _RECORDS, _BAR = 30, 3, 20
+_CLASSES, _BAR = 30, 20
+_RECORDS = {"error": 3, "warning": 2, "note": 1}
 
 
 def tables(splits: Sequence[Split], numbers: Sequence[Statistics]) -> RenderableType:
@@ -63,7 +64,7 @@ def _findings(split: Split) -> Table:
     for kind in split.findings.kinds():
         severity = split.findings.severity(kind)
         text = Text(kind, "bold")
-        shown = split.findings.examples[kind][:_RECORDS]
+        shown = split.findings.examples[kind][: _RECORDS[severity]]
         for example in shown:
             text.append(f"\n  {example.record}", "none")
         if split.findings.counts[kind] > len(shown):
