@@ -81,7 +81,8 @@ def _options(overrides: list[str]) -> tuple[DictConfig, list[str]]:
             near = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {near[0]}?" if near else f"give {', '.join(known)}, or data.KEY"
             raise UserError(f"{override}: {meant}")
-    options = OmegaConf.merge(_OWN, _DEFAULTS, OmegaConf.from_dotlist(own))
+    options = OmegaConf.create({**_OWN, **_DEFAULTS})
+    options.merge_with_dotlist(own)
     if missing := [key for key in _OWN if options[key] is None]:
         example = "from=voc to=coco source=VOCdevkit/VOC2012 target=voc-coco"
         raise UserError(f"{' and '.join(missing)} not given: python -m codetr.data convert {example}")
@@ -125,15 +126,14 @@ def _read(config: DictConfig, name: str) -> Split:
     from omegaconf import OmegaConf
 
     from codetr.data.checks import Report
-    from codetr.data.readers import coco
+    from codetr.data.readers import locate
     from codetr.data.writers import Split
 
     for key in (f"{name}_images", f"{name}_annotations"):
         if OmegaConf.is_missing(config, key):
             raise UserError(f"data.{key} is not given; splits=[...] leaves a split out")
-    root = Path(config.root) / config[f"{name}_images"]
-    source = Path(config.root) / config[f"{name}_annotations"]
-    document = (instantiate(config.reader) if "reader" in config else coco.read)(source)
+    root, source = (locate(config.root, config[f"{name}_{what}"]) for what in ("images", "annotations"))
+    document = instantiate(config.reader)(source)
     report = Report(source)
     categories = list(document["categories"])
     images = [i for i in document["images"] if _is_usable(i, root, report)]
