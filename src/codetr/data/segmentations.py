@@ -1,7 +1,9 @@
 """COCO segmentations: polygons or run lengths, kept small and decoded one image at a time.
 
-One object's bytes: nothing; or a letter P, the number of polygons and the number of coordinates of each as int32,
-and all coordinates as float32, which places them to a thousandth of a pixel; or a letter R and compressed run lengths.
+One object's bytes: nothing; or a letter, the number of polygons and the number of coordinates of each as int32, and
+all coordinates, after H as int32 hundredths of a pixel, which is how COCO and LVIS write them, after P as float64; or
+R and compressed run lengths. Decoded coordinates are those of the file to the last bit: pycocotools rounds them to
+fifths of a pixel, and half of one is not rare.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-_POLYGONS, _RUNS = b"P", b"R"
+_HUNDREDTHS, _POLYGONS, _RUNS = b"H", b"P", b"R"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ def pack(segmentation: Any, size: tuple[int, int]) -> bytes:
     """A segmentation without `fault`, of an image of (height, width) `size`, as bytes."""
     if isinstance(segmentation, list):
         head = np.array([len(segmentation), *map(len, segmentation)], np.int32)
-        return _POLYGONS + head.tobytes() + np.concatenate(segmentation).astype(np.float32).tobytes()
+        coordinates = np.concatenate(segmentation).astype(np.float64)
+        hundredths = np.rint(coordinates.clip(-1e6, 1e6) * 100).astype(np.int32)
+        if np.array_equal(hundredths / 100, coordinates):
+            return _HUNDREDTHS + head.tobytes() + hundredths.tobytes()
+        return _POLYGONS + head.tobytes() + coordinates.tobytes()
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *size)
     counts = segmentation["counts"]
@@ -53,7 +59,9 @@ def _runs(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
         return {"size": list(size), "counts": packed[1:].decode()}
     number = int(np.frombuffer(packed, np.int32, 1, 1)[0])
     lengths = np.frombuffer(packed, np.int32, number, 5)
-    coordinates = np.frombuffer(packed, np.float32, offset=5 + 4 * number).astype(np.float64)
+    hundredths = packed[:1] == _HUNDREDTHS
+    coordinates = np.frombuffer(packed, np.int32 if hundredths else np.float64, offset=5 + 4 * number)
+    coordinates = coordinates / 100 if hundredths else coordinates
     polygons = [p.tolist() for p in np.split(coordinates, np.cumsum(lengths)[:-1])]
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
 
