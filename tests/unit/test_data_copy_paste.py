@@ -119,9 +119,9 @@ def test_a_data_set_that_pastes(tmp_path: Path) -> None:
     reader = CocoDetection(*write(tmp_path, doc), masks=True)
 
     def dataset(masks: bool) -> TransformedDataset:
-        return TransformedDataset(reader, fit_canvas(48, 114), 3, False, CopyPaste(99, 10, 20), masks)
+        return TransformedDataset(reader, fit_canvas(48, 114), 3, "stop", CopyPaste(99, 10, 20), masks)
 
-    plain = TransformedDataset(reader, fit_canvas(48, 114), 3, False)
+    plain = TransformedDataset(reader, fit_canvas(48, 114), 3, "stop")
     keys = [(epoch, index) for epoch in range(6) for index in range(len(reader))]
     first, again = dataset(masks=True), dataset(masks=False)
     changed = 0

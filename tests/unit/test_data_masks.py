@@ -120,7 +120,7 @@ def test_masks_move_with_the_picture(painted: CocoDetection) -> None:
             v2.RandomShortestSize([28, 34], max_size=60),  # never enlarges
         ]
     )
-    dataset = TransformedDataset(painted, recipe, seed=1, replace_unreadable=False)
+    dataset = TransformedDataset(painted, recipe, seed=1, unreadable="stop")
     removed = 0
     for epoch in range(10):
         for index in range(len(dataset)):

@@ -68,7 +68,7 @@ def extent(channel: Tensor) -> list[int] | None:
 
 
 def test_boxes_stay_on_their_objects_to_a_pixel(painted: CocoDetection) -> None:
-    dataset = TransformedDataset(painted, RECIPE, seed=1, replace_unreadable=False)
+    dataset = TransformedDataset(painted, RECIPE, seed=1, unreadable="stop")
     removed = 0
     for epoch in range(20):
         for index in range(len(dataset)):
@@ -95,7 +95,7 @@ def test_boxes_stay_on_their_objects_to_a_pixel(painted: CocoDetection) -> None:
 
 
 def test_truth_stays_in_pixels_of_the_file(painted: CocoDetection) -> None:
-    dataset = TransformedDataset(painted, RECIPE, seed=1, replace_unreadable=False)
+    dataset = TransformedDataset(painted, RECIPE, seed=1, unreadable="stop")
     for index in range(len(dataset)):
         torch.testing.assert_close(dataset[3, index].truth, painted.truth(index))
 
@@ -104,7 +104,7 @@ def test_the_original_size_tells_the_scale(painted: CocoDetection) -> None:
     """Flips and resizes leave it alone. Behind crops too, a box has the size in the file that it had, unless cut."""
     whole = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomShortestSize([33, 47, 61], max_size=70)])
     for transform in (whole, RECIPE, large_scale_jitter(80, (0.3, 2.0), 0.5, 114)):
-        dataset = TransformedDataset(painted, transform, seed=1, replace_unreadable=False)
+        dataset = TransformedDataset(painted, transform, seed=1, unreadable="stop")
         uncut = 0
         for epoch in range(3):
             for index in range(len(dataset)):
@@ -128,7 +128,7 @@ def same(a: Sample, b: Sample) -> bool:
 
 def test_randomness_is_a_function_of_seed_epoch_and_index(painted: CocoDetection) -> None:
     def dataset(seed: int) -> TransformedDataset:
-        return TransformedDataset(painted, RECIPE, seed, replace_unreadable=False)
+        return TransformedDataset(painted, RECIPE, seed, unreadable="stop")
 
     reference = {(e, i): dataset(1)[e, i] for e in range(6) for i in range(3)}
     other = dataset(1)
@@ -141,7 +141,7 @@ def test_randomness_is_a_function_of_seed_epoch_and_index(painted: CocoDetection
 
 
 def test_the_global_random_state_is_left_alone(painted: CocoDetection) -> None:
-    dataset = TransformedDataset(painted, RECIPE, 1, replace_unreadable=False)
+    dataset = TransformedDataset(painted, RECIPE, 1, unreadable="stop")
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
@@ -153,7 +153,7 @@ def test_both_branches_and_all_scales_occur(painted: CocoDetection) -> None:
     """Of 240 draws: half flipped, and each short side a third, within five standard deviations."""
 
     def share(transform: Callable, happened: Callable[[Sample, int], bool]) -> float:
-        dataset = TransformedDataset(painted, transform, 5, replace_unreadable=False)
+        dataset = TransformedDataset(painted, transform, 5, unreadable="stop")
         return np.mean([happened(dataset[e, i], i) for e in range(20) for i in range(12)]).item()
 
     flipped = share(
@@ -184,9 +184,9 @@ def test_an_unreadable_image_is_replaced_by_the_next_or_named(tmp_path: Path) ->
     for name in ("001.jpg", "002.jpg", "003.jpg"):
         (root / name).write_bytes(b"broken")
     reader = CocoDetection(root, source, verify="exists")
-    replaced = TransformedDataset(reader, v2.Identity(), 0, replace_unreadable=True)
+    replaced = TransformedDataset(reader, v2.Identity(), 0, unreadable="next")
     assert [replaced[0, i].image_id for i in range(4)] == [100, 100, 100, 100]
-    strict = TransformedDataset(reader, v2.Identity(), 0, replace_unreadable=False)
+    strict = TransformedDataset(reader, v2.Identity(), 0, unreadable="stop")
     with pytest.raises(UnreadableImage, match=r"002\.jpg cannot be decoded"):
         strict[0, 2]
     (root / "000.jpg").write_bytes(b"broken")
@@ -207,7 +207,7 @@ def rectangle(image: Tensor) -> tuple[int, int]:
 
 def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -> None:
     """What a detector finds on the canvas, through the batch and the postprocessing: up to 1.4 pixels per pixel."""
-    dataset = TransformedDataset(painted, fit_canvas(96, 114), 0, replace_unreadable=False)
+    dataset = TransformedDataset(painted, fit_canvas(96, 114), 0, unreadable="stop")
     samples = [dataset[0, i] for i in range(len(dataset))]
     batch = collate(samples, 32)
     assert batch.images.shape == (12, 3, 96, 96)
@@ -232,7 +232,7 @@ def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -
 
 
 def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: CocoDetection) -> None:
-    dataset = TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, replace_unreadable=False)
+    dataset = TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, unreadable="stop")
     factors, removed = [], 0
     for epoch in range(20):
         for index in range(len(dataset)):
@@ -258,14 +258,14 @@ def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: Coc
 def test_transforms_that_drop_boxes_can_be_composed(painted: CocoDetection) -> None:
     """Those of torchvision treat whatever boxes they get as objects."""
     picky = v2.Compose([v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes(min_size=30), v2.Resize((20, 30))])
-    dataset = TransformedDataset(painted, picky, 1, replace_unreadable=False)
+    dataset = TransformedDataset(painted, picky, 1, unreadable="stop")
     counts = {len(dataset[epoch, index].labels) for epoch in range(5) for index in range(len(dataset))}
     assert {0, 1, 2} <= counts
 
 
 def test_fits_and_jitter_depend_on_seed_epoch_and_index(painted: CocoDetection) -> None:
     def dataset() -> TransformedDataset:
-        return TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, replace_unreadable=False)
+        return TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, unreadable="stop")
 
     assert same(dataset()[2, 5], dataset()[2, 5])
     assert not same(dataset()[2, 5], dataset()[3, 5])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torchvision.tv_tensors import Image
 
 from codetr.data.checks import OnError, Verify, check_same_classes, check_trainable
 from codetr.data.coco import CocoDetection
@@ -16,8 +18,11 @@ from codetr.data.loader import BatchLoader, TrainLoader
 from codetr.data.readers import Reader, locate
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.data.sampling import Order, orientations
-from codetr.data.transforms import TransformedDataset
+from codetr.data.transforms import TransformedDataset, Unreadable
 from codetr.errors import UserError
+
+_log = logging.getLogger(__name__)
+_NAMED = 10  # of the files that could not be decoded
 
 
 class DetectionDataModule(LightningDataModule):
@@ -28,9 +33,12 @@ class DetectionDataModule(LightningDataModule):
     eval_batch_size count images per process. classes selects and orders categories by name (None: all, as in the
     training file). on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects'
     masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node before
-    anything is read, to make or fetch the data. copy_paste: of training images; reads masks. sampling: which images
-    an epoch shows how often; aspect_ratio_grouping: batches of wide or of high images (see
-    `codetr.data.sampling`).
+    anything is read, to make or fetch the data. copy_paste: of training images; reads masks. colour: of training images
+    before `train_transform`. sampling: which images an epoch shows how often; aspect_ratio_grouping: batches of wide
+    or of high images (see `codetr.data.sampling`).
+
+    With on_error "skip", an image file that does not decode in the middle of a run is replaced by the next one in
+    training, and by a black one in evaluation, where its objects count as missed; `teardown` says how many, and which.
 
     The Trainer must not replace the samplers (use_distributed_sampler=False). After a checkpoint in the middle of
     an epoch, training goes on with the next batch (see `codetr.data.loader.TrainLoader`).
@@ -64,6 +72,7 @@ class DetectionDataModule(LightningDataModule):
         val_masks: bool,
         prepare: Callable[[], Any] | None,
         copy_paste: CopyPaste | None = None,
+        colour: Callable[[Image], Image] | None = None,
     ) -> None:
         super().__init__()
         # A process has no image to evaluate when there are fewer images than processes.
@@ -77,9 +86,10 @@ class DetectionDataModule(LightningDataModule):
         self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
         self.classes, self.on_error, self.verify = classes, on_error, verify
         self.masks, self.val_masks = masks, val_masks
-        self.prepare, self.copy_paste = prepare, copy_paste
+        self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
         self.train_set: CocoDetection | None = None
         self.val_set: CocoDetection | None = None
+        self._in_use: dict[str, TransformedDataset] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -117,19 +127,29 @@ class DetectionDataModule(LightningDataModule):
             self.train_set,
             self.train_transform,
             self.seed,
-            replace_unreadable=self.on_error == "skip",
+            unreadable="next" if self.on_error == "skip" else "stop",
             copy_paste=self.copy_paste,
             masks=self.masks,
+            colour=self.colour,
         )
+        self._in_use["training"] = dataset
         return TrainLoader(dataset, sampler, **self._loading())
 
     def val_dataloader(self) -> BatchLoader:
         assert self.val_set is not None, "setup() comes first"
         rank, world_size = self._process()
         sampler = EvalSampler(len(self.val_set), self.eval_batch_size, rank, world_size)
-        # Nothing takes the place of an unreadable image here: it would be scored twice, the other one never.
-        dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, replace_unreadable=False)
+        # No other image takes the place of an unreadable one here: it would be scored twice.
+        unreadable: Unreadable = "blank" if self.on_error == "skip" else "stop"
+        dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, unreadable)
+        self._in_use["validation"] = dataset
         return BatchLoader(dataset, sampler, **self._loading())
+
+    def teardown(self, stage: str) -> None:
+        for split, dataset in self._in_use.items():
+            if files := [str(path) for path in dataset.unreadable_files]:
+                named = ", ".join(files[:_NAMED]) + ", ..." * (len(files) > _NAMED)
+                _log.warning("%d of %d %s images could not be decoded: %s", len(files), len(dataset), split, named)
 
     def _loading(self) -> dict[str, Any]:
         return {

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import Image, KeyPoints, wrap
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, KeyPoints, wrap
 
 from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste
@@ -26,6 +27,7 @@ from codetr.data.sampler import mix_seed
 _log = logging.getLogger(__name__)
 
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
+Unreadable = Literal["stop", "next", "blank"]
 
 
 class RandomSizeCrop(v2.Transform):
@@ -139,11 +141,11 @@ class TransformedDataset(Dataset[Sample]):
     """`dataset` behind `transform`, indexed by (epoch, index) as the samplers of `codetr.data.sampler` yield.
 
     transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks` (see
-    `transformed`). replace_unreadable: take the next readable image, in the order of the data set, for one that does
-    not decode. copy_paste: with another image of the data set behind the same transform, which must make all images
-    of one size; needs masks. masks: whether samples keep them.
-
-    Raises UnreadableImage, which names the file.
+    `transformed`). unreadable: what takes the place of an image that does not decode; "next": the next readable one in
+    the order of the data set; "blank": a black image of its size, in which nothing of its truth can be found; "stop":
+    nothing, UnreadableImage names the file. colour: applied to the image as in the file, before `transform`.
+    copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
+    needs masks. masks: whether samples keep them.
     """
 
     def __init__(
@@ -151,15 +153,23 @@ class TransformedDataset(Dataset[Sample]):
         dataset: CocoDetection,
         transform: Transform,
         seed: int,
-        replace_unreadable: bool,
+        unreadable: Unreadable,
         copy_paste: CopyPaste | None = None,
         masks: bool = True,
+        colour: Callable[[Image], Image] | None = None,
     ) -> None:
-        self.dataset, self.seed, self.replace_unreadable = dataset, seed, replace_unreadable
-        self.transform, self.copy_paste, self.masks = transform, copy_paste, masks
+        self.dataset, self.seed, self.unreadable = dataset, seed, unreadable
+        self.transform, self.copy_paste, self.masks, self.colour = transform, copy_paste, masks, colour
+        # Workers set what the process of the loader reads.
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def unreadable_files(self) -> list[Path]:
+        """Those that did not decode so far, in all workers of this process."""
+        return [self.dataset.path(i) for i in self._unreadable.nonzero().flatten().tolist()]
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -167,20 +177,44 @@ class TransformedDataset(Dataset[Sample]):
         before = generator.get_state()
         generator.manual_seed(mix_seed(self.seed, epoch, index))
         try:
-            sample = transformed(self._read(index), self.transform)
+            sample = self._augmented(index)
             if self.copy_paste is not None:
-                other = transformed(self._read(_draw(0, len(self) - 1)), self.transform)
-                sample = self.copy_paste(sample, other)
+                sample = self.copy_paste(sample, self._augmented(_draw(0, len(self) - 1)))
         finally:
             generator.set_state(before)
         return sample if self.masks else replace(sample, masks=None)
 
+    def _augmented(self, index: int) -> Sample:
+        sample = self._read(index)
+        if self.colour is not None:
+            sample = replace(sample, image=_packed(self.colour(sample.image)))
+        return transformed(sample, self.transform)
+
     def _read(self, index: int) -> Sample:
         for step in range(len(self)):
+            position = (index + step) % len(self)
             try:
-                return self.dataset[(index + step) % len(self)]
+                return self.dataset[position]
             except UnreadableImage as error:
-                if not self.replace_unreadable:
+                if self.unreadable == "stop":
                     raise
-                _log.warning("%s; the next image takes its place", error)
+                if not self._unreadable[position]:
+                    what = "the next image" if self.unreadable == "next" else "a black image"
+                    _log.warning("%s; %s takes its place", error, what)
+                self._unreadable[position] = True
+                if self.unreadable == "blank":
+                    return self._blank(position)
         raise UnreadableImage(f"none of the {len(self)} images in {self.dataset.root} can be decoded")
+
+    def _blank(self, index: int) -> Sample:
+        height, width = map(int, self.dataset.sizes[index])
+        image = torch.zeros(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+        return Sample(
+            image=Image(image),
+            boxes=BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
+            labels=torch.zeros(0, dtype=torch.int64),
+            image_id=int(self.dataset.image_ids[index]),
+            original_size=(height, width),
+            file_size=(height, width),
+            truth=self.dataset.truth(index),
+        )
