@@ -12,7 +12,7 @@ from torchvision.ops import box_convert
 
 from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.errors import UserError
-from codetr.losses import ClassLoss, giou_loss
+from codetr.losses import ClassLoss, FedLoss, giou_loss
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Known, Matching, Output, Prediction, QueryGroup, Targets
@@ -38,7 +38,8 @@ class Criterion(nn.Module):
 
     The auxiliary heads' losses do not depend on the layer, so their sum over layers is a factor. lambda_1 is the
     `weight` of each collaborative group. own_lambda_2: of single heads, by name, in place of `lambda_2`. focal, l1,
-    giou: weights of the class loss and of the two box losses.
+    giou: weights of the class loss and of the two box losses. fed_loss: the class losses of all layers count the
+    classes that it draws for the step; first stages without classes, and the auxiliary heads, are as without it.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Criterion(nn.Module):
         giou: float,
         lambda_2: float,
         own_lambda_2: Mapping[str, float],
+        fed_loss: FedLoss | None = None,
     ) -> None:
         super().__init__()
         self.matching_cost, self.class_loss = matching_cost, class_loss
         self.focal, self.l1, self.giou = focal, l1, giou
         self.lambda_2, self.own_lambda_2 = lambda_2, own_lambda_2
+        self.fed_loss = fed_loss
 
     def forward(self, output: Output, targets: Targets) -> dict[str, Tensor]:
         """Returns scalars named group/layer/term and head/term, weighted; their sum is the loss.
@@ -66,8 +69,9 @@ class Criterion(nn.Module):
         goals = self._goals(stages, targets)
         positives = mean_over_processes(torch.cat([(goal.labels >= 0).sum((1, 2)) for goal in goals])).clamp(min=1)
         counts = positives.split([len(stage.names) for stage in stages])
+        drawn = None if self.fed_loss is None else self.fed_loss(targets.labels, targets.valid)
         for stage, goal, count in zip(stages, goals, counts, strict=True):
-            for term, per_layer in self._terms(stage.prediction, goal, count, stage.valid).items():
+            for term, per_layer in self._terms(stage, goal, count, drawn).items():
                 for name, weight, value in zip(stage.names, stage.weights, per_layer.unbind(), strict=True):
                     losses[f"{name}/{term}"] = value * weight
         return losses | self._head_losses(output)
@@ -94,16 +98,21 @@ class Criterion(nn.Module):
             next(matched) if isinstance(s.targets, Matching) else _for_layers(s.targets, len(s.names)) for s in stages
         ]
 
-    def _terms(self, prediction: Prediction, goal: Known, count: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        """Losses [L] of stacked predictions; queries that are not valid count for nothing. count: [L] positives."""
-        logits, boxes = prediction.logits.float(), prediction.boxes.float()
+    def _terms(self, stage: _Stage, goal: Known, count: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
+        """Losses [L] of a stage; queries that are not valid, and classes that are not drawn, count for nothing.
+
+        count: [L] positives. drawn: [K] bool.
+        """
+        logits, boxes = stage.prediction.logits.float(), stage.prediction.boxes.float()
         positive = goal.labels >= 0
         truth = box_convert(goal.boxes, "cxcywh", "xyxy")
         predicted = box_convert(boxes, "cxcywh", "xyxy")
         # One IoU per query beside K classes: 1 % of the class loss on 80 classes, so `Focal`, too, is just handed it.
         classes = self.class_loss(logits, goal.labels, aligned_iou(predicted.detach(), truth))
-        if valid is not None:
-            classes = classes * valid[None, :, :, None]
+        if stage.valid is not None:
+            classes = classes * stage.valid[None, :, :, None]
+        if drawn is not None and not stage.class_agnostic:
+            classes = classes.where(drawn, 0)
         l1 = (boxes - goal.boxes).abs().sum(-1)
         giou = giou_loss(predicted, truth)
         return {

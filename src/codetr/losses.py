@@ -7,11 +7,12 @@ read where the label is a class. `Focal` does not read it at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
 
@@ -77,6 +78,37 @@ class Varifocal:
         target = _at_class(quality, logits, labels)
         weight = target.where(target > 0, self.alpha * logits.sigmoid() ** self.gamma)
         return weight * binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+class FedLoss(nn.Module):
+    """Which classes a step's class loss counts: those of its objects, and others at random up to `classes` in all.
+
+    For data sets whose images are labelled with some classes only, such as LVIS (federated loss: Zhou et al. 2021,
+    Probabilistic two-stage detection). The others are drawn without replacement, with probabilities proportional to
+    the number of training images with the class, to the `power`; `weigh` says those numbers, and a checkpoint keeps
+    the weights. Every process draws its own, for its own objects.
+    """
+
+    weights: Tensor
+
+    def __init__(self, classes: int, power: float) -> None:
+        super().__init__()
+        self.classes, self.power = classes, power
+        self.register_buffer("weights", torch.empty(0))
+
+    def weigh(self, image_counts: Sequence[int]) -> None:
+        """image_counts: of label 0, 1, ..., the training images with such an object."""
+        self.weights = torch.tensor(image_counts, dtype=torch.float32, device=self.weights.device) ** self.power
+
+    def forward(self, labels: Tensor, valid: Tensor) -> Tensor:
+        """[K] bool. labels: [B, M], int64; valid: [B, M] bool."""
+        count = len(self.weights)
+        labels = labels.where(valid, count).flatten()
+        present = torch.zeros(count + 1, dtype=torch.bool, device=labels.device).index_fill(0, labels, True)[:-1]
+        # The first to arrive, at rates that are the weights: a draw without replacement that no device waits for.
+        arrivals = torch.empty_like(self.weights).exponential_() / self.weights
+        first = arrivals.where(~present, -1).topk(min(self.classes, count), largest=False).indices
+        return present.index_fill(0, first, True)
 
 
 def _at_class(value: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

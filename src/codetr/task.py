@@ -104,6 +104,8 @@ class DetectionTask(LightningModule):
         for metrics in (self.metrics, self.mask_metrics, *self.branch_metrics.values()):
             if metrics is not None:
                 metrics.reset()
+                if metrics.federated:
+                    metrics.frequency = self.trainer.datamodule.val_set.frequencies  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         output = self.detector(batch.images, batch.padding)

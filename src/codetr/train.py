@@ -45,6 +45,8 @@ def train(config: DictConfig) -> float | None:
         schedule=instantiate(config.schedule),
         settings=settings,
     )
+    if task.criterion.fed_loss is not None:
+        task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))
     if checkpoint is None:
         _initialise(config, task.detector, data.class_names)
     trainer = instantiate(
