@@ -13,6 +13,7 @@ from torch import Tensor
 from codetr.errors import UserError
 from codetr.types import Detections
 
+OUTSIDE = 1e11  # an area that is in no range; the range of all ends at 1e10
 BETWEEN = b"\n"  # of the run lengths of two objects; compressed run lengths are printable characters
 
 
@@ -92,7 +93,7 @@ def columns_of(
     scores = [d.mask_scores if masks and d.mask_scores is not None else d.scores for d in detections]
     pairs = zip(detections, scores, strict=True)
     found = [torch.column_stack([d.boxes_xyxy, s, d.labels]) for d, s in pairs]
-    true = [torch.column_stack([t["boxes"], t["labels"], t["iscrowd"], t["area"]]) for t in truth]
+    true = [torch.column_stack([t["boxes"], t["labels"], t["iscrowd"], _area(t)]) for t in truth]
     found_runs, true_runs = ([d.runs or [] for d in detections], [t["runs"] for t in truth]) if masks else ([], [])
     pixels = [(*f, *t)[:1] for f, t in zip(found_runs, true_runs, strict=True)]
     sizes = [some[0]["size"] if some else (0, 0) for some in pixels] if masks else np.zeros((len(ids), 2))
@@ -105,6 +106,15 @@ def columns_of(
         found_runs=_characters(found_runs) if masks else _none(len(ids), _NOTHING.found_runs),
         truth_runs=_characters(true_runs) if masks else _none(len(ids), _NOTHING.truth_runs),
     )
+
+
+def _area(truth: dict[str, Any]) -> Tensor:
+    """[n]; of ignored objects, as `difficult` ones of VOC, one outside of all ranges.
+
+    So COCO counts them neither as found nor as missed, and what finds them neither as right nor as wrong.
+    """
+    ignored = truth.get("ignore")
+    return truth["area"] if ignored is None else truth["area"].masked_fill(ignored, OUTSIDE)
 
 
 def _stacked(rows: list[Tensor]) -> Ragged:

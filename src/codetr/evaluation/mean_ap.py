@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchvision.ops import box_convert
 
 from codetr.evaluation.columns import Columns, columns_of
-from codetr.evaluation.engines import Backend, Rules, curves
+from codetr.evaluation.engines import ABSENT, Backend, Rules, curves
 from codetr.evaluation.metrics import per_class, summarize, together
 from codetr.types import Detections
 
@@ -22,10 +22,9 @@ from codetr.types import Detections
 class MeanAveragePrecision(Metric):
     """In place of `torchmetrics.detection.MeanAveragePrecision`, in a fiftieth of its time: the same input and keys.
 
-    Thresholds are COCO's in full precision, so the numbers are pycocotools' own; torchmetrics rounds its recall
-    thresholds to 32 bits. Images stay on the CPU as arrays and come together on process 0, as often as `compute` is
-    called; the result is on every process. box_format, iou_type, max_detection_thresholds (three), class_metrics: as
-    in torchmetrics.
+    Thresholds and results are of 64 bits, so the numbers are pycocotools' own; torchmetrics rounds to 32 bits. Images
+    stay on the CPU as arrays and come together on process 0 when `compute` is called, which every process must do; the
+    result is on all of them. box_format, iou_type, max_detection_thresholds (three), class_metrics: as in torchmetrics.
     """
 
     is_differentiable = False
@@ -102,11 +101,14 @@ class MeanAveragePrecision(Metric):
         columns.found.rows[:, 5], columns.truth.rows[:, 4] = np.split(dense, [len(found)])
         limits = self.rules.limits
         precision, recall = curves(columns, len(classes), self.rules, self.backend)
-        result = {name: torch.tensor(value) for name, value in summarize(precision, recall, limits).items()}
+        result = {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in summarize(precision, recall, limits).items()
+        }
         ap, ar = per_class(precision[:, :, :, 0, -1]), per_class(recall[:, :, 0, -1])
         shown = self.class_metrics
-        result["map_per_class"] = torch.tensor(ap if shown else -1.0)
-        result[f"mar_{limits[-1]}_per_class"] = torch.tensor(ar if shown else -1.0)
+        result["map_per_class"] = torch.tensor(ap if shown else ABSENT, dtype=torch.float64)
+        result[f"mar_{limits[-1]}_per_class"] = torch.tensor(ar if shown else ABSENT, dtype=torch.float64)
         return result | {"classes": torch.tensor(classes, dtype=torch.int32)}
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codetr.evaluation.columns import Columns, columns_of, on_first_process
+from codetr.evaluation.columns import OUTSIDE, Columns, columns_of, on_first_process
 from codetr.evaluation.engines import ABSENT, AREAS, Backend, Rules, confusion, curves
 from codetr.types import Detections
 
@@ -23,7 +23,7 @@ class Evaluation:
     """What an evaluation found out; -1 stands for an average over nothing, as in COCO.
 
     numbers: torchmetrics' key -> value (`map`, `map_50`, ..., `mar_large`). map_per_class: class name -> AP, -1 for
-    a class without objects. objects_per_class: class name -> number of objects, crowds not counted. precision:
+    a class without objects. objects_per_class: class name -> number of objects, without crowds and ignored. precision:
     [10 IoU thresholds, 101 recall thresholds, K]; recall: [10, K]; both for all areas and the most detections.
     confusion: [K + 1, K + 1] objects of a class (row) found as a class (column), at scores of 0.3 and IoUs of 0.5 and
     more; the last row is of detections of nothing, the last column of objects that were missed.
@@ -79,7 +79,8 @@ class DetectionMetrics:
         detections: Sequence[Detections],
         truth: Sequence[dict[str, Any]],
     ) -> None:
-        """Add images. truth: per image `boxes` [n, 4] xyxy, `labels`, `iscrowd`, `area` [n], as in `Batch.truth`.
+        """Add images. truth: per image `boxes` [n, 4] xyxy, `labels`, `iscrowd`, `area`, perhaps `ignore` [n], as in
+        `Batch.truth`.
 
         Boxes are in pixels of the original image; masks, of `runs` in both, are its own size. Of an image that comes
         again, the last one counts. Raises UserError when `federated` and the truth does not say what was searched for.
@@ -104,7 +105,8 @@ class DetectionMetrics:
         rules, count = Rules(limits, self.masks, self.federated), len(self.class_names)
         precision, recall = curves(columns, count, rules, self.backend)
         truth = columns.truth.rows
-        objects = np.bincount(truth[truth[:, 5] == 0, 4].astype(int), minlength=count)
+        counted = (truth[:, 5] == 0) & (truth[:, 6] < OUTSIDE)
+        objects = np.bincount(truth[counted, 4].astype(int), minlength=count)
         numbers = summarize(precision, recall, limits)
         if self.federated:
             numbers |= _by_frequency(precision[:, :, :, 0, -1], self.frequency)
