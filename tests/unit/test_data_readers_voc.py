@@ -11,6 +11,7 @@ import pytest
 from coco_files import write_image
 from torchvision.datasets import VOCDetection
 
+from codetr.data.coco import CocoDetection
 from codetr.data.readers import voc
 from codetr.errors import UserError
 
@@ -118,11 +119,48 @@ def test_a_bare_folder_of_files(tmp_path: Path) -> None:
     assert [o["image_id"] for o in objects] == [1, 2, 3, 4]
 
 
-def test_what_makes_a_table_stale(tmp_path: Path) -> None:
-    lists = voc_set(tmp_path, {"a": xml(thing()), "b": xml(thing())}, train="a")
-    sources = set(voc.read(lists / "train.txt")["sources"])
-    folder = tmp_path / "Annotations"
-    assert sources == {lists / "train.txt", folder, folder / "a.xml", folder / "b.xml", tmp_path / "JPEGImages"}
+def test_every_change_is_seen(tmp_path: Path) -> None:
+    """By the data set, which keeps a table of what it read: of a file, of a list, of what is there; and `difficult`."""
+    lists = voc_set(tmp_path, {"a": xml(thing()), "sub/b": xml(thing())}, train="a\n")
+
+    def counts() -> tuple[int, ...]:
+        found = CocoDetection(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read, on_error="skip")
+        return (len(found), found.label_counts["cat"])
+
+    annotations = tmp_path / "Annotations"
+    assert counts() == (1, 1)
+    (annotations / "a.xml").write_text(xml(thing(), thing(), thing(more="<difficult>1</difficult>")))
+    assert counts() == (1, 2)
+    (lists / "train.txt").write_text("a\nsub/b\nc\n")
+    assert counts() == (2, 3)
+    write_image(tmp_path / "JPEGImages" / "c.jpg", 80, 64)
+    (annotations / "c.xml").write_text(xml(thing()))
+    assert counts() == (3, 4)
+    (annotations / "sub" / "b.xml").unlink()
+    assert counts() == (2, 3)
+
+
+def test_bad_files_stop_or_are_skipped(tmp_path: Path) -> None:
+    texts = {
+        "a": xml(thing(), thing().replace("name>", "title>"), thing(box="30 20 10 40")),
+        "b": "not < xml",
+        "c": xml(thing(box="81 1 90 9"), thing(box="1 2 x 4")),
+    }
+    lists = voc_set(tmp_path, texts, train="a\nb\nc\nd\n")
+    with pytest.raises(UserError) as raised:
+        CocoDetection(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read)
+    for message in (
+        "train.txt: 6 bad records",
+        "2 x bad image record: Annotations/b.xml: cannot be read as XML",
+        "Annotations/d.xml: no such file",
+        "1 x unknown category id: Annotations/a.xml, object 2: no <name>",
+        "1 x box without area: Annotations/a.xml, object 3",
+        "1 x box outside its image: Annotations/c.xml, object 1",
+        "1 x box that is not 4 finite numbers: Annotations/c.xml, object 2: no number as xmax",
+    ):
+        assert message in str(raised.value)
+    found = CocoDetection(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read, on_error="skip")
+    assert (len(found), found.label_counts["cat"]) == (2, 1)
 
 
 SIZE = "no <size> with a width and a height"

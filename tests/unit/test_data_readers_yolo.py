@@ -11,6 +11,7 @@ import pytest
 from coco_files import write_image
 from PIL import Image
 
+from codetr.data.coco import CocoDetection
 from codetr.data.readers import folder, yolo
 from codetr.errors import UserError
 
@@ -145,10 +146,48 @@ def test_sizes_are_those_a_viewer_shows(tmp_path: Path) -> None:
     assert (images[0]["width"], images[0]["height"], objects[0]["bbox"]) == (64, 80, [0, 0, 64, 80])
 
 
-def test_what_makes_a_table_stale(tmp_path: Path) -> None:
-    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": TRAIN["a"], "b": None})
-    folders = {tmp_path / "images" / "train", tmp_path / "labels" / "train"}
-    assert set(yolo.read(source / "train")["sources"]) == {source, *folders, tmp_path / "labels" / "train" / "a.txt"}
+def test_every_change_is_seen(tmp_path: Path) -> None:
+    """Of labels, empty ones too, of images, of names; by the data set, which keeps a table of what it read."""
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": "", "b": None})
+    (tmp_path / "labels" / "train" / "a.txt").unlink()
+    (tmp_path / "labels" / "train").rmdir()
+    (tmp_path / "labels").rmdir()
+
+    def counts() -> tuple[int, ...]:
+        found = CocoDetection(tmp_path, source / "train", reader=yolo.read)
+        return (len(found), *found.label_counts.values())
+
+    labels = tmp_path / "labels" / "train"
+    assert counts() == (2, 0, 0)
+    labels.mkdir(parents=True)
+    (labels / "a.txt").write_text("")
+    assert counts() == (2, 0, 0)
+    (labels / "a.txt").write_text(TRAIN["a"])
+    assert counts() == (2, 1, 0)
+    (labels / "b.txt").write_text(TRAIN["a"])
+    assert counts() == (2, 2, 0)
+    (labels / "b.txt").write_text(TRAIN["b"])
+    assert counts() == (2, 1, 1)
+    write_image(tmp_path / "images" / "train" / "c.jpg", 80, 64)
+    assert counts() == (3, 1, 1)
+    source.write_text("train: images/train\nnames: [cat, dog, emu]\n")
+    assert counts() == (3, 1, 1, 0)
+
+
+def test_bad_lines_stop_or_are_skipped(tmp_path: Path) -> None:
+    labels = {"a": "0 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1\n", "b": "7 0.5 0.5 0.1 0.1\n1 0.5 0.5 0 0.1\n"}
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, labels)
+    with pytest.raises(UserError) as raised:
+        CocoDetection(tmp_path, source / "train", reader=yolo.read)
+    for message in (
+        "data.yaml/train: 3 bad records",
+        "1 x unknown category id: labels/train/b.txt, line 1 (category 7)",
+        "1 x box that is not 4 finite numbers: labels/train/a.txt, line 2: 4 numbers",
+        "1 x box without area: labels/train/b.txt, line 2",
+    ):
+        assert message in str(raised.value)
+    found = CocoDetection(tmp_path, source / "train", reader=yolo.read, on_error="skip")
+    assert (len(found), found.label_counts) == (2, {"cat": 1, "dog": 0})
 
 
 LINES = {
@@ -184,7 +223,8 @@ def test_broken_files(tmp_path: Path) -> None:
     assert [("width" in i) for i in images] == [False, True, False]
     assert "cannot identify image file" in images[0]["where"]
     assert images[2]["where"] == f"{tmp_path}/images/train/gone.jpg: no such file"
-    assert [o["where"] for o in objects] == ["labels/train/b.txt: cannot be read as text"]
+    (place,) = (o["where"] for o in objects)
+    assert place.startswith("labels/train/b.txt: cannot be read as text ('utf-8' codec can't decode")
 
 
 USER_ERRORS = {

@@ -45,10 +45,11 @@ def read(annotations: Path, *, names: Sequence[str] | None = None) -> Document:
     without sizes or boxes, which say `where`.
     """
     folder, wanted = _wanted(annotations)
-    present = {_stem(p, folder): p for p in sorted(folder.rglob("*.xml"))}
-    if not present:
+    paths = sorted(folder.rglob("*.xml"))
+    if not paths:
         raise UserError(f"{folder}: holds no XML file; VOC sets have them in Annotations")
-    stems = list(dict.fromkeys([*present, *wanted])) if wanted is not None else list(present)
+    present = [_stem(p, folder) for p in paths]
+    stems = present if wanted is None else list(dict.fromkeys([*present, *wanted]))
     parsed = dict(zip(stems, progress(map(partial(_parse, folder), stems), len(stems), str(folder)), strict=True))
     categories = _categories((o["name"] for _, objects in parsed.values() for o in objects), names)
     files, image_folders = _image_files(folder)
@@ -65,7 +66,7 @@ def read(annotations: Path, *, names: Sequence[str] | None = None) -> Document:
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "images": images,
         "annotations": objects,
-        "sources": [annotations, folder, *image_folders, *present.values()],
+        "sources": dict.fromkeys([annotations, folder, *image_folders, *(p.parent for p in paths), *paths]),
     }
 
 

@@ -47,12 +47,18 @@ def read(annotations: Path) -> Document:
         for number, (path, size) in enumerate(zip(paths, sizes, strict=True), start=1)
     ]
     texts = in_threads(_text, labels, "labels")
-    folders = {folder for path in (*paths, *labels) if (folder := path.parent).is_dir()}
+    written = [path for path, text in zip(labels, texts, strict=True) if text is not None]
+    folders = {next(f for f in path.parents if f.is_dir()) for path in {p.parent / "x" for p in (*paths, *labels)}}
     return {
         "categories": [{"id": number, "name": name} for number, name in _names(source, settings).items()],
         "images": images,
         "annotations": _objects(images, texts, [_relative(path, home) for path in labels]),
-        "sources": [source, *places, *sorted(folders), *(p for p, t in zip(labels, texts, strict=True) if t)],
+        "sources": [
+            source,
+            *places,
+            *sorted(folders),
+            *(p for p, t in zip(labels, texts, strict=True) if t is not None),
+        ],
     }
 
 
@@ -126,28 +132,25 @@ def _relative(path: Path, home: Path) -> str:
     return path.relative_to(home).as_posix() if path.is_relative_to(home) else path.as_posix()
 
 
-def _text(path: Path) -> str | None:
-    """None if there is no such file, or if it is no text."""
+def _text(path: Path) -> str | Exception | None:
+    """None if there is no such file; the reason if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError):
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        return error
 
 
-def _objects(images: list[dict[str, Any]], texts: list[str | None], names: list[str]) -> Iterator[dict[str, Any]]:
+def _objects(
+    images: list[dict[str, Any]], texts: list[str | Exception | None], names: list[str]
+) -> Iterator[dict[str, Any]]:
     for image, text, name in zip(images, texts, names, strict=True):
-        if text is None:
-            yield {
-                "image_id": image["id"],
-                "category_id": None,
-                "bbox": None,
-                "where": f"{name}: cannot be read as text",
-            }
+        if isinstance(text, Exception):
+            yield {"image_id": image["id"], **_bad([""], name, f"cannot be read as text ({text})")}
             continue
         size = np.array([image.get("width", 1), image.get("height", 1)], np.float64)
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate((text or "").splitlines(), start=1):
             if line.strip():
                 yield {"image_id": image["id"], **_object(line.split(), size, f"{name}, line {number}")}
 
