@@ -48,17 +48,12 @@ def read(annotations: Path) -> Document:
     ]
     texts = in_threads(_text, labels, "labels")
     written = [path for path, text in zip(labels, texts, strict=True) if text is not None]
-    folders = {next(f for f in path.parents if f.is_dir()) for path in {p.parent / "x" for p in (*paths, *labels)}}
+    folders = {_existing(folder) for folder in {path.parent for path in (*paths, *labels)}}
     return {
         "categories": [{"id": number, "name": name} for number, name in _names(source, settings).items()],
         "images": images,
         "annotations": _objects(images, texts, [_relative(path, home) for path in labels]),
-        "sources": [
-            source,
-            *places,
-            *sorted(folders),
-            *(p for p, t in zip(labels, texts, strict=True) if t is not None),
-        ],
+        "sources": [source, *places, *sorted(folders), *written],
     }
 
 
@@ -126,6 +121,11 @@ def _images(place: Path) -> list[Path]:
 def _listed_image(folder: Path, line: str) -> Path:
     beside, here = (Path(os.path.abspath(p)) for p in (folder / line, line))
     return beside if beside.exists() or not here.exists() else here
+
+
+def _existing(folder: Path) -> Path:
+    """Itself, or the one in which it would appear."""
+    return next(f for f in (folder, *folder.parents) if f.is_dir())
 
 
 def _relative(path: Path, home: Path) -> str:
