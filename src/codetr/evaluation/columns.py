@@ -91,9 +91,8 @@ def columns_of(
 ) -> Columns:
     """Of a batch, which leaves the device in one copy; numbers keep their precision."""
     scores = [d.mask_scores if masks and d.mask_scores is not None else d.scores for d in detections]
-    pairs = zip(detections, scores, strict=True)
-    found = [torch.column_stack([d.boxes_xyxy, s, d.labels]) for d, s in pairs]
-    true = [torch.column_stack([t["boxes"], t["labels"], t["iscrowd"], _area(t)]) for t in truth]
+    found = [[d.boxes_xyxy for d in detections], scores, [d.labels for d in detections]]
+    true = [*([t[name] for t in truth] for name in ("boxes", "labels", "iscrowd")), [_area(t) for t in truth]]
     found_runs, true_runs = ([d.runs or [] for d in detections], [t["runs"] for t in truth]) if masks else ([], [])
     pixels = [(*f, *t)[:1] for f, t in zip(found_runs, true_runs, strict=True)]
     sizes = [some[0]["size"] if some else (0, 0) for some in pixels] if masks else np.zeros((len(ids), 2))
@@ -102,7 +101,7 @@ def columns_of(
         sizes=np.array(sizes, np.int64).reshape(-1, 2),
         found=_stacked(found),
         truth=_stacked(true),
-        checked=_stacked([_checked(t) for t in truth]) if federated else _none(len(ids), _NOTHING.checked),
+        checked=_stacked([[_checked(t) for t in truth]]) if federated else _none(len(ids), _NOTHING.checked),
         found_runs=_characters(found_runs) if masks else _none(len(ids), _NOTHING.found_runs),
         truth_runs=_characters(true_runs) if masks else _none(len(ids), _NOTHING.truth_runs),
     )
@@ -117,8 +116,10 @@ def _area(truth: dict[str, Any]) -> Tensor:
     return truth["area"] if ignored is None else truth["area"].masked_fill(ignored, OUTSIDE)
 
 
-def _stacked(rows: list[Tensor]) -> Ragged:
-    return Ragged(torch.cat(rows).cpu().numpy(), np.array([len(r) for r in rows], np.int64))
+def _stacked(columns: list[list[Tensor]]) -> Ragged:
+    """columns: each of every image."""
+    rows = torch.column_stack([torch.cat(column) for column in columns])
+    return Ragged(rows.cpu().numpy(), np.array([len(own) for own in columns[0]], np.int64))
 
 
 def _none(images: int, like: Ragged) -> Ragged:
