@@ -158,6 +158,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "flat list": ([1, 2, 3, 4, 5, 6], "polygons that are not lists"),
     "words": ([[1, 2, "3", 4, 5, 6]], "polygons that are not lists"),
     "nan": ([[1, 2, 3, 4, 5, float("nan")]], "not finite"),
+    "huge": ([[1, 2, 3, 4, 5, 10**400]], "not finite"),
     "text": ("1 2 3", "neither polygons nor run lengths"),
     "no counts": ({"size": [50, 60]}, "neither polygons nor run lengths"),
     "size": ({"size": [60, 50], "counts": "abc"}, r"run lengths of size \[60, 50\] in an image of \[50, 60\]"),

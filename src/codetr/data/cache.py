@@ -25,7 +25,7 @@ from codetr.data import table
 from codetr.data.checks import Report
 from codetr.data.readers import Document, Reader
 from codetr.data.table import Table
-from codetr.data.tabulate import tabulate
+from codetr.data.tabulate import Tabulated, tabulate
 from codetr.errors import UserError
 
 # Changes with what a table holds, or what the checks let pass.
@@ -49,8 +49,7 @@ def open_table(
     Raises UserError for what the reader cannot read.
     """
     folder = _folder(annotations, cache)
-    key = {"version": _VERSION, "path": str(annotations.resolve()), "reader": _describe(reader), "masks": masks}
-    stem = f"{annotations.stem}-{_digest(json.dumps(key).encode())}"
+    stem = _stem(annotations, reader, masks)
     with FileLock(folder / f"{stem}.lock"):
         if found := _load(folder, stem):
             return found
@@ -70,6 +69,12 @@ def _folder(annotations: Path, cache: Path | None) -> Path:
         except OSError as error:
             fault = error
     raise UserError(f"no table of {annotations} can be kept in {choices[-1]} ({fault.strerror}): set data.cache=FOLDER")
+
+
+def _stem(annotations: Path, reader: Reader, masks: bool) -> str:
+    """What the table's files are called, so that whatever changes it makes another one."""
+    key = {"version": _VERSION, "path": str(annotations.resolve()), "reader": _describe(reader), "masks": masks}
+    return f"{annotations.stem}-{_digest(json.dumps(key).encode())}"
 
 
 def _describe(reader: Any) -> str:
@@ -111,16 +116,22 @@ def _build(
         sources = [_fingerprint(source) for source in document.get("sources", [annotations])]
         with _shown(document, annotations, progress) as shown:
             tabulated = tabulate(shown, Path(temporary), masks, report)
-        data = Path(temporary) / "table"
-        layout = table.write(data, *tabulated)
-        name = f"{Path(temporary).name}.table"
-        data.rename(folder / name)
-    head = {"data": name, "layout": layout, "report": asdict(report) | {"source": str(annotations)}, "sources": sources}
-    _replace(folder / f"{stem}.json", head)
+        return _keep(folder, stem, Path(temporary), tabulated, report, sources), report
+
+
+def _keep(
+    folder: Path, stem: str, temporary: Path, tabulated: Tabulated, report: Report, sources: list[dict[str, Any]]
+) -> Table:
+    """Put it where the next process looks for it."""
+    layout = table.write(temporary / "table", *tabulated)
+    name = f"{temporary.name}.table"
+    (temporary / "table").rename(folder / name)
+    found = asdict(report) | {"source": str(report.source)}
+    _replace(folder / f"{stem}.json", {"data": name, "layout": layout, "report": found, "sources": sources})
     for old in folder.glob(f"{glob.escape(stem)}-*.table"):
         if old.name != name:
             old.unlink()
-    return Table(folder / name, json.loads(json.dumps(layout))), report
+    return Table(folder / name, layout)
 
 
 def _replace(path: Path, head: dict[str, Any]) -> None:

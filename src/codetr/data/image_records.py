@@ -32,7 +32,7 @@ def image_columns(
         ends.append(len(names))
         for key, column in lists.items():
             column.append(record.get(key))
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "image_ids": np.array(ids, np.int64),
         "sizes": np.array(sizes, np.int32).reshape(-1, 2),
         "names": np.frombuffer(bytes(names), np.uint8),

@@ -102,11 +102,11 @@ class ObjectRecords:
     ) -> list[bytes]:
         """Of the objects that are good; not of those without a usable mask, where it clears `good`."""
         packed = []
-        for i in good.nonzero()[0]:
+        for i in good.nonzero()[0].tolist():
             segmentation, (height, width) = records[i].get("segmentation"), self._sizes[owner[i]].tolist()
             if wrong := segmentations.fault(segmentation, (height, width)):
                 if not records[i].get("iscrowd"):
-                    self._report.add("object without a usable mask", f"{where(int(i))}: {wrong}")
+                    self._report.add("object without a usable mask", f"{where(i)}: {wrong}")
                     good[i] = False
                     continue
                 x0, y0, x1, y1 = boxes[i].tolist()  # a crowd without one covers its box

@@ -8,8 +8,11 @@ fifths of a pixel, and half of one is not rare.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -41,12 +44,13 @@ class Segmentations:
 def pack(segmentation: Any, size: tuple[int, int]) -> bytes:
     """A segmentation without `fault`, of an image of (height, width) `size`, as bytes."""
     if isinstance(segmentation, list):
-        head = np.array([len(segmentation), *map(len, segmentation)], np.int32)
-        coordinates = np.concatenate(segmentation).astype(np.float64)
-        hundredths = np.rint(coordinates.clip(-1e6, 1e6) * 100).astype(np.int32)
-        if np.array_equal(hundredths / 100, coordinates):
-            return _HUNDREDTHS + head.tobytes() + hundredths.tobytes()
-        return _POLYGONS + head.tobytes() + coordinates.tobytes()
+        head = array("i", [len(segmentation), *map(len, segmentation)]).tobytes()
+        coordinates = np.array(list(chain.from_iterable(segmentation)), np.float64)
+        with np.errstate(invalid="ignore"):  # beyond 32 bits; then they differ
+            hundredths = np.rint(coordinates * 100).astype(np.int32)
+        if (hundredths / 100 == coordinates).all():
+            return _HUNDREDTHS + head + hundredths.tobytes()
+        return _POLYGONS + head + coordinates.tobytes()
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *size)
     counts = segmentation["counts"]
@@ -60,8 +64,8 @@ def _runs(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
     number = int(np.frombuffer(packed, np.int32, 1, 1)[0])
     lengths = np.frombuffer(packed, np.int32, number, 5)
     hundredths = packed[:1] == _HUNDREDTHS
-    coordinates = np.frombuffer(packed, np.int32 if hundredths else np.float64, offset=5 + 4 * number)
-    coordinates = coordinates / 100 if hundredths else coordinates
+    numbers: np.ndarray = np.frombuffer(packed, np.int32 if hundredths else np.float64, offset=5 + 4 * number)
+    coordinates = numbers / 100 if hundredths else numbers
     polygons = [p.tolist() for p in np.split(coordinates, np.cumsum(lengths)[:-1])]
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
 
@@ -79,9 +83,9 @@ def fault(segmentation: Any, size: tuple[int, int]) -> str | None:
         return "no segmentation"
     if isinstance(segmentation, list):
         good = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
-        if not good or not all(type(c) in (int, float) for p in segmentation for c in p):
+        if not good or not set(map(type, chain.from_iterable(segmentation))) <= {int, float}:
             return "polygons that are not lists [x1, y1, x2, y2, x3, y3, ...] of three points or more"
-        return None if np.isfinite(np.concatenate(segmentation)).all() else "polygons with a number that is not finite"
+        return None if _finite(chain.from_iterable(segmentation)) else "polygons with a number that is not finite"
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), (list, str)):
         return "neither polygons nor run lengths {size, counts}"
     if segmentation.get("size") not in (list(size), size):
@@ -91,6 +95,13 @@ def fault(segmentation: Any, size: tuple[int, int]) -> str | None:
     if not good or (sum(runs) if isinstance(runs, list) else _pixels(runs.encode())) != size[0] * size[1]:
         return f"run lengths that do not add up to {size[0]} x {size[1]} pixels"
     return None
+
+
+def _finite(numbers: Iterable[float]) -> bool:
+    try:
+        return all(map(isfinite, numbers))
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _pixels(counts: bytes) -> int:

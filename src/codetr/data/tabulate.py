@@ -61,9 +61,8 @@ def tabulate(document: Document, folder: Path, masks: bool, report: Report) -> T
     }
     columns["segmentation_offsets"] = _ends(sorted_.column("lengths")) if masks else np.empty(0, np.int64)
     columns["counts"], columns["image_counts"] = count(columns, len(ids))
-    letters = [c.get("frequency") for c in categories]
-    known = bool(letters) and all(letter in ("r", "c", "f") for letter in letters)
-    return Tabulated(columns, list(names.values()), letters if known else None)
+    letters = [str(c.get("frequency")) for c in categories]
+    return Tabulated(columns, list(names.values()), letters if letters and {*letters} <= {"r", "c", "f"} else None)
 
 
 def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
