@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from coco_files import document, write
+from coco_files import document, write, write_image
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -215,6 +215,58 @@ def test_own_data_from_the_config(folder: Path) -> None:
     assert next(iter(data.val_dataloader())).targets.sizes.amin(1).tolist() == [800] * 4
 
 
+def test_own_data_needs_three_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of both splits in one folder; annotations wherever they are, also below the working directory."""
+    for split, seed in (("train", 0), ("val", 1)):
+        doc = document(4, seed)
+        for image in doc["images"]:
+            image["file_name"] = f"{split}-{image['file_name']}"
+        write(tmp_path, doc, "images")
+        (tmp_path / "images.json").rename(tmp_path / f"{split}.json")
+    monkeypatch.chdir(tmp_path)
+    paths = (
+        f"data.root={tmp_path}/images",
+        "data.train_annotations=train.json",
+        f"data.val_annotations={tmp_path}/val.json",
+    )
+    data = instantiate(compose("custom", *paths), num_workers=0)
+    data.setup("fit")
+    assert (len(data.train_set), len(data.val_set)) == (4, 4)
+    assert data.class_names == ("disc", "square", "star")
+
+
+# Set -> (image folders in its root, annotation file, the name in it of an image of the first folder).
+LAYOUTS = {
+    "coco": (["train2017", "val2017"], "annotations/instances_{}2017.json", {"file_name": "{}.jpg"}),
+    "lvis": (["train2017", "val2017"], "annotations/lvis_v1_{}.json", {"coco_url": "http://a.org/{}2017/{}.jpg"}),
+    "objects365": (
+        ["train/patch0", "val/patch0"],
+        "annotations/zhiyuan_objv2_{}.json",
+        {"file_name": "images/v2/patch0/{}.jpg"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_standard_layouts_need_their_root(tmp_path: Path, name: str) -> None:
+    folders, annotations, names = LAYOUTS[name]
+    (tmp_path / "annotations").mkdir()
+    for split, folder in zip(("train", "val"), folders, strict=True):
+        doc = document(4)
+        for i, image in enumerate(doc["images"]):
+            write_image(tmp_path / folder / f"{i}.jpg", image["width"], image["height"])
+            del image["file_name"]
+            (key, form), *_ = names.items()
+            image[key] = form.format(split, i) if form.count("{}") == 2 else form.format(i)
+        (tmp_path / annotations.format(split)).write_text(json.dumps(doc))
+    data = instantiate(compose(name, f"data.root={tmp_path}"), num_workers=0)
+    data.setup("fit")
+    for dataset, folder in ((data.train_set, folders[0]), (data.val_set, folders[1])):
+        assert dataset.report.counts == {}
+        assert [dataset.path(i).resolve() for i in range(4)] == [tmp_path / folder / f"{i}.jpg" for i in range(4)]
+        assert len(dataset[3].labels) > 0
+
+
 def test_drawn_data_from_the_config(tmp_path: Path) -> None:
     data = instantiate(compose("shapes_tiny", f"paths.data_dir={tmp_path}"))
     data.prepare_data()
@@ -225,7 +277,7 @@ def test_drawn_data_from_the_config(tmp_path: Path) -> None:
         assert batch.targets.sizes.max() <= 96
 
 
-@pytest.mark.parametrize("name", ["coco", "shapes_demo", "shapes_full"])
+@pytest.mark.parametrize("name", ["coco", "lvis", "objects365", "shapes_demo", "shapes_full"])
 def test_configs_build(tmp_path: Path, name: str) -> None:
     data = instantiate(compose(name, f"paths.data_dir={tmp_path}"))
     with pytest.raises(UserError, match="does not exist"):
