@@ -67,34 +67,29 @@ def main(overrides: list[str]) -> int:
 def inspect(config: DictConfig) -> list[Split]:
     """Both splits of a configuration of training, inspected; one where the other is not given."""
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     from codetr.data.inspection import whole
+    from codetr.errors import UserError
 
     data = config.data
     if data.prepare is not None:
         instantiate(data.prepare)()
     classes = list(data.classes) if data.classes is not None else None
-    splits = [_inspect_split(config, name, classes) for name in ("train", "val") if _given(data, name)]
+    names = [name for name in ("train", "val") if not OmegaConf.is_missing(data, f"{name}_annotations")]
+    if not names:
+        raise UserError("data.train_annotations is not set: give the images and annotations of the data set")
+    splits = [_inspect_split(config, name, classes) for name in names]
     if len(splits) == 1:
         other = "val" if splits[0].name == "train" else "train"
-        splits[0].add("split not given", f"data.{other}_images and data.{other}_annotations are not set")
+        splits[0].add("split not given", f"data.{other}_annotations is not set")
     whole.find_copies(splits)
+    whole.find_unnamed(splits)
     for split in splits:
         whole.inspect_balance(split, classes, data.batch_size)
     if len(splits) == 2 and all(s.categories for s in splits):
         whole.compare(splits[0], splits[1], classes)
     return splits
-
-
-def _given(data: DictConfig, name: str) -> bool:
-    from omegaconf import OmegaConf
-
-    from codetr.errors import UserError
-
-    missing = [key for key in (f"{name}_images", f"{name}_annotations") if OmegaConf.is_missing(data, key)]
-    if len(missing) == 1 or (missing and name == "train" and OmegaConf.is_missing(data, "val_annotations")):
-        raise UserError(f"data.{missing[0]} is not set: give the image folders and annotation files of the data set")
-    return not missing
 
 
 def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None) -> Split:

@@ -59,7 +59,7 @@ def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
         if length == 0:
             return File(path, ("empty image file", "has 0 bytes"), length=0)
         with path.open("rb") as stream, Image.open(stream) as image:
-            orientation = int(image.getexif().get(_ORIENTATION, 1))
+            orientation = _orientation(image, size)
             facts = (image.size, image.format or "", image.mode, orientation, getattr(image, "n_frames", 1), length)
             stream.seek(max(0, length - _TAIL))
             ending = _hash(stream.read())
@@ -71,6 +71,13 @@ def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
         return File(path, ("unreadable image file", f"cannot be read: {error}"))
     fault, pixels = _content(path, size, facts[0], orientation, decode)
     return File(path, fault, *facts, ending, pixels)
+
+
+def _orientation(image: Image.Image, size: tuple[int, int]) -> int:
+    """EXIF's; Pillow decodes all of a PNG to look for one behind the pixels, which is done only where it decides."""
+    if image.format == "PNG" and "exif" not in image.info and image.size == size:
+        return 1
+    return int(image.getexif().get(_ORIENTATION, 1))
 
 
 def _content(

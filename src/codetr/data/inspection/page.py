@@ -43,7 +43,7 @@ th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;verti
 th{font-weight:600;font-size:13px;color:var(--faint);cursor:pointer;user-select:none;white-space:nowrap}
 th:hover{color:var(--ink)}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
-.scroll{max-height:430px;overflow:auto}
+.scroll{max-height:560px;overflow:auto}
 .badge{display:inline-block;border-radius:4px;padding:0 8px;font-size:13px;font-weight:600;color:#fff}
 .badge.error{background:var(--error)}
 .badge.warning{background:var(--warning)}
@@ -269,18 +269,20 @@ def _thumbnail(picture: Picture) -> str | None:
 def _crop(image: Image.Image, box: Box, other: Box | None) -> Image.Image:
     """The box in red, the other in blue, with what is around them; parts outside the image are grey."""
     boxes = [_ordered(b, 4.0 * max(image.size)) for b in (other, box) if b]
-    x0, y0 = (min(b[i] for b in boxes) for i in (0, 1))
-    x1, y1 = (max(b[i] for b in boxes) for i in (2, 3))
-    side = max(_LEAST, (1 + _AROUND) * max(x1 - x0, y1 - y0))
+    inside = box[0] < image.width and box[1] < image.height and box[2] > 0 and box[3] > 0
+    window = boxes if inside else [*boxes, (0, 0, *image.size)]  # else show where the image is
+    x0, y0 = (min(b[i] for b in window) for i in (0, 1))
+    x1, y1 = (max(b[i] for b in window) for i in (2, 3))
+    side = max(_LEAST, (1 + _AROUND if inside else 1.1) * max(x1 - x0, y1 - y0))
     left, top = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2
     scale = _SIDE / side
     shown = Image.new("RGB", (_SIDE, _SIDE), (203, 210, 217))
     right, bottom = min(image.width, int(left + side) + 1), min(image.height, int(top + side) + 1)
-    window = (max(0, int(left)), max(0, int(top)), right, bottom)
-    if window[0] < window[2] and window[1] < window[3]:
-        part = image.crop(window)
+    seen = (max(0, int(left)), max(0, int(top)), right, bottom)
+    if seen[0] < seen[2] and seen[1] < seen[3]:
+        part = image.crop(seen)
         size = max(1, round(part.width * scale)), max(1, round(part.height * scale))
-        shown.paste(part.resize(size), (round((window[0] - left) * scale), round((window[1] - top) * scale)))
+        shown.paste(part.resize(size), (round((seen[0] - left) * scale), round((seen[1] - top) * scale)))
     pen = ImageDraw.Draw(shown)
     for (a0, b0, a1, b1), color in zip(boxes[::-1], (_RED, _BLUE), strict=False):
         frame = ((a0 - left) * scale, (b0 - top) * scale, (a1 - left) * scale, (b1 - top) * scale)

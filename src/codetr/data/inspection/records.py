@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from codetr.data.inspection.files import SUFFIXES, File, examine
+from codetr.data.inspection.files import File, examine
 from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Record, Split, repeated
 
@@ -76,7 +76,6 @@ def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
     for position, file in zip(good, progress(examine(wanted, decode), len(good)), strict=True):
         split.files[position] = file
         _inspect_file(split, position, file)
-    _find_unnamed(split, {f.path for f in split.files if f})
 
 
 def _record_fault(record: Record) -> str | None:
@@ -123,16 +122,6 @@ def _other_spelling(file: File) -> str:
     stem = file.path.stem.casefold()
     near = [p.name for p in file.path.parent.glob("*") if p.stem.casefold() == stem] if stem else []
     return f"; there is {', '.join(sorted(near)[:3])}" if near else ""
-
-
-def _find_unnamed(split: Split, named: set[Any]) -> None:
-    for folder in sorted({p.parent for p in named}):
-        if not folder.is_dir():
-            continue
-        for entry in os.scandir(folder):
-            path = folder / entry.name
-            if path.suffix.lower() in SUFFIXES and path not in named:
-                split.add("file that no record names", str(path), Picture(path))
 
 
 def inspect_annotations(split: Split) -> None:

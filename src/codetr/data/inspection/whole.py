@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from codetr.data.inspection.files import same_content
+from codetr.data.inspection.files import SUFFIXES, same_content
 from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Split
 
@@ -70,6 +72,21 @@ def find_copies(splits: Sequence[Split]) -> None:
                     what = f"{split.image_name(i)} is {split.image_name(own[0][0])}"
                     split.add("same image twice", what, Picture(file.path))
         _find_leak([m[:2] for m in members])
+
+
+def find_unnamed(splits: Sequence[Split]) -> None:
+    """Images in the folders of both splits that neither names; splits may share their folders."""
+    named = {f.path for s in splits for f in s.files if f}
+    folders: dict[Path, Split] = {}
+    for split in splits:
+        for file in split.files:
+            if file and file.path.parent.is_dir():
+                folders.setdefault(file.path.parent, split)
+    for folder, split in folders.items():
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if path.suffix.lower() in SUFFIXES and path not in named:
+                split.add("file that no record names", str(path), Picture(path))
 
 
 def _find_leak(members: Sequence[tuple[Split, int]]) -> None:
