@@ -108,7 +108,7 @@ def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
 
 def _scenes(columns: Columns, rules: Rules, ranges: Sequence[tuple[int, int]]) -> Iterator[Scene]:
     """Each with the labels of a range; their images are numbered in the order of the ids."""
-    number = np.argsort(np.argsort(columns.ids, kind="stable"), kind="stable")
+    number = np.argsort(np.argsort(columns.ids, kind="stable"), kind="stable").astype(np.int32)
     owners, true_owners = number[columns.found.owners], number[columns.truth.owners]
     checked = np.column_stack([number[columns.checked.owners], columns.checked.rows])
     found_runs = true_runs = None
