@@ -101,7 +101,7 @@ class ObjectRecords:
         where: Callable[[int], str],
     ) -> list[bytes]:
         """Of the objects that are good; not of those without a usable mask, where it clears `good`."""
-        packed = []
+        kept, sizes = [], []
         for i in good.nonzero()[0].tolist():
             segmentation, (height, width) = records[i].get("segmentation"), self._sizes[owner[i]].tolist()
             if wrong := segmentations.fault(segmentation, (height, width)):
@@ -111,8 +111,9 @@ class ObjectRecords:
                     continue
                 x0, y0, x1, y1 = boxes[i].tolist()  # a crowd without one covers its box
                 segmentation = [[x0, y0, x1, y0, x1, y1, x0, y1]]
-            packed.append(segmentations.pack(segmentation, (height, width)))
-        return packed
+            kept.append(segmentation)
+            sizes.append((height, width))
+        return segmentations.pack(kept, sizes)
 
 
 class _Places:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from math import isfinite
 from typing import Any
 
@@ -41,16 +41,30 @@ class Segmentations:
         return [_runs(self.packed[self.offsets[r] : self.offsets[r + 1]].tobytes(), size) for r in rows]
 
 
-def pack(segmentation: Any, size: tuple[int, int]) -> bytes:
-    """A segmentation without `fault`, of an image of (height, width) `size`, as bytes."""
-    if isinstance(segmentation, list):
-        head = array("i", [len(segmentation), *map(len, segmentation)]).tobytes()
-        coordinates = np.array(list(chain.from_iterable(segmentation)), np.float64)
-        with np.errstate(invalid="ignore"):  # beyond 32 bits; then they differ
-            hundredths = np.rint(coordinates * 100).astype(np.int32)
-        if (hundredths / 100 == coordinates).all():
-            return _HUNDREDTHS + head + hundredths.tobytes()
-        return _POLYGONS + head + coordinates.tobytes()
+def pack(segmentations: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Segmentations without `fault` as bytes. sizes: (height, width) of their images."""
+    outlines = iter(_pack_polygons([s for s in segmentations if isinstance(s, list)]))
+    pairs = zip(segmentations, sizes, strict=True)
+    return [next(outlines) if isinstance(s, list) else _pack_runs(s, size) for s, size in pairs]
+
+
+def _pack_polygons(objects: Sequence[list[list[float]]]) -> list[bytes]:
+    numbers = np.fromiter(chain.from_iterable(chain.from_iterable(objects)), np.float64)
+    ends = np.cumsum([0, *(sum(map(len, polygons)) for polygons in objects)])
+    with np.errstate(invalid="ignore"):  # beyond 32 bits; then they differ
+        hundredths = np.rint(numbers * 100).astype(np.int32)
+    differ = np.concatenate([[0], np.cumsum(hundredths / 100 != numbers)])
+    exact = (differ[ends[1:]] == differ[ends[:-1]]).tolist()
+    forms = (_POLYGONS, numbers.data), (_HUNDREDTHS, hundredths.data)
+    packed = []
+    for polygons, kind, (start, end) in zip(objects, exact, pairwise(ends.tolist()), strict=True):
+        letter, values = forms[kind]
+        head = array("i", [len(polygons), *map(len, polygons)])
+        packed.append(b"".join((letter, head, values[start:end])))
+    return packed
+
+
+def _pack_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> bytes:
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *size)
     counts = segmentation["counts"]
