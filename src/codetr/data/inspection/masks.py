@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_mask
 
 from codetr.data import segmentations
@@ -55,24 +54,26 @@ def _unusable(split: Split, position: int, kind: str, wrong: str) -> None:
 
 def _bounds(mask: Any, size: tuple[int, int]) -> Box | None:
     """The mask's extent (x, y, width, height); None if it covers nothing."""
-    if isinstance(mask, list):
-        points = np.concatenate([np.asarray(p, np.float64) for p in mask]).reshape(-1, 2)
-        low, side = points.min(0), np.ptp(points, 0)
-        polygons = (np.asarray(p, np.float64).reshape(-1, 2) for p in mask)
-        return (*low.tolist(), *side.tolist()) if any(map(_has_area, polygons)) else None
+    if isinstance(mask, list):  # short lists: plain Python is faster than arrays
+        x = [v for polygon in mask for v in polygon[::2]]
+        y = [v for polygon in mask for v in polygon[1::2]]
+        bounds = float(min(x)), float(min(y)), float(max(x) - min(x)), float(max(y) - min(y))
+        return bounds if any(map(_has_area, mask)) else None
     runs = coco_mask.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
     x, y, w, h = coco_mask.toBbox(runs).tolist()
     return (x, y, w, h) if w and h else None
 
 
-def _has_area(points: np.ndarray) -> bool:
-    x, y = (points - points[0]).T
-    return abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) > 1e-6
+def _has_area(polygon: list[float]) -> bool:
+    """x and y in turn. Relative to the first corner, where rounding is smallest."""
+    x = [v - polygon[0] for v in polygon[::2]]
+    y = [v - polygon[1] for v in polygon[1::2]]
+    return abs(sum(a * d - b * c for a, b, c, d in zip(x, y, x[1:], y[1:], strict=False))) > 1e-6
 
 
 def _agree(bounds: Box, box: Box) -> bool:
-    a, b = np.array(bounds), np.array(box)
-    a[2:] += a[:2]
-    b[2:] += b[:2]
-    allowed = np.maximum(_PIXELS, _SHARE * (b[2:] - b[:2]))
-    return bool((np.abs(a - b) <= np.tile(allowed, 2)).all())
+    return all(
+        abs(bounds[i] - box[i]) <= (allowed := max(_PIXELS, _SHARE * box[i + 2]))
+        and abs(bounds[i] + bounds[i + 2] - box[i] - box[i + 2]) <= allowed
+        for i in (0, 1)
+    )

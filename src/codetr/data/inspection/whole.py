@@ -76,17 +76,16 @@ def find_copies(splits: Sequence[Split]) -> None:
 
 def find_unnamed(splits: Sequence[Split]) -> None:
     """Images in the folders of both splits that neither names; splits may share their folders."""
-    named = {f.path for s in splits for f in s.files if f}
-    folders: dict[Path, Split] = {}
+    named = {str(f.path) for s in splits for f in s.files if f}
+    folders: dict[str, Split] = {}
     for split in splits:
-        for file in split.files:
-            if file and file.path.parent.is_dir():
-                folders.setdefault(file.path.parent, split)
+        for folder in dict.fromkeys(str(f.path.parent) for f in split.files if f):
+            folders.setdefault(folder, split)
     for folder, split in folders.items():
-        for name in sorted(os.listdir(folder)):
-            path = folder / name
-            if path.suffix.lower() in SUFFIXES and path not in named:
-                split.add("file that no record names", str(path), Picture(path))
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            path = os.path.normpath(os.path.join(folder, name))
+            if os.path.splitext(name)[1].lower() in SUFFIXES and path not in named:
+                split.add("file that no record names", path, Picture(Path(path)))
 
 
 def _find_leak(members: Sequence[tuple[Split, int]]) -> None:
