@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
-import resource
 import subprocess
 import sys
 import tempfile
@@ -61,6 +60,7 @@ def columns(folder: Path, boxes: int) -> dict[str, np.ndarray]:
         "sizes": np.full((images, 2), 640, np.int32),
         "names": packed,
         "name_offsets": ends,
+        "folders": np.frombuffer("".join(f"patch{i}\0" for i in range(-(-images // 20_000))).encode(), np.uint8),
         "offsets": offsets,
         "boxes": corner,
         "categories": rng.integers(0, CLASSES, boxes, np.int32),
@@ -96,7 +96,7 @@ class Truths:
     def __init__(self, source: Path) -> None:
         from codetr.data import coco
 
-        coco.check_files = lambda names, *_: np.ones(len(names), bool)
+        coco.check_files = lambda table, *_: np.ones(len(table), bool)
         self.dataset = coco.CocoDetection(source.parent, source)
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ def measure_opening(source: Path) -> dict[str, Any]:
     table, _ = open_table(source, coco.read, masks=False, cache=None)
     opened = time.perf_counter() - began
     began = time.perf_counter()
-    _present(source.parent, table.all_names())
+    _present(source.parent, table)
     asked = time.perf_counter() - began
     began = time.perf_counter()
     Truths(source)
@@ -146,12 +146,12 @@ def measure_reader(name: str, source: Path) -> dict[str, float]:
         from codetr.data.readers import coco
 
         coco.read(source, whole=0)  # compiles
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         began = time.perf_counter()
         open_table(source, coco.read, masks=True, cache=None)
     else:
         module = importlib.import_module("pycocotools.coco" if name == "pycocotools" else name)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         began = time.perf_counter()
         if name == "pycocotools":
             module.COCO(source)
@@ -165,7 +165,12 @@ def measure_reader(name: str, source: Path) -> dict[str, float]:
         else:
             module.loads(source.read_bytes())
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    return {"seconds": seconds, "megabytes": peak() - before}
+
+
+def peak() -> float:
+    """Megabytes; getrusage would tell those of the process that started this one."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def write_file(source: Path) -> None:

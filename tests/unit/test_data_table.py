@@ -59,7 +59,7 @@ def reads(tmp_path: Path) -> Callable[[], int]:
 
 def content(table: Table) -> dict[str, Any]:
     columns = {name: getattr(table, name).tolist() for name in table.layout["columns"]}
-    return columns | {"names": table.all_names(), "classes": table.category_names}
+    return columns | {"all": table.names_from(0, 99), "classes": table.category_names}
 
 
 def aged(path: Path, seconds: int = 100) -> None:
@@ -278,7 +278,11 @@ def test_batches_do_not_show(source: Path, tmp_path: Path, batch: int, monkeypat
     monkeypatch.setattr(tabulate, "_BATCH", batch)
     table, report = open_table(source, coco.read, masks=True, cache=tmp_path / str(batch))
     assert table.image_ids.tolist() == [i["id"] for i in images]
-    assert table.all_names() == [i["file_name"] for i in images] == [table.name(i) for i in range(len(images))]
+    assert (
+        table.names_from(0, len(table))
+        == [i["file_name"] for i in images]
+        == [table.name(i) for i in range(len(images))]
+    )
     for i, image in enumerate(images):
         own = [a for a in good if a["image_id"] == image["id"]]
         rows = slice(table.offsets[i], table.offsets[i + 1])

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from codetr.data.images import UnreadableImage, looks_complete, read_image
+from codetr.data.table import Table, texts
 from codetr.errors import UserError
 
 OnError = Literal["stop", "skip"]
@@ -24,6 +26,7 @@ Verify = Literal["exists", "complete", "decode"]
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
+_NAMES = 1 << 18  # at once
 _ADVICE = {
     "bad image record": "each image needs integer `id`, `width` and `height` above 0, and a `file_name`",
     "duplicate image id": "give each image its own id",
@@ -118,40 +121,42 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
     return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
 
 
-def check_files(
-    names: Sequence[str], ids: np.ndarray, sizes: np.ndarray, root: Path, verify: Verify, report: Report
-) -> np.ndarray:
-    """[n] bool, which image files can be used.
+def check_files(table: Table, root: Path, verify: Verify, report: Report) -> np.ndarray:
+    """[n] bool, which image files of `table` can be used; they lie below `root`.
 
-    names: n file names below `root`; ids: [n]; sizes: [n, 2] (height, width). verify: "exists" asks for the file,
-    "complete" also for a header and an end of file that fit (suspicious files are decoded), "decode" decodes every
-    file. Raises UserError when `root` is not a folder.
+    verify: "exists" asks for the file, "complete" also for a header and an end of file that fit (suspicious files are
+    decoded), "decode" decodes every file. Raises UserError when `root` is not a folder.
     """
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist: check the paths under `data`")
-    present = _present(root, names)
-    report.add_all("missing image file", ~present, lambda i: f"image {ids[i]} ({root / names[i]})")
+    present = _present(root, table)
+
+    def name(i: int) -> str:
+        return f"image {table.image_ids[i]} ({root / table.name(i)})"
+
+    report.add_all("missing image file", ~present, name)
     if verify == "exists":
         return present
     with ThreadPoolExecutor(16) as pool:
-        found = present.nonzero()[0]
-        faults = pool.map(lambda i: _fault(root / names[i], tuple(sizes[i].tolist()), verify), found)
+        found = present.nonzero()[0].tolist()
+        faults = pool.map(lambda i: _fault(root / table.name(i), tuple(table.sizes[i].tolist()), verify), found)
         for i, fault in zip(found, faults, strict=True):
             if fault:
-                report.add("unreadable image file", f"image {ids[i]} ({fault})")
+                report.add("unreadable image file", f"image {table.image_ids[i]} ({fault})")
                 present[i] = False
     return present
 
 
-def _present(root: Path, names: Sequence[str]) -> np.ndarray:
+def _present(root: Path, table: Table) -> np.ndarray:
     """[n] bool; one listing per folder, which is much faster than asking file by file."""
     files: set[str] = set()
-    for folder in {n.rpartition("/")[0] for n in names}:
+    for folder in texts(table.folders):
         path = root / folder
         if path.is_dir():
             prefix = folder and f"{folder}/"
             files.update(prefix + entry.name for entry in os.scandir(path))
-    return np.fromiter((n in files for n in names), bool, len(names))
+    parts = (map(files.__contains__, table.names_from(i, _NAMES)) for i in range(0, len(table), _NAMES))
+    return np.fromiter(chain.from_iterable(parts), bool, len(table))
 
 
 def _fault(path: Path, size: tuple[int, int], verify: Verify) -> str:

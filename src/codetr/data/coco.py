@@ -78,8 +78,7 @@ class CocoDetection(Dataset[Sample]):
         self._table, self.report = open_table(source, reader, masks=masks or runs, cache=folder)
         self._masks, self._runs = masks, runs
         self._select(classes, source)
-        table = self._table
-        usable = check_files(table.all_names(), table.image_ids, table.sizes, self.root, verify, self.report)
+        usable = check_files(self._table, self.root, verify, self.report)
         self.report.settle(on_error)
         if not usable.any():
             raise UserError(f"{source} names no usable image in {self.root}")

@@ -20,6 +20,7 @@ def image_columns(
     categories: ids of all categories. Second: `repr` of the ids of images that cannot be used.
     """
     ids, sizes, names, ends, broken = array("q"), array("i"), bytearray(), array("q", [0]), set()
+    folders: dict[str, None] = {}
     lists = {key: _Lists(categories) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
     for position, record in enumerate(records):
         if not _is_image(record):
@@ -30,6 +31,7 @@ def image_columns(
         sizes.extend((record["height"], record["width"]))
         names += os.fsencode(record["file_name"]) + b"\0"
         ends.append(len(names))
+        folders[record["file_name"].rpartition("/")[0]] = None
         for key, column in lists.items():
             column.append(record.get(key))
     columns: dict[str, np.ndarray] = {
@@ -37,6 +39,7 @@ def image_columns(
         "sizes": np.array(sizes, np.int32).reshape(-1, 2),
         "names": np.frombuffer(bytes(names), np.uint8),
         "name_offsets": np.array(ends, np.int64),
+        "folders": np.frombuffer(b"".join(os.fsencode(f) + b"\0" for f in folders), np.uint8),
     }
     for name, column in zip(("negative", "not_exhaustive"), lists.values(), strict=True):
         columns[name], columns[f"{name}_offsets"] = column.arrays()
@@ -82,7 +85,7 @@ def _without_repeated_images(columns: dict[str, np.ndarray], report: Report) -> 
 
     report.add_all("duplicate image id", repeated, name)
     kept = (~repeated).nonzero()[0]
-    result = {"image_ids": ids[kept], "sizes": columns["sizes"][kept]}
+    result = {"image_ids": ids[kept], "sizes": columns["sizes"][kept], "folders": columns["folders"]}
     for lists in ("names", "negative", "not_exhaustive"):
         offsets = "name_offsets" if lists == "names" else f"{lists}_offsets"
         result[lists], result[offsets] = columns[lists], columns[offsets]

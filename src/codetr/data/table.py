@@ -24,7 +24,8 @@ class Table:
     offsets[i] to offsets[i + 1]. boxes [m, 4] float64 xyxy in pixels, not clipped; categories [m] int32, positions in
     `category_ids`; crowd, ignore [m] bool; areas [m] float64.
 
-    names: bytes, every file name with a zero behind it; name_offsets [n + 1]. segmentations: bytes (see
+    names: bytes, every file name with a zero behind it; name_offsets [n + 1]. folders: bytes, likewise, of the folders
+    in these names, each once. segmentations: bytes (see
     `codetr.data.segmentations`), segmentation_offsets [m + 1], or empty when the table was made without masks.
     negative, not_exhaustive: LVIS' lists of categories per image, as positions; *_offsets [n + 1], or empty in other
     sets. category_ids [k] int64; counts [k] objects that are neither crowd nor ignored, image_counts [k] images with
@@ -44,6 +45,7 @@ class Table:
     areas: np.ndarray
     names: np.ndarray
     name_offsets: np.ndarray
+    folders: np.ndarray
     segmentations: np.ndarray
     segmentation_offsets: np.ndarray
     negative: np.ndarray
@@ -91,9 +93,15 @@ class Table:
         start, end = self.name_offsets[image : image + 2]
         return os.fsdecode(self.names[start : end - 1].tobytes())
 
-    def all_names(self) -> list[str]:
-        """Of all images, in a fraction of the time that asking one by one takes."""
-        return os.fsdecode(self.names.tobytes()).split("\0")[:-1]
+    def names_from(self, image: int, count: int) -> list[str]:
+        """Of up to `count` images, in a fraction of the time that asking one by one takes."""
+        ends = self.name_offsets[[image, min(image + count, len(self))]]
+        return texts(self.names[slice(*ends)])
+
+
+def texts(packed: np.ndarray) -> list[str]:
+    """What `packed` holds with a zero behind each."""
+    return os.fsdecode(packed.tobytes()).split("\0")[:-1]
 
 
 def write(
