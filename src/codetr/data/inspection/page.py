@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
@@ -224,12 +225,11 @@ def _anchor(split: int, kind: str) -> str:
 
 def _finding(split: Split, number: int, kind: str, pictures: int) -> str:
     severity, examples = split.findings.severity(kind), split.findings.examples[kind]
-    seen = [(e, _thumbnail(e.picture)) for e in examples[:pictures] if e.picture]
+    seen = ((e, data) for e in examples if e.picture and (data := _thumbnail(e.picture)))
     shown = "".join(
         f'<figure><img src="data:image/jpeg;base64,{data}" alt="">'
         f"<figcaption>{escape(example.record)}</figcaption></figure>"
-        for example, data in seen
-        if data
+        for example, data in islice(seen, pictures)
     )
     more = split.findings.counts[kind] - len(examples)
     listed = f"{len(examples)} of {split.findings.counts[kind]:,} records" if more else "Records"
