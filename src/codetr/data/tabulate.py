@@ -17,7 +17,7 @@ from codetr.data.image_records import image_columns
 from codetr.data.object_records import ObjectRecords
 from codetr.data.readers import Document
 
-_BATCH = 1 << 16
+_BATCH = 1 << 13  # larger ones are slower: their records leave the caches of the processor
 _COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "id": (np.int64, ()),
     "owner": (np.int32, ()),
@@ -96,7 +96,7 @@ class _Files:
         path, (dtype, shape) = self._folder / name, _COLUMNS[name]
         if not path.exists() or not path.stat().st_size:
             return np.empty((0, *shape), dtype)
-        return np.memmap(path, dtype, "r").reshape(-1, *shape)
+        return np.asarray(np.memmap(path, dtype, "r")).reshape(-1, *shape)
 
 
 def _by_image(read: _Files, images: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
