@@ -50,7 +50,9 @@ def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
     path = Path(path)
     content = read(path)
     state = content.get("state_dict", content.get("model", content))
-    weights = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    # Beside the detector, a checkpoint may have the weights of classes that federated loss draws by.
+    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    weights = own or dict(state)
     if average and "ema" in content:
         weights |= content["ema"]["weights"]
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
