@@ -7,6 +7,7 @@ python benchmarks/evaluation.py ours 80000  # one of them
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -126,6 +127,7 @@ def measure(name: str, images: int) -> dict[str, Any]:
         "update_s": updating[0],
         "compute_s": computing[0],
         "processor_s": updating[1] + computing[1],
+        "load": os.getloadavg()[0],
         "peak_mb": peak,
         "added_mb": peak - before,
         "numbers": {key: float(numbers[key]) for key in KEYS},
@@ -146,9 +148,10 @@ def _resident() -> float:
 def report(rows: list[dict[str, Any]]) -> str:
     slowest = next(row for row in rows if row["evaluator"] == "torchmetrics, pycocotools")
     lines = [
-        f"{DETECTIONS} detections and about {OBJECTS} objects per image, {CLASSES} classes, one process, two cores. "
-        "Times in brackets: of the processors. Memory: what was added to the process' own after its imports. "
-        "Difference: the largest of the twelve numbers; torchmetrics' are of 32 bits.",
+        f"{DETECTIONS} detections and about {OBJECTS} objects per image, {CLASSES} classes, one process, two cores, on "
+        f"which {min(row['load'] for row in rows):.0f} to {max(row['load'] for row in rows):.0f} other processes ran. "
+        "Times in brackets: of the processors, which those do not change. Memory: what was added to the process' "
+        "own after its imports. Difference: the largest of the twelve numbers; torchmetrics' are of 32 bits.",
         "",
         "| evaluator | images | update | compute | total | times faster | memory | process | difference |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
