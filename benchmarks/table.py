@@ -200,9 +200,9 @@ def report(result: dict[str, Any]) -> str:
         f"{boxes / 1e6:.0f} million boxes in {opening['images'] / 1e6:.2f} million images, "
         f"{opening['gigabytes']:.1f} GB on disk (`python benchmarks/table.py`; {result['cores']} cores, shared).\n",
         "| Warm start | seconds |\n|---|---|",
-        f"| table | {opening['table']:.2f} |",
-        f"| names of all images against the folder listing | {opening['files']:.1f} |",
-        f"| data set (names, classes, counts) | {opening['data set']:.2f} |\n",
+        f"| table | {opening['table']:.3f} |",
+        f"| are all image files there: their names against a listing per folder | {opening['files']:.1f} |",
+        f"| data set: classes and counts | {opening['data set']:.3f} |\n",
         f"Private memory of a DataLoader worker (of {WORKERS}) after {READS:,} random images, in MB; the table's share "
         "are pages of the file that happen to be mapped by this worker alone, which the system drops when it needs "
         "them. With 15,000 boxes: what Python and PyTorch need themselves.\n",
@@ -212,7 +212,7 @@ def report(result: dict[str, Any]) -> str:
             for w in result["workers"]
         ),
         f"\nAn annotation file with {ANNOTATIONS:,} objects, {result['file']:.0f} MB, half of them with polygons of 20 "
-        "points; codetr checks all, with masks.\n",
+        "points; codetr checks all, with masks. Memory: the peak above what the program itself needs.\n",
         "| Read with | seconds | MB more |\n|---|---|---|",
         *(f"| {name} | {r['seconds']:.2f} | {r['megabytes']:.0f} |" for name, r in result["readers"].items()),
     ]
