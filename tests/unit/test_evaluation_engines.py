@@ -83,7 +83,9 @@ def test_confusions_are_counted_once_each() -> None:
     detections = Detections(torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0, 1, 3, 4]), found)
     expected = np.zeros((6, 6), int)
     expected[0, 0] = expected[0, 1] = expected[2, 5] = expected[5, 3] = 1
-    assert np.array_equal(evaluate({4: (detections, truth), 7: (detections, truth)}).evaluation.confusion, 2 * expected)
+    evaluation = evaluate({4: (detections, truth), 7: (detections, truth)}).evaluation
+    assert np.array_equal(evaluation.confusion, 2 * expected)
+    assert evaluation.confused(10) == [("ant", "bee", 2)]
 
 
 def federated_case(

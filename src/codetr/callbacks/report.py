@@ -85,12 +85,14 @@ def branch_numbers(pl_module: LightningModule) -> dict[str, dict[str, float]]:
 
 
 def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
-    """torchmetrics' keys, `map_per_class` and `objects_per_class` by name, and where the numbers come from."""
+    """torchmetrics' keys, `map_per_class` and `objects_per_class` by name, the classes confused most, and where the
+    numbers come from."""
     content = {
         **evaluation.numbers,
         "map_per_class": evaluation.map_per_class,
         "objects_per_class": evaluation.objects_per_class,
         "images": evaluation.images,
+        "confused": evaluation.confused(SHOWN_CLASSES),
         **about,
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -37,6 +37,15 @@ class Evaluation:
     images: int
     confusion: np.ndarray
 
+    def confused(self, most: int) -> list[tuple[str, str, int]]:
+        """The pairs of classes that are confused most: (class of the objects, class they were found as, how often)."""
+        counts = self.confusion[:-1, :-1].copy()
+        np.fill_diagonal(counts, 0)
+        order = np.argsort(-counts, axis=None, kind="stable")[:most]
+        pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+        names = list(self.map_per_class)
+        return [(names[a], names[b], int(counts[a, b])) for a, b in pairs if counts[a, b]]
+
 
 class DetectionMetrics:
     """Collects detections and truth on the CPU, as arrays; `compute` evaluates them as COCO does, or LVIS.
