@@ -148,6 +148,21 @@ def test_a_warm_start_reports_the_same(source: Path, tmp_path: Path, caplog: pyt
     assert "6 bad records dropped" in caplog.text
 
 
+def test_a_table_of_another_version_is_replaced(
+    source: Path,
+    read: Read,
+    reads: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read()
+    monkeypatch.setattr(cache, "_VERSION", -1)
+    read(), read()
+    assert reads() == 2
+    assert not caplog.records
+    assert len(list(source.parent.glob(".codetr_cache/*.table"))) == 1
+
+
 def damage(folder: Path, what: str) -> None:
     (table,), (head,) = folder.glob("*.table"), folder.glob("*.json")
     if what == "cut table":

@@ -73,7 +73,7 @@ def _folder(annotations: Path, cache: Path | None) -> Path:
 
 def _stem(annotations: Path, reader: Reader, masks: bool) -> str:
     """What the table's files are called, so that whatever changes it makes another one."""
-    key = {"version": _VERSION, "path": str(annotations.resolve()), "reader": _describe(reader), "masks": masks}
+    key = {"path": str(annotations.resolve()), "reader": _describe(reader), "masks": masks}
     return f"{annotations.stem}-{_digest(json.dumps(key).encode())}"
 
 
@@ -93,6 +93,8 @@ def _load(folder: Path, stem: str) -> tuple[Table, Report] | None:
         return None
     try:
         head = json.loads(path.read_bytes())
+        if head["version"] != _VERSION:
+            return None
         report = Report(**head["report"] | {"source": Path(head["report"]["source"])})
         result = Table(folder / head["data"], head["layout"])
         sources = [_unchanged(s) for s in head["sources"]]
@@ -127,7 +129,8 @@ def _keep(
     name = f"{temporary.name}.table"
     (temporary / "table").rename(folder / name)
     found = asdict(report) | {"source": str(report.source)}
-    _replace(folder / f"{stem}.json", {"data": name, "layout": layout, "report": found, "sources": sources})
+    head = {"version": _VERSION, "data": name, "layout": layout, "report": found, "sources": sources}
+    _replace(folder / f"{stem}.json", head)
     for old in folder.glob(f"{glob.escape(stem)}-*.table"):
         if old.name != name:
             old.unlink()
