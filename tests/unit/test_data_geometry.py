@@ -1,0 +1,232 @@
+"""Where every transform and every recipe of conf/augment puts the pixels of an object, its box and its mask.
+
+Each object of a data set has a colour and a label of its own. Without interpolation the pixels of a colour are the
+mask, one by one; as the recipes interpolate, the edge of a painted object is where its channel passes one half.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_files import write
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from codetr.application import compose
+from codetr.data.coco import CocoDetection, Sample
+from codetr.data.transforms import PadTo, RandomSizeCrop, TransformedDataset, fit_canvas, large_scale_jitter
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "conf/augment").glob("*.yaml"))
+TRANSFORMS = {
+    "flip": v2.RandomHorizontalFlip(1),
+    "shortest": v2.RandomShortestSize([50, 61, 200, 333], max_size=350),
+    "resize": v2.Resize(70, max_size=90),
+    "longest": v2.Resize(None, max_size=77),
+    "jitter": v2.ScaleJitter((100, 100), (0.2, 3.0)),
+    "crop": RandomSizeCrop(40, 90),
+    "pad": PadTo(170, 114),
+    "fit": fit_canvas(128, 114),
+    "large scale jitter": large_scale_jitter(90, (0.3, 3.0), 0.5, 114),
+}
+IMAGES, OBJECTS = 6, 4
+CELLS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # each object has a quarter of the image
+
+
+def colour(label: int) -> list[int]:
+    """Green alone tells it from all others, from black and from the grey of a canvas."""
+    return [20 + 7 * label, 250 - 6 * label, 5 * label]
+
+
+def draw(folder: Path, paint: Any) -> CocoDetection:
+    """Images with a rectangle in every quarter, some up to the border, painted by `paint(pixels, label, box)`."""
+    rng = np.random.default_rng(7)
+    categories = [{"id": i + 1, "name": str(i)} for i in range(IMAGES * OBJECTS)]
+    doc: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+    canvases = []
+    for i in range(IMAGES):
+        height, width = (2 * n for n in rng.integers(45, 80, 2).tolist())
+        pixels = np.zeros((height, width, 3), np.uint8)
+        for j, (row, column) in enumerate(CELLS):
+            w, h = int(rng.integers(8, width // 2 + 1)), int(rng.integers(8, height // 2 + 1))
+            x = column * width // 2 + int(rng.integers(0, width // 2 - w + 1))
+            y = row * height // 2 + int(rng.integers(0, height // 2 - h + 1))
+            label = OBJECTS * i + j
+            paint(pixels, label, (x, y, x + w, y + h))
+            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            record = {"image_id": i, "category_id": label + 1, "bbox": [x, y, w, h], "segmentation": outline}
+            doc["annotations"].append({"id": label + 1, **record})
+        doc["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        canvases.append(pixels)
+    root, source = write(folder, doc, "painted")
+    for i, pixels in enumerate(canvases):
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    return CocoDetection(root, source, masks=True, cache=None)
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
+    def paint(pixels: np.ndarray, label: int, box: tuple[int, int, int, int]) -> None:
+        pixels[box[1] : box[3], box[0] : box[2]] = colour(label)
+
+    return draw(tmp_path_factory.mktemp("coloured"), paint)
+
+
+@pytest.fixture(scope="module")
+def by_channel(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
+    """The first three objects of an image fill a channel each, the last all of them: its edges are not looked at."""
+
+    def paint(pixels: np.ndarray, label: int, box: tuple[int, int, int, int]) -> None:
+        if label % OBJECTS < 3:
+            pixels[box[1] : box[3], box[0] : box[2], label % OBJECTS] = 255
+
+    return draw(tmp_path_factory.mktemp("by_channel"), paint)
+
+
+def parts(transform: Any) -> Iterator[Any]:
+    yield transform
+    for inner in getattr(transform, "transforms", []):
+        yield from parts(inner)
+
+
+def recipe(name: str, kind: str, interpolate: bool) -> tuple[Any, Any]:
+    """The transform and the copy-paste of a file; without interpolation also without the jitter of colours."""
+    config = _augment(name)
+    transform = instantiate(config[f"{kind}_transform"], _convert_="all")
+    return _exact(transform, interpolate), instantiate(config.get("copy_paste")) if kind == "train" else None
+
+
+@cache
+def _augment(name: str) -> DictConfig:
+    return compose("train", ["data=shapes_demo", f"augment@data={name}"]).data
+
+
+def _exact(transform: Any, interpolate: bool) -> Any:
+    for part in parts(transform):
+        if not interpolate and hasattr(part, "interpolation"):
+            part.interpolation = v2.InterpolationMode.NEAREST
+        if isinstance(part, v2.ColorJitter):
+            part.brightness = part.contrast = None
+    return transform
+
+
+def extent(where: Tensor) -> np.ndarray | None:
+    """xyxy of the true pixels of [H, W], or None."""
+    rows, columns = where.nonzero(as_tuple=True)
+    if not len(rows):
+        return None
+    return np.array([int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1])
+
+
+def check_consistent(sample: Sample) -> None:
+    height, width = sample.image.shape[-2:]
+    assert len(sample.boxes) == len(sample.labels) == len(sample.masks)
+    assert sample.boxes.canvas_size == (height, width)
+    assert sample.masks.shape[1:] == (height, width)
+    boxes = sample.boxes.as_subclass(Tensor)
+    assert (boxes >= 0).all()
+    assert (boxes <= torch.tensor([width, height, width, height])).all()
+    assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+
+
+def check_exact(sample: Sample, tolerance: float, sources: int) -> int:
+    """Masks are the pixels of their colours, boxes their extent; colours that are left without a label are slivers.
+    Returns how many objects of the image are gone."""
+    check_consistent(sample)
+    image = sample.image.as_subclass(Tensor)
+    labels = sample.labels.tolist()
+    for label, box, mask in zip(labels, sample.boxes.tolist(), sample.masks.as_subclass(Tensor), strict=True):
+        painted = image[1] == colour(label)[1]
+        assert torch.equal(painted, mask.bool())
+        where = extent(painted)
+        if where is None:
+            assert min(box[2] - box[0], box[3] - box[1]) <= tolerance
+        else:
+            assert np.abs(where - box).max() <= tolerance
+    seen = torch.bincount(image[1].flatten(), minlength=256)
+    for label in set(range(sources)) - set(labels):
+        if seen[colour(label)[1]]:
+            where = extent(image[1] == colour(label)[1])
+            assert where is None or min(where[2] - where[0], where[3] - where[1]) <= 1 + tolerance
+    return OBJECTS - len(labels)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_to_the_pixel(coloured: CocoDetection, name: str) -> None:
+    dataset = TransformedDataset(coloured, _exact(TRANSFORMS[name], interpolate=False), 1, "stop")
+    gone = 0
+    for epoch in range(8):
+        for index in range(IMAGES):
+            gone += check_exact(dataset[epoch, index], 1, IMAGES * OBJECTS)
+    assert (gone > 0) == (name in ("crop", "large scale jitter"))
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_to_the_pixel(coloured: CocoDetection, name: str, kind: str) -> None:
+    """Behind two resizes the first one's rounding is enlarged by the second, at most from 384 to 1536 pixels."""
+    transform, copy_paste = recipe(name, kind, interpolate=False)
+    tolerance = {"multiscale": 1 + 800 / 384, "multiscale_1536": 5, "multiscale_1536_long": 5}.get(name, 1)
+    dataset = TransformedDataset(coloured, transform, 1, "stop", copy_paste)
+    plain = TransformedDataset(coloured, transform, 1, "stop")
+    pasted = 0
+    for index in range(IMAGES):
+        for epoch in range(1 if "1536" in name else 2):
+            check_exact(plain[epoch, index], tolerance if kind == "train" else 1, IMAGES * OBJECTS)
+            if copy_paste is not None:
+                pasted += check_pasted(dataset[epoch, index], index)
+    assert (pasted > 0) == (copy_paste is not None)
+
+
+def check_pasted(sample: Sample, index: int) -> int:
+    """What is seen of each object, of this image or of another, is its mask, and its box fits tightly."""
+    check_consistent(sample)
+    image = sample.image.as_subclass(Tensor)
+    others = 0
+    for label, box, mask in zip(sample.labels.tolist(), sample.boxes.tolist(), sample.masks, strict=True):
+        painted = image[1] == colour(label)[1]
+        others += label // OBJECTS != index
+        if torch.equal(painted, mask.bool()):
+            assert extent(painted).tolist() == box
+        else:  # the image was pasted onto itself: the same colour twice
+            assert sample.labels.tolist().count(label) == 2
+    return others
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_as_they_interpolate(by_channel: CocoDetection, name: str, kind: str) -> None:
+    transform, _ = recipe(name, kind, interpolate=True)
+    dataset = TransformedDataset(by_channel, transform, 2, "stop")
+    worst = 0.0
+    for index in range(IMAGES):
+        for epoch in range(1 if "1536" in name else 3):
+            sample = dataset[epoch, index]
+            check_consistent(sample)
+            height, width = sample.image.shape[-2:]
+            zoom = max(1, height / sample.original_size[0])
+            objects = dict(zip((sample.labels % OBJECTS).tolist(), sample.boxes.numpy(), strict=True))
+            shown = sample.masks.new_zeros(height, width) if not objects else None
+            for channel in range(3):
+                bright = sample.image[channel].as_subclass(Tensor) > 127
+                if name.startswith("lsj"):  # the canvas is grey, and has no objects
+                    bright &= ~(sample.image == 114).all(0)
+                where = extent(bright)
+                if channel not in objects:
+                    assert where is None or min(where[2] - where[0], where[3] - where[1]) <= 2
+                elif where is not None:
+                    # Where a cut left less than a pixel of the file, only its round corner is seen, enlarged.
+                    corner = (objects[channel][2:] - objects[channel][:2]).min() < zoom
+                    worst = max(worst, np.abs(where - objects[channel]).max() / (zoom if corner else 1))
+                else:
+                    x1, y1, x2, y2 = objects[channel]
+                    assert min(x2 - x1, y2 - y1) < 2
+            assert shown is None or not bright.any()
+    assert worst <= 1
