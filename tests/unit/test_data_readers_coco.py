@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from coco_files import document, write, write_image
-from lvis import LVIS
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -23,6 +22,7 @@ from codetr.data.coco import CocoDetection
 from codetr.data.readers import coco
 from codetr.data.segmentations import fault
 from codetr.errors import UserError
+from lvis_api import LVIS
 
 Doc = dict[str, Any]
 in_pieces = partial(coco.read, whole=0)

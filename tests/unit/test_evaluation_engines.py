@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lvis import LVIS, LVISEval, LVISResults
 from test_evaluation import KEYS, NAMES, Image, evaluate, reference, xywh
 
 from codetr.errors import UserError
 from codetr.evaluation import engines
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.types import Detections
+from lvis_api import LVIS, LVISEval, LVISResults
 
 GRID = (8.0, 16.0, 32.0, 96.0, 100.0)  # sides on and beside the borders of the area ranges
 
