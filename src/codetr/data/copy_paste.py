@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.tv_tensors import wrap
@@ -28,20 +29,26 @@ class CopyPaste:
         assert other.masks is not None
         count = int(torch.randint(min(len(other.labels), self.most) + 1, ()))
         chosen = torch.randperm(len(other.labels))[:count]
+        whole = onto.masks.as_subclass(Tensor)
+        # One piece of memory for all: masks of a large canvas cost more to copy than to compare.
+        masks = whole.new_empty(len(whole) + count, *whole.shape[1:])
+        left, pasted = masks[: len(whole)], masks[len(whole) :]
+        torch.index_select(other.masks.as_subclass(Tensor), 0, chosen, out=pasted)
         # uint8 and maxima: torch reduces bool tensors fifty times slower.
-        whole, pasted = onto.masks.as_subclass(Tensor), other.masks.as_subclass(Tensor)[chosen]
         front = pasted.amax(0) if count else pasted.new_zeros(pasted.shape[1:])
-        left = whole * (1 - front)
-        boxes = tight_boxes(left)
-        kept = (boxes - tight_boxes(whole)).abs().amax(1) <= self.moved
-        kept[~kept] = left[~kept].sum((1, 2)) > self.visible
-        kept &= boxes[:, 2] > 0
+        torch.mul(whole, 1 - front, out=left)
+        boxes = tight_boxes(masks)
+        kept = (boxes[: len(whole)] - tight_boxes(whole)).abs().amax(1) <= self.moved
+        for i in (~kept).nonzero().flatten().tolist():
+            kept[i] = bool(np.count_nonzero(left[i].numpy()) > self.visible)
+        kept &= boxes[: len(whole), 2] > 0
+        stays = torch.cat([kept, kept.new_ones(count)])
         return replace(
             onto,
             image=wrap(torch.where(front.bool(), other.image, onto.image), like=onto.image),
-            boxes=wrap(torch.cat([boxes[kept], tight_boxes(pasted)]), like=onto.boxes),
-            labels=torch.cat([onto.labels[kept], other.labels[chosen]]),
-            masks=wrap(torch.cat([left[kept], pasted]), like=onto.masks),
+            boxes=wrap(boxes[stays], like=onto.boxes),
+            labels=torch.cat([onto.labels, other.labels[chosen]])[stays],
+            masks=wrap(masks if stays.all() else masks[stays], like=onto.masks),
         )
 
 
