@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from codetr.data.coco import Sample
 from codetr.data.collate import collate
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.errors import UserError
-from codetr.types import Batch
+from codetr.types import Batch, Targets
+
+_SMALL = 1 << 20  # bytes
 
 
 class BatchLoader(DataLoader[Sample]):
@@ -40,14 +43,6 @@ class BatchLoader(DataLoader[Sample]):
             # Its own generator: each new iterator draws a number, which would move the global random state on.
             generator=torch.Generator(),
         )
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            batch.truth = [
-                {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in truth.items()}
-                for truth in batch.truth
-            ]
-            yield batch
 
 
 class TrainLoader(BatchLoader):
@@ -85,8 +80,42 @@ class TrainLoader(BatchLoader):
         self._position = state["batch"]
 
 
-def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch:
-    """`truth` as arrays: each tensor from a worker would hold a file descriptor as long as someone keeps it."""
+def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch | _Parcel:
     batch = collate(samples, size_divisor)
-    batch.truth = [{k: v.numpy() if isinstance(v, Tensor) else v for k, v in truth.items()} for truth in batch.truth]
-    return batch
+    return batch if get_worker_info() is None else _Parcel(batch)
+
+
+class _Parcel:
+    """A batch that becomes one again on arrival, small tensors by value.
+
+    Each tensor from a worker takes a piece of shared memory of its own, a file descriptor to open and to hold for as
+    long as someone keeps the tensor.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _as_tensors, (_as_arrays(self.batch),)
+
+
+def _as_arrays(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # An array would come out with other strides than it had.
+        return value.numpy() if value.nbytes < _SMALL and value.is_contiguous() else value
+    return _mapped(_as_arrays, value)
+
+
+def _as_tensors(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else _mapped(_as_tensors, value)
+
+
+def _mapped(convert: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with all that it contains converted."""
+    if isinstance(value, dict):
+        return {k: convert(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [convert(v) for v in value]
+    if isinstance(value, (Batch, Targets)):
+        return type(value)(**{f.name: convert(getattr(value, f.name)) for f in fields(value)})
+    return value

@@ -133,8 +133,9 @@ def _tidy(parts: dict[str, Any]) -> dict[str, Any]:
     boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
     kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
     parts["boxes"] = wrap(boxes[kept], like=parts["boxes"])
-    objects = {name: wrap(parts[name][kept], like=parts[name]) for name in ("labels", "masks") if name in parts}
-    return {**parts, **objects}
+    for name in {"labels", "masks"} & parts.keys():
+        parts[name] = wrap(parts[name][kept], like=parts[name])
+    return parts
 
 
 class TransformedDataset(Dataset[Sample]):
