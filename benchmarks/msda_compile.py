@@ -86,7 +86,7 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
         attrs=aligned,
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    options = {"num_warps": 1 if name == "gather" else launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": 1 if name == "gather" else launch.num_warps}
     return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
 
 

@@ -34,7 +34,7 @@ from rich.table import Table
 TABLE = Path(__file__).parents[1] / "kernels" / "msda" / "launch.json"  # also where the package is a copy
 KERNELS = ("forward", "backward")
 DTYPES = {16: "bfloat16", 32: "float32"}
-TILES, TILE_WIDTHS, WARPS, STAGES = (256, 512, 1024, 2048), (0, 4, 8, 16), (1, 2, 4, 8), (1, 2)
+TILES, TILE_WIDTHS, WARPS = (256, 512, 1024, 2048), (0, 4, 8, 16), (1, 2, 4, 8)
 HEAD_WIDTHS = (8, 16, 64, 128)  # beside CHANNELS: the winner must not spill there either
 SCREEN, FINAL = ("encoder, 4 levels", "decoder, 4 levels"), tuple(CASES)
 FINALISTS = 4
@@ -58,7 +58,7 @@ def examine(architecture: int, kernel: str, bits: int, launch: Launch, width: in
 
 def compile_all(architecture: int, pool: ProcessPoolExecutor) -> dict[tuple[str, int, Launch], Code]:
     """The tile's width changes addresses, not registers: compiled for one."""
-    launches = [Launch(tile, min(8, tile // CHANNELS), w, s) for tile, w, s in itertools.product(TILES, WARPS, STAGES)]
+    launches = [Launch(tile, min(8, tile // CHANNELS), warps) for tile, warps in itertools.product(TILES, WARPS)]
     keys = list(itertools.product(KERNELS, DTYPES, launches))
     with Progress() as progress:
         task = progress.add_task(f"compiling for sm_{architecture}", total=len(keys))

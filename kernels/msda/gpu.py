@@ -166,7 +166,6 @@ def _plan(inputs: Inputs, launch: Launch, columns: int = 1) -> tuple[tuple[int, 
         "BLOCK_LP": triton.next_power_of_2(L * P),
         "TILE_WIDTH": tile_width,
         "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
     }
     return (tiles if tile_width else triton.cdiv(Q, block_q), batch * H), levels, constants
 

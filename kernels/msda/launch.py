@@ -17,7 +17,6 @@ class Launch(NamedTuple):
     tile: int
     tile_width: int
     num_warps: int
-    num_stages: int
 
     def block_q(self, block_d: int) -> int:
         return max(1, self.tile // block_d)

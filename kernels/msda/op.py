@@ -5,6 +5,7 @@ its dtype, gradients included. Differentiable once.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,7 +35,18 @@ def deformable_attention(
     return _msda(value, _flat(spatial_shapes), reference, offsets, logits, valid_sizes)
 
 
-@torch.library.custom_op("codetr::msda", mutates_args=(), device_types="cpu")
+def _kernels(value: Tensor) -> ModuleType:
+    """Of its device, imported when first needed: neither Numba nor Triton is loaded for the other."""
+    if value.is_cuda:
+        from . import gpu
+
+        return gpu
+    from . import cpu
+
+    return cpu
+
+
+@torch.library.custom_op("codetr::msda", mutates_args=(), device_types=("cpu", "cuda"))
 def _msda(
     value: Tensor,
     sizes: Sequence[int],
@@ -43,26 +55,12 @@ def _msda(
     logits: Tensor,
     valid_sizes: Tensor | None,
 ) -> Tensor:
-    from . import cpu
-
-    return cpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, valid_sizes))
-
-
-@_msda.register_kernel("cuda")
-def _(
-    value: Tensor,
-    sizes: Sequence[int],
-    reference: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    valid_sizes: Tensor | None,
-) -> Tensor:
-    from . import gpu
-
-    return gpu.forward(Inputs.checked(value, _shapes(sizes), reference, offsets, logits, valid_sizes))
+    inputs = Inputs.checked(value, _shapes(sizes), reference, offsets, logits, valid_sizes)
+    output: Tensor = _kernels(value).forward(inputs)
+    return output
 
 
-@torch.library.custom_op("codetr::msda_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("codetr::msda_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _msda_backward(
     gradient: Tensor,
     output: Tensor,
@@ -75,28 +73,9 @@ def _msda_backward(
     of_reference: bool,
 ) -> list[Tensor]:
     """The gradients of value, offsets and logits, and of reference where it is asked for."""
-    from . import cpu
-
     inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, valid_sizes)
-    return [g for g in cpu.backward(gradient, output, inputs, of_reference) if g is not None]
-
-
-@_msda_backward.register_kernel("cuda")
-def _(
-    gradient: Tensor,
-    output: Tensor,
-    value: Tensor,
-    sizes: Sequence[int],
-    reference: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    valid_sizes: Tensor | None,
-    of_reference: bool,
-) -> list[Tensor]:
-    from . import gpu
-
-    inputs = Inputs(value, _shapes(sizes), reference, offsets, logits, valid_sizes)
-    return [g for g in gpu.backward(gradient, output, inputs, of_reference) if g is not None]
+    found = _kernels(value).backward(gradient, output, inputs, of_reference)
+    return [g for g in found if g is not None]
 
 
 def _flat(spatial_shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -108,29 +87,12 @@ def _shapes(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 @_msda.register_fake
-def _(
-    value: Tensor,
-    sizes: Sequence[int],
-    reference: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    valid_sizes: Tensor | None,
-) -> Tensor:
+def _(value, sizes, reference, offsets, *_) -> Tensor:  # type: ignore[no-untyped-def]
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
 
 @_msda_backward.register_fake
-def _(
-    gradient: Tensor,
-    output: Tensor,
-    value: Tensor,
-    sizes: Sequence[int],
-    reference: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    valid_sizes: Tensor | None,
-    of_reference: bool,
-) -> list[Tensor]:
+def _(gradient, output, value, sizes, reference, offsets, logits, valid_sizes, of_reference):  # type: ignore
     wanted = (value, offsets, logits, *((reference,) if of_reference and reference is not None else ()))
     return [tensor.new_empty(tensor.shape) for tensor in wanted]
 

@@ -117,7 +117,7 @@ def test_queries(queries: int) -> None:
 def test_launches(tile: int, tile_width: int, num_warps: int) -> None:
     """Whatever a tuner may write into the table is right."""
     inputs = draw("points", queries=CELLS, channels=32, points=4, shapes=ENCODER)
-    check(moved(inputs), launch=Launch(tile, tile_width, num_warps, 1))
+    check(moved(inputs), launch=Launch(tile, tile_width, num_warps))
 
 
 def test_head_major_value_and_permuted_strides() -> None:
@@ -229,7 +229,9 @@ def test_autocast() -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
         output = deformable_attention(*inputs)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.cpu().double(), truth(on_cpu(inputs))[0], rtol=0, atol=2e-2)
+    expected = truth(on_cpu(inputs))[0]
+    bound = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=bound)
 
 
 def test_graph_capture() -> None:

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value"),  # NumPy's, where the interpreter computes what is masked later
 ]
 
-ONE_PROGRAM = Launch(tile=64 * 16, tile_width=0, num_warps=4, num_stages=1)  # the interpreter's cost is by program
+ONE_PROGRAM = Launch(tile=64 * 16, tile_width=0, num_warps=4)  # the interpreter's cost is by program
 WAYS = {"atomic": False, "deterministic": True}
 
 
@@ -58,7 +58,7 @@ def test_sizes(size: dict) -> None:
     """Rows and columns of a tile that stand for nothing, programs that end early."""
     inputs = draw("boxes", **size)
     width = inputs.value.shape[3]
-    assert_close(run(inputs, Launch(4 * gpu.triton.next_power_of_2(width), 0, 4, 1)), truth(inputs))
+    assert_close(run(inputs, Launch(4 * gpu.triton.next_power_of_2(width), 0, 4)), truth(inputs))
 
 
 def test_an_empty_level_in_a_fixed_order() -> None:
@@ -78,7 +78,7 @@ def test_tiles_of_neighbours(tile_width: int) -> None:
     """Every query of the maps once, whatever the tiles; wider than a program is cut."""
     shapes = ((3, 5), (4, 2), (1, 1))
     inputs = draw("boxes", queries=24, heads=1, shapes=shapes)
-    assert_close(run(inputs, Launch(8 * 16, tile_width, 4, 1)), truth(inputs))
+    assert_close(run(inputs, Launch(8 * 16, tile_width, 4)), truth(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -181,7 +181,7 @@ def test_every_class_comes_equally_often() -> None:
     for k in (0, 1, 3, 4):
         of_class = drawn[:, :40][:, label == k]
         assert set(of_class.sum(1)) == {11, 12}
-        assert of_class.sum(1).mean() == pytest.approx(45 / 4, abs=0.15)
+        assert of_class.sum(1).mean() == pytest.approx(45 / 4, abs=0.09)  # 4 deviations of a mean of 400 draws
         assert (of_class.max(1) - of_class.min(1) <= 1).all()
 
 

@@ -99,13 +99,15 @@ def xywh(boxes: Tensor) -> np.ndarray:
     return np.stack([x0, y0, x1 - x0, y1 - y0], 1)
 
 
-def reference(images: dict[int, Image], limit: int = 100) -> COCOeval:
+def reference(images: dict[int, Image], limit: int = 100, judge: type[COCOeval] = COCOeval) -> COCOeval:
+    """judge: pycocotools' own class, or one that also sees what an object has under `ignored`."""
     annotations, results = [], []
     for i, (found, truth) in images.items():
-        columns = zip(xywh(truth["boxes"]), truth["labels"], truth["iscrowd"], truth["area"], strict=True)
-        for box, label, crowd, area in columns:
+        ignored = truth.get("ignore", torch.zeros_like(truth["iscrowd"]))
+        columns = zip(xywh(truth["boxes"]), truth["labels"], truth["iscrowd"], truth["area"], ignored, strict=True)
+        for box, label, crowd, area, ignore in columns:
             entry = {"id": len(annotations) + 1, "image_id": i, "category_id": int(label), "bbox": box.tolist()}
-            annotations.append(entry | {"iscrowd": int(crowd), "area": float(area)})
+            annotations.append(entry | {"iscrowd": int(crowd), "area": float(area), "ignored": bool(ignore)})
         for box, label, score in zip(xywh(found.boxes_xyxy), found.labels, found.scores, strict=True):
             entry = {"image_id": i, "category_id": int(label), "bbox": box.tolist(), "score": float(score)}
             results.append(entry | {"area": float(box[2] * box[3]), "iscrowd": 0, "id": len(results) + 1})
@@ -116,7 +118,7 @@ def reference(images: dict[int, Image], limit: int = 100) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found.createIndex()
-        result = COCOeval(truth, found, "bbox")
+        result = judge(truth, found, "bbox")
         result.params.maxDets = [1, 10, limit]
         result.evaluate()
         result.accumulate()

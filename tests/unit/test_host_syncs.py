@@ -86,7 +86,7 @@ def test_a_step_of_co_dino_waits_where_it_must_and_nowhere_else() -> None:
     """And the pretended device computes what the CPU computes: the list is that of a step that works."""
     places, losses = waits(*CO_DINO)
     assert places == Counter(LEFT)
-    torch.testing.assert_close(losses, step(*build(*CO_DINO), *batch()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses, step(*build(*CO_DINO), *batch()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
