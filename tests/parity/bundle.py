@@ -5,7 +5,9 @@ The detector comes from conf/experiment/official, at the bundle's sizes, with it
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from codetr.criterion import Criterion
 from codetr.models.detector import Detector
 from codetr.ops.gather import take
 from codetr.types import Known, Memory, Positives, QueryContext, QueryGroup, Targets, box_scale
+from fixed_draws import fixed_draws
 
 
 @dataclass
@@ -58,9 +61,16 @@ class Bundle:
         valid[list(images)] = False
         return replace(self, targets=replace(self.targets, valid=valid))
 
+    def double(self) -> Bundle:
+        """In float64: what differs from the recording is then the recording's rounding, on any processor, and what
+        it decided between two values that only rounding tells apart."""
+        parts = {name: _double(getattr(self, name)) for name in ("inputs", "forward", "aux", "detections", "train")}
+        targets = replace(self.targets, boxes=self.targets.boxes.double())
+        return replace(self, detector=copy.deepcopy(self.detector).double(), targets=targets, **parts)
+
     def encode(self) -> Memory:
-        detector = self.detector
-        return detector.encoder(detector.neck(detector.backbone(self.inputs["img"].float())), self.padding)
+        detector, images = self.detector, self.inputs["img"].to(next(self.detector.parameters()))
+        return detector.encoder(detector.neck(detector.backbone(images)), self.padding)
 
     def denoising(self, memory: Memory, which: str = "train") -> QueryGroup:
         """Our denoising queries with the recorded random draws."""
@@ -119,6 +129,10 @@ class Bundle:
         return box_convert(take(found.target_boxes_xyxy, nearest.indices) / scale, "xyxy", "cxcywh")
 
 
+def _double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
 def load(folder: Path) -> Bundle:
     """Raises UserError where a tensor has no place, or a place no tensor."""
     sizes = json.loads((folder / "config.json").read_text())
@@ -131,12 +145,6 @@ def load(folder: Path) -> Bundle:
     converted = weights.to_ours({name: tensor.float() for name, tensor in state.items()}, detector)
     converted.settle(str(folder))
     detector.load_state_dict(converted.weights)
-    region_head = detector.heads[next(iter(detector.heads))]
-    if detector.mask_head is not None:
-        detector.mask_head.priority = fixed_order
-    drawing = [region_head, region_head.rpn, *(detector.queries[name] for name in detector.heads)]
-    for part in drawing:
-        part.priority = fixed_order
     files = ("inputs", "forward", "aux_forward", "detections", "train")
     inputs, *recorded = (load_file(folder / f"{name}.safetensors") for name in files)
     canvas = "batch_hw" in sizes and "lsj" in experiment
@@ -244,9 +252,9 @@ def padded_targets(inputs: dict[str, Tensor], extent: Tensor) -> Targets:
     return targets
 
 
-def fixed_order(rank: Tensor) -> Tensor:
-    """The bundles' stand-in for a random permutation."""
-    return rank * 7919 % 104729
+def recorded_draws() -> AbstractContextManager[None]:
+    """With the bundles' stand-in for a random permutation."""
+    return fixed_draws(lambda rank: rank * 7919 % 104729)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

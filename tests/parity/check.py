@@ -10,10 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where pytest looks, too
+
 from bundle import load
 from rich.console import Console
 from rich.table import Table
-from stages import STAGES
+from stages import STAGES, lines
 
 from codetr.errors import UserError
 
@@ -31,18 +33,18 @@ def main() -> None:
         except UserError as error:
             sys.exit(f"error: {error}")
         table = Table("stage", "absolute", "relative", "tolerance", "", title=str(folder), title_justify="left")
-        lines = [line for stage in options.stage or STAGES for line in STAGES[stage](bundle)]
-        for line in lines:
+        compared = [line for stage in options.stage or STAGES for line in lines(stage, bundle)]
+        for line in compared:
             if not (options.failed and line.passes):
                 mark = "ok" if line.passes else "[red]exceeds[/red]"
                 table.add_row(
                     line.stage, f"{line.difference:.1e}", f"{line.relative:.1e}", f"{line.tolerance:.0e}", mark
                 )
-        exceeding = sum(not line.passes for line in lines)
+        exceeding = sum(not line.passes for line in compared)
         failures += exceeding
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(table)
-        console.print(f"{folder.name}: {len(lines) - exceeding} of {len(lines)} within tolerance")
+        console.print(f"{folder.name}: {len(compared) - exceeding} of {len(compared)} within tolerance")
     sys.exit(failures > 0)
 
 

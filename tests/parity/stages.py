@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from bundle import Bundle, gradient_norms
+from bundle import Bundle, gradient_norms, recorded_draws
 from torch import Tensor
 
 from codetr.assign.hungarian import Problem, match
@@ -367,11 +367,9 @@ def _recorded_loss(bundle: Bundle, which: str, name: str) -> Tensor:
     return sum(v for k, v in bundle.train.items() if k == stem or k.startswith(stem + ".lvl"))
 
 
-STAGES: dict[str, Callable[[Bundle], Iterator[Line]]] = {
-    "encoder": encoder,
-    "decoder": decoder,
-    "detections": detections,
-    "heads": heads,
-    "assignment": assignment,
-    "training": training,
-}
+STAGES = {stage.__name__: stage for stage in (encoder, decoder, detections, heads, assignment, training)}
+
+
+def lines(stage: str, bundle: Bundle) -> list[Line]:
+    with recorded_draws():
+        return list(STAGES[stage](bundle))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from bundle import Bundle, load
-from stages import STAGES
+from stages import STAGES, Line, lines
 
 IN_REPOSITORY = Path(__file__).resolve().parents[1] / "data" / "bundles"
 BUNDLES = [
@@ -29,12 +29,19 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_what_the_official_code_computes(bundle: Bundle, stage: str) -> None:
-    lines = list(STAGES[stage](bundle))
-    assert len(lines) > 5
-    assert [line for line in lines if not line.passes] == []
+    compared = lines(stage, bundle)
+    assert len(compared) > 5
+    assert [line for line in compared if not line.passes] == []
+    assert any(": gradient" in line.stage for line in compared) == (stage == "training")
     # `check.py` must hold for other bundles too. In these, gradients are equal to about 1e-5, but for two parts: the
-    # group norm over one or two cells of the coarsest level, and masks with their thresholds; and but for a sample that
-    # rounding puts onto the other side of a cell's border: it moves its layer's offsets by 2e-4, all below by less.
-    gradients = [line for line in lines if ": gradient" in line.stage]
-    assert bool(gradients) == (stage == "training")
-    assert [one for one in gradients if one.relative > 3e-4 and not re.search("adapter|mask_head", one.stage)] == []
+    # group norm over one or two cells of the coarsest level, and masks with their thresholds; and but for samples that
+    # rounding puts onto the other side of a cell's border. On which one depends on the processor, and moves the first
+    # layers' gradients by up to 1e-3; in float64 they lie where the recording has them.
+    rough = _rough_gradients(compared)
+    if rough:
+        assert rough & _rough_gradients(lines(stage, bundle.double())) == set()
+
+
+def _rough_gradients(compared: list[Line]) -> set[str]:
+    gradients = (line for line in compared if ": gradient" in line.stage)
+    return {one.stage for one in gradients if one.relative > 3e-4 and not re.search("adapter|mask_head", one.stage)}

@@ -3,6 +3,7 @@
 import torch
 
 from codetr.assign.sampling import pack, sample, sample_both
+from fixed_draws import fixed_draws
 
 
 def test_as_many_as_possible_and_no_more() -> None:
@@ -14,14 +15,15 @@ def test_as_many_as_possible_and_no_more() -> None:
         assert torch.equal(chosen.sum(1), members.clamp(max=count))
 
 
-def test_priority_decides_as_a_permutation_of_the_members_would() -> None:
+def test_keys_decide_as_a_permutation_of_the_members_would() -> None:
     mask = torch.rand(4, 200) < 0.5
-    chosen = sample(mask, 20, lambda rank: rank * 7919 % 104729)
+    with fixed_draws(lambda rank: rank * 7919 % 104729):
+        chosen = sample(mask, 20)
+        assert torch.equal(chosen, sample(mask, torch.full((4,), 20)))
     for row, members in zip(chosen, mask, strict=True):
         places = members.nonzero()[:, 0]
         permutation = (torch.arange(len(places)) * 7919 % 104729).argsort()
         assert torch.equal(row.nonzero()[:, 0], places[permutation[:20]].sort().values)
-    assert torch.equal(chosen, sample(mask, torch.full((4,), 20), lambda rank: rank * 7919 % 104729))
 
 
 def test_every_member_is_drawn_equally_often() -> None:

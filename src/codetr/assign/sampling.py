@@ -1,21 +1,20 @@
 """Random subsets of candidates, the same number for every image (Faster R-CNN, sec. 3.1.3)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-Priority = Callable[[Tensor], Tensor]
+
+def random_keys(mask: Tensor) -> Tensor:
+    """[B, N] numbers for the members of each image's mask [B, N]; the lowest are drawn first."""
+    return torch.rand(mask.shape, device=mask.device)
 
 
-def sample(mask: Tensor, count: int | Tensor, priority: Priority | None = None) -> Tensor:
+def sample(mask: Tensor, count: int | Tensor) -> Tensor:
     """At most `count` random members of each image's mask.
 
-    mask: [B, N] bool. count: for all images, or [B]. priority: from the rank of every member within its image's
-    mask ([B, N]) to its key, the lowest keys win; None: random keys. Returns [B, N] bool.
+    mask: [B, N] bool. count: for all images, or [B]. Returns [B, N] bool.
     """
-    keys = torch.rand(mask.shape, device=mask.device) if priority is None else priority(mask.cumsum(1) - 1).float()
-    keys = keys.masked_fill(~mask, torch.inf)
+    keys = random_keys(mask).masked_fill(~mask, torch.inf)
     if isinstance(count, int):
         order = keys.topk(min(count, keys.shape[1]), dim=1, largest=False).indices
         winners = torch.zeros_like(mask).scatter_(1, order, True)
@@ -26,15 +25,13 @@ def sample(mask: Tensor, count: int | Tensor, priority: Priority | None = None) 
     return winners & mask
 
 
-def sample_both(
-    positive: Tensor, negative: Tensor, most_positive: int, total: int, priority: Priority | None = None
-) -> tuple[Tensor, Tensor]:
+def sample_both(positive: Tensor, negative: Tensor, most_positive: int, total: int) -> tuple[Tensor, Tensor]:
     """At most `most_positive` random positives, filled up to `total` with random negatives.
 
     positive, negative: [B, N] bool, disjoint. Returns their random subsets.
     """
-    chosen = sample(positive, most_positive, priority)
-    return chosen, sample(negative, total - chosen.sum(1), priority)
+    chosen = sample(positive, most_positive)
+    return chosen, sample(negative, total - chosen.sum(1))
 
 
 def pack(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from codetr.assign import IGNORED
-from codetr.assign.sampling import Priority
 from codetr.heads.common import assigned, detections
 from codetr.heads.mask import MaskBranch
 from codetr.heads.regions import Regions, sample_regions
@@ -47,7 +46,6 @@ class FasterRCNNHead(nn.Module):
         nms_iou: float,
         max_detections: int,
         mask: MaskBranch | None = None,
-        priority: Priority | None = None,
     ) -> None:
         super().__init__()
         self.rpn, self.proposals, self.pool, self.box_head = rpn, proposals, pool, box_head
@@ -57,7 +55,6 @@ class FasterRCNNHead(nn.Module):
         self.num_samples, self.most_positive = num_samples, int(num_samples * positive_fraction)
         self.weights = {"class": class_weight, "giou": giou_weight}
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
-        self.priority = priority
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, deltas = self.rpn(pyramid)
@@ -74,9 +71,7 @@ class FasterRCNNHead(nn.Module):
 
     def sample(self, proposals: Tensor, valid: Tensor, targets: Targets) -> Regions:
         """The objects themselves and the proposals [B, P, 4], assigned, then sampled to a fixed number."""
-        return sample_regions(
-            proposals, valid, targets, self.positive_iou, self.most_positive, self.num_samples, self.priority
-        )
+        return sample_regions(proposals, valid, targets, self.positive_iou, self.most_positive, self.num_samples)
 
     def losses(self, logits: Tensor, deltas: Tensor, regions: Positives) -> dict[str, Tensor]:
         valid = regions.positive | regions.negative

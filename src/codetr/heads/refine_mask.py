@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
 from torchvision.ops import roi_align
 
-from codetr.assign.sampling import Priority
 from codetr.errors import UserError
 from codetr.heads.mask import crop_masks, objects_and_rois
 from codetr.heads.mask_iou import MaskIoU, conv_block, mask_iou_target, share_inside
@@ -81,7 +80,6 @@ class RefineMaskHead(nn.Module):
         positive_iou: float,
         most_positive: int,
         regions_per_pass: int,
-        priority: Priority | None = None,
     ) -> None:
         super().__init__()
         self.pool = pool
@@ -100,7 +98,7 @@ class RefineMaskHead(nn.Module):
         self.stage_weights, self.boundary_width = stage_weights, boundary_width
         self.mask_weight, self.iou_weight = mask_weight, iou_weight
         self.num_candidates, self.positive_iou, self.most_positive = num_candidates, positive_iou, most_positive
-        self.regions_per_pass, self.priority = regions_per_pass, priority
+        self.regions_per_pass = regions_per_pass
 
     def semantics(self, pyramid: Pyramid) -> list[Tensor]:
         """Feature maps of the whole image, of the finest level's size, one for every stage that refines."""
@@ -132,9 +130,7 @@ class RefineMaskHead(nn.Module):
     def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]:
         """prediction: of the decoder's last layer, [B, N, ...]; no gradient flows into it. Term -> scalar, weighted."""
         boxes, valid = predicted_boxes(prediction, targets.sizes, self.num_candidates)
-        regions = sample_regions(
-            boxes, valid, targets, self.positive_iou, self.most_positive, self.most_positive, self.priority
-        )
+        regions = sample_regions(boxes, valid, targets, self.positive_iou, self.most_positive, self.most_positive)
         return self.region_losses(pyramid, regions, targets)
 
     def region_losses(self, pyramid: Pyramid, regions: Regions, targets: Targets) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torchvision.ops import box_convert
 
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.max_iou import assign_max_iou
-from codetr.assign.sampling import Priority, pack, sample_both
+from codetr.assign.sampling import pack, sample_both
 from codetr.ops.gather import take
 from codetr.types import Prediction, Targets, box_scale
 
@@ -30,7 +30,6 @@ def sample_regions(
     positive_iou: float,
     most_positive: int,
     num_samples: int,
-    priority: Priority | None,
 ) -> Regions:
     """The objects themselves and the proposals, assigned, then sampled to a fixed number, positives first.
 
@@ -40,7 +39,7 @@ def sample_regions(
     owner = assign_max_iou(proposals, valid, boxes, targets.valid, positive_iou, positive_iou, low_quality=None)
     itself = torch.arange(boxes.shape[1], device=boxes.device).where(targets.valid, IGNORED)
     owner = torch.cat([itself, owner], 1)
-    chosen = sample_both(owner >= 0, owner == BACKGROUND, most_positive, num_samples, priority)
+    chosen = sample_both(owner >= 0, owner == BACKGROUND, most_positive, num_samples)
     index, kept = pack(*chosen, num_samples)
     boxes = take(torch.cat([boxes, proposals], 1), index)
     return Regions(boxes, owner.gather(1, index).masked_fill(~kept, IGNORED))

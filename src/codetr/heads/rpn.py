@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, relu
 
 from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
-from codetr.assign.sampling import Priority, sample_both
+from codetr.assign.sampling import sample_both
 from codetr.heads.common import assigned_boxes, flatten, init_normal, top_per_level
 from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
 from codetr.ops.distributed import mean_over_processes
@@ -32,7 +32,7 @@ class RPN(nn.Module):
     """Object or not, and box deltas, for every anchor.
 
     positive_iou, negative_iou, low_quality_iou: thresholds of the assignment. num_samples: anchors per image in
-    the loss, at most `positive_fraction` of them positive. priority: of the random draw, see `sample`.
+    the loss, at most `positive_fraction` of them positive.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class RPN(nn.Module):
         positive_fraction: float,
         class_weight: float,
         l1_weight: float,
-        priority: Priority | None = None,
     ) -> None:
         super().__init__()
         self.grid = AnchorGrid(anchor_scales, anchor_ratios)
@@ -55,7 +54,6 @@ class RPN(nn.Module):
         self.thresholds = (positive_iou, negative_iou, low_quality_iou)
         self.num_samples, self.most_positive = num_samples, int(num_samples * positive_fraction)
         self.weights = {"class": class_weight, "l1": l1_weight}
-        self.priority = priority
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.objectness = nn.Conv2d(width, self.grid.per_cell, 1)
         self.deltas = nn.Conv2d(width, self.grid.per_cell * 4, 1)
@@ -72,9 +70,7 @@ class RPN(nn.Module):
         anchors, boxes = torch.cat(self.grid(pyramid)), targets.boxes_xyxy
         inside = self.grid.valid(pyramid, targets.sizes)
         owner = assign_max_iou(anchors, inside, boxes, targets.valid, *self.thresholds)
-        positive, negative = sample_both(
-            owner >= 0, owner == BACKGROUND, self.most_positive, self.num_samples, self.priority
-        )
+        positive, negative = sample_both(owner >= 0, owner == BACKGROUND, self.most_positive, self.num_samples)
         count = positive.sum(1).clamp(min=1) + negative.sum(1).clamp(min=1)
         count = mean_over_processes(count.sum())
         entropy = binary_cross_entropy_with_logits(logits, positive.to(logits), reduction="none")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from codetr.assign.sampling import Priority, sample
+from codetr.assign.sampling import sample
 from codetr.nn.position import sine_reference
 from codetr.ops.gather import take
 from codetr.types import Known, Positives, QueryContext, QueryGroup, box_scale
@@ -21,7 +21,7 @@ class CollaborativeQueries(nn.Module):
     `max_queries`; what an image lacks is filled with the head's negatives as background (`fill: negatives`, the
     official code) or stays empty (`fill: none`, the paper). use_features: add the head's features at these places.
     embed_position: positions from the coordinates, computed once; otherwise the decoder derives them in every
-    layer. weight: lambda_1 of eq. 6. priority: of the random draw, see `sample`.
+    layer. weight: lambda_1 of eq. 6.
     """
 
     def __init__(
@@ -36,11 +36,10 @@ class CollaborativeQueries(nn.Module):
         temperature: float,
         eps: float,
         weight: float,
-        priority: Priority | None = None,
     ) -> None:
         super().__init__()
         self.head, self.min_queries, self.max_queries = head, min_queries, max_queries
-        self.fill, self.weight, self.priority = fill, weight, priority
+        self.fill, self.weight = fill, weight
         self.temperature, self.eps = temperature, eps
         self.width = width
         out = 2 * width if embed_position else width
@@ -64,9 +63,9 @@ class CollaborativeQueries(nn.Module):
         available = positives.positive.sum(1)
         wanted = int(available.max().clamp(self.min_queries, self.max_queries))
         wanted = min(wanted, positives.positive.shape[1])
-        keep = sample(positives.positive, wanted, self.priority)
+        keep = sample(positives.positive, wanted)
         if self.fill == "negatives":
-            keep = keep | sample(positives.negative, (wanted - keep.sum(1)).clamp(min=0), self.priority)
+            keep = keep | sample(positives.negative, (wanted - keep.sum(1)).clamp(min=0))
         order = keep.int() * 2 + (keep & positives.positive).int()  # positives first, then their filling
         chosen = order.topk(wanted, dim=1).indices
         return chosen, keep.gather(1, chosen)
