@@ -9,8 +9,8 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.fcos import point_distances
-from codetr.heads.common import assigned, flatten, init_normal
-from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.common import assigned, cell_strides, flatten, weighted
+from codetr.heads.dense import DensePredictor, Selection
 from codetr.heads.fcos import around
 from codetr.nn.anchors import AnchorGrid
 from codetr.ops.distributed import mean_over_processes
@@ -44,20 +44,13 @@ class TaskAlignedHead(nn.Module):
         self.weights = {"class": class_weight, "giou": giou_weight}
         self.selection = selection
         self.grid = AnchorGrid((box_side,), (1.0,), offset=0.5)
-        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
-        self.distances = nn.Conv2d(width, 4, 3, padding=1)
-        init_normal(self, 0.01)
-        start_at_prior(self.classes)
+        self.predictor = DensePredictor(width, num_classes, num_convs, num_groups)
 
     def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, K] and boxes [B, N, 4] xyxy in pixels, float32."""
-        logits = [self.classes(self.class_tower(level)) for level in pyramid.levels]
-        distances = [
-            self.distances(self.box_tower(level)).float().exp() * stride
-            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
-        ]
-        return flatten(logits, 1).float(), around(torch.cat(self.grid(pyramid)), flatten(distances, 1))
+        dense = self.predictor(pyramid)
+        distances = dense.boxes.exp() * cell_strides(pyramid)[:, None]
+        return dense.logits, around(torch.cat(self.grid(pyramid)), distances)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, boxes = self.predict(pyramid)
@@ -66,7 +59,7 @@ class TaskAlignedHead(nn.Module):
         features = flatten(pyramid.levels, 1)
         positives = assigned(points.expand(len(boxes), -1, -1), features, owner, targets)
         losses = self.losses(logits, boxes, quality, positives)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, positives)
+        return HeadOutput(weighted(losses, self.weights), positives)
 
     @torch.no_grad()
     def assign(

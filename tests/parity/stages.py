@@ -175,7 +175,7 @@ def heads(bundle: Bundle) -> Iterator[Line]:
         masks = head.mask(pyramid, images[:8], boxes[:8])
         yield close("RoI, masks", masks, aux["roi.mask_logits_first8"])
     yield from _alone(bundle, pyramid)
-    logits, deltas, centerness = atss.predict(pyramid)
+    logits, deltas, centerness = atss.predictor(pyramid)
     yield close("ATSS, classes", logits, _per_cell(aux, "atss.cls", 1), extra)
     yield close("ATSS, deltas", deltas, _per_cell(aux, "atss.reg", 1), extra)
     yield close("ATSS, centerness", centerness, _per_cell(aux, "atss.centerness", 1)[..., 0], extra)

@@ -21,7 +21,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.max_iou import assign_max_iou
-from codetr.heads.dense import Selection
+from codetr.heads.dense import Dense, Selection
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.fcos import FCOSHead
 from codetr.heads.retinanet import RetinaNetHead
@@ -159,7 +159,7 @@ def test_retinanet_equals_torchvisions(seed: int, count: int, box_loss: str) -> 
     other.head.regression_head._loss_type = box_loss
     logits = torch.randn(1, len(anchors), CLASSES, requires_grad=True)
     deltas = torch.randn(1, len(anchors), 4).mul(0.3).requires_grad_()
-    losses = head.losses(logits, deltas, head.assign(levels, targets))
+    losses = head.losses(Dense(logits, deltas, None), head.assign(levels, targets))
     given = {"cls_logits": logits, "bbox_regression": deltas}
     expected = other.compute_loss(theirs(targets), given, [anchors])
     for ours, their_name, of in (("class", "classification", logits), (box_loss, "bbox_regression", deltas)):
@@ -204,7 +204,7 @@ def test_fcos_equals_torchvisions(seed: int, count: int) -> None:
     assert torch.equal(found.target_boxes_xyxy[0, own], truth[0]["boxes"][owner[own]])
     assert torch.equal(found.labels[0, own], truth[0]["labels"][owner[own]])
     logits, centerness = torch.randn(1, len(cells), CLASSES), torch.randn(1, len(cells))
-    losses = head.losses(logits, torch.rand(1, len(cells), 4) * 50, centerness, found)
+    losses = head.losses(Dense(logits, torch.rand(1, len(cells), 4) * 50, centerness), found)
     given = {
         "cls_logits": logits,
         "bbox_regression": torch.zeros(1, len(cells), 4),

@@ -23,7 +23,7 @@ def numbered(model: Detector) -> dict[str, torch.Tensor]:
 
 def rows(name: str) -> tuple[int, int] | None:
     """(per class, without class), written down by hand for the toy detector."""
-    if name.startswith(("decoder.class_heads.", "heads.atss.classes.")):
+    if name.startswith(("decoder.class_heads.", "heads.atss.predictor.classes.")):
         return 1, 0
     if name.startswith("heads.faster_rcnn.") and ".classes." in name:
         return 1, 1

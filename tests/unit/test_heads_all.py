@@ -236,7 +236,7 @@ def test_mirrored_objects_have_mirrored_positives(name: str, seed: int) -> None:
     with torch.no_grad():
         for conv in (m for m in head.modules() if isinstance(m, nn.Conv2d)):
             sign = torch.ones(len(conv.weight), 1, 1, 1)
-            if name == "paa" and conv is head.deltas:  # of the only head whose predictions choose its positives
+            if name == "paa" and conv is head.predictor.boxes:  # here predictions choose the positives
                 sign[0] = -1  # to the side
             conv.weight.add_(sign * conv.weight.flip(-1))
     one = run(head, levels, make_targets(boxes, labels, side=side)).positives

@@ -11,10 +11,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from codetr.heads.common import cell_strides, flatten
-from codetr.heads.dense import Selection
+from codetr.heads.dense import Dense, Selection
 from codetr.heads.fcos import FCOSHead
 from codetr.heads.gfl import GFLHead
-from codetr.heads.paa import Dense, PAAHead
+from codetr.heads.paa import PAAHead
 from codetr.heads.retinanet import RetinaNetHead
 from codetr.types import Positives, Pyramid, Targets
 
@@ -95,7 +95,7 @@ def test_retinanet(official: Path, number: int) -> None:
     positive = assigned.positive[0]
     torch.testing.assert_close(encoded[positive], case.data["target.bbox_targets"][positive], rtol=1e-5, atol=1e-5)
     maps = {"cls": case.maps("cls"), "reg": case.maps("reg")}
-    losses = head.losses(flatten(maps["cls"], 9), flatten(maps["reg"], 9), assigned)
+    losses = head.losses(Dense(flatten(maps["cls"], 9), flatten(maps["reg"], 9), None), assigned)
     same_losses(losses, head.weights, case, {"class": "loss_cls", "l1": "loss_bbox"})
     same_gradients(losses, head.weights, case, maps)
 
@@ -110,7 +110,8 @@ def test_fcos(official: Path, number: int, sampling: bool) -> None:
     maps = {name: case.maps(name) for name in ("cls", "reg", "centerness")}
     # With centre sampling the recorded distances count strides.
     pixels = [m * stride if sampling else m for m, stride in zip(maps["reg"], case.pyramid.strides, strict=True)]
-    losses = head.losses(flatten(maps["cls"], 1), flatten(pixels, 1), flatten(maps["centerness"], 1)[..., 0], assigned)
+    dense = Dense(flatten(maps["cls"], 1), flatten(pixels, 1), flatten(maps["centerness"], 1)[..., 0])
+    losses = head.losses(dense, assigned)
     names = {"class": "loss_cls", "giou": "loss_bbox", "centerness": "loss_centerness"}
     same_losses(losses, head.weights, case, names)
     same_gradients(losses, head.weights, case, maps)

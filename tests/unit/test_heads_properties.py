@@ -13,7 +13,7 @@ from torchvision.ops import box_iou, nms
 
 from codetr.heads.atss import ATSSHead
 from codetr.heads.common import centerness_target
-from codetr.heads.dense import Selection
+from codetr.heads.dense import Dense, Selection
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
@@ -141,8 +141,8 @@ def test_losses_do_not_see_ignored_anchors() -> None:
     """Predictions in the padding receive no gradient."""
     head, goal = atss(), targets()
     found = head.assign(pyramid(), goal)
-    predictions = [p.detach().requires_grad_() for p in head.predict(pyramid())]
-    sum(head.losses(*predictions, found).values()).backward()
+    predictions = [p.detach().requires_grad_() for p in head.predictor(pyramid())]
+    sum(head.losses(Dense(*predictions), found).values()).backward()
     ignored = ~(found.positive | found.negative)
     assert ignored.any()
     assert all((p.grad[ignored] == 0).all() for p in predictions)
@@ -184,7 +184,7 @@ def test_proposals_are_constants_and_none_is_empty() -> None:
 def test_wrong_number_of_levels_is_named() -> None:
     short = pyramid()
     with pytest.raises(ValueError, match="num_levels=3, the pyramid 2"):
-        atss().predict(Pyramid(short.levels[:2], short.strides[:2]))
+        atss().predictor(Pyramid(short.levels[:2], short.strides[:2]))
 
 
 def boxes(*shape: int) -> Tensor:

@@ -112,7 +112,7 @@ def test_learning_rates_and_decay_of_weights(name: str) -> None:
         for parameter in group["params"]:
             label = names[id(parameter)]
             undecayed = "vit_large_coco" in name and (parameter.dim() == 1 or label.endswith(".bias"))
-            undecayed &= not label.endswith("atss.scales")  # one number per level there, which decays
+            undecayed &= not label.endswith("atss.predictor.scales")  # one number per level there, which decays
             assert group["weight_decay"] == (0.0 if undecayed else weight_decay), label
             assert group["lr"] == pytest.approx(rate * official_factor(name, label), rel=1e-12), label
     for step in (0, 1, 250, 499, 500, 3456, *(m * steps + d for m in milestones for d in (-1, 0, 1)), epochs * steps):

@@ -93,12 +93,12 @@ _REGIONS = (
     ("roi_head.0.mask_head.conv_logits.*", "heads.{region_head}.mask.classes.*"),
 )
 _ATSS = (
-    ("bbox_head.0.atss_cls.*", "heads.atss.classes.*"),
-    ("bbox_head.0.atss_reg.*", "heads.atss.deltas.*"),
-    ("bbox_head.0.atss_centerness.*", "heads.atss.centerness.*"),
-    ("bbox_head.0.scales", "heads.atss.scales"),  # see `split`
+    ("bbox_head.0.atss_cls.*", "heads.atss.predictor.classes.*"),
+    ("bbox_head.0.atss_reg.*", "heads.atss.predictor.boxes.*"),
+    ("bbox_head.0.atss_centerness.*", "heads.atss.predictor.quality.*"),
+    ("bbox_head.0.scales", "heads.atss.predictor.scales"),  # see `split`
     *(
-        (f"bbox_head.0.{theirs}_convs.{i}.{part}.*", f"heads.atss.{ours}_tower.{3 * i + number}.*")
+        (f"bbox_head.0.{theirs}_convs.{i}.{part}.*", f"heads.atss.predictor.{ours}_tower.{3 * i + number}.*")
         for theirs, ours in (("cls", "class"), ("reg", "box"))
         for i in range(4)
         for number, part in enumerate(("conv", "gn"))

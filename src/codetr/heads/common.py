@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,19 @@ def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor,
 def detections(scores: Tensor, labels: Tensor, boxes: Tensor, valid: Tensor) -> list[Detections]:
     """The valid ones of each image. scores, labels, valid: [B, n]. boxes: [B, n, 4]."""
     return [Detections(s[v], k[v], b[v]) for s, k, b, v in zip(scores, labels, boxes, valid, strict=True)]
+
+
+def tower(width: int, num_convs: int, num_groups: int) -> nn.Sequential:
+    """3x3 convolutions, each with a group norm of `num_groups` and ReLU."""
+    layers: list[nn.Module] = []
+    for _ in range(num_convs):
+        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups, width), nn.ReLU(True)]
+    return nn.Sequential(*layers)
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Every term times its weight."""
+    return {term: value * weights[term] for term, value in losses.items()}
 
 
 def init_normal(module: nn.Module, std: float) -> None:

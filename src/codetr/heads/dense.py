@@ -1,31 +1,75 @@
-"""What the one-stage heads share: towers, and the way from dense predictions to detections."""
+"""What the one-stage heads share: the way from a pyramid to dense predictions, and from these to detections."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from codetr.heads.common import PRIOR, detections, top_per_level
+from codetr.heads.common import PRIOR, detections, flatten, init_normal, top_per_level, tower
 from codetr.nn.anchors import clip
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
-from codetr.types import Detections
+from codetr.types import Detections, Pyramid
 
 
-def tower(width: int, num_convs: int, num_groups: int) -> nn.Sequential:
-    """3x3 convolutions with group norm and ReLU."""
-    layers: list[nn.Module] = []
-    for _ in range(num_convs):
-        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups, width), nn.ReLU(True)]
-    return nn.Sequential(*layers)
+class Dense(NamedTuple):
+    """What a head predicts for every candidate of all levels, float32.
+
+    logits: [B, N, K] of the classes.
+    boxes: [B, N, D], the values of which the head makes boxes.
+    quality: [B, N] logits of the box's quality (centerness, IoU); None for a head that does not predict one.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    quality: Tensor | None
 
 
-def start_at_prior(classes: nn.Conv2d) -> None:
-    """Every class begins at probability PRIOR (Focal loss, sec. 3.3)."""
-    assert classes.bias is not None
-    nn.init.constant_(classes.bias, -math.log((1 - PRIOR) / PRIOR))
+class DensePredictor(nn.Module):
+    """Two towers of convolutions, one for classes and one for boxes, that all levels share.
+
+    width: channels of the pyramid. num_convs, num_groups: convolutions of each tower, and groups of their norms.
+    per_cell: candidates per cell. box_values: D, values per box. num_levels: the boxes' values get a learned factor per
+    level, of which there are so many; None for no factors. quality: also predict a quality, from the boxes' tower.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_convs: int,
+        num_groups: int,
+        per_cell: int = 1,
+        box_values: int = 4,
+        num_levels: int | None = None,
+        quality: bool = False,
+    ) -> None:
+        super().__init__()
+        self.per_cell = per_cell
+        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
+        self.classes = nn.Conv2d(width, per_cell * num_classes, 3, padding=1)
+        self.boxes = nn.Conv2d(width, per_cell * box_values, 3, padding=1)
+        self.quality = nn.Conv2d(width, per_cell, 3, padding=1) if quality else None
+        self.scales = None if num_levels is None else nn.Parameter(torch.ones(num_levels))
+        init_normal(self, 0.01)
+        nn.init.constant_(self.classes.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+
+    def forward(self, pyramid: Pyramid) -> Dense:
+        """Raises ValueError where the pyramid has another number of levels than `num_levels`."""
+        scales = [1.0] * len(pyramid.levels) if self.scales is None else self.scales
+        if len(scales) != len(pyramid.levels):
+            raise ValueError(f"the head has num_levels={len(scales)}, the pyramid {len(pyramid.levels)}")
+        features = [self.box_tower(level) for level in pyramid.levels]
+        logits = flatten([self.classes(self.class_tower(level)) for level in pyramid.levels], self.per_cell).float()
+        boxes = [self.boxes(x).float() * scale for x, scale in zip(features, scales, strict=True)]
+        if self.quality is None:
+            return Dense(logits, flatten(boxes, self.per_cell), None)
+        quality = flatten([self.quality(x) for x in features], self.per_cell)
+        return Dense(logits, flatten(boxes, self.per_cell), quality[..., 0].float())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from codetr.assign.fcos import assign_fcos
-from codetr.heads.common import assigned, cell_strides, centerness_target, flatten, init_normal
-from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.common import assigned, cell_strides, centerness_target, flatten, weighted
+from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.ops.distributed import mean_over_processes
@@ -63,13 +63,7 @@ class FCOSHead(nn.Module):
         self.weights = {"class": class_weight, "giou": giou_weight, "centerness": centerness_weight}
         self.selection = selection
         self.grid = AnchorGrid((box_side,), (1.0,), offset=0.5)
-        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
-        self.distances = nn.Conv2d(width, 4, 3, padding=1)
-        self.centerness = nn.Conv2d(width, 1, 3, padding=1)
-        self.scales = nn.Parameter(torch.ones(num_levels))
-        init_normal(self, 0.01)
-        start_at_prior(self.classes)
+        self.predictor = DensePredictor(width, num_classes, num_convs, num_groups, num_levels=num_levels, quality=True)
 
     def points(self, pyramid: Pyramid) -> Points:
         boxes, strides = torch.cat(self.grid(pyramid)), cell_strides(pyramid)
@@ -77,15 +71,10 @@ class FCOSHead(nn.Module):
         near = (self.reach * strides / 2).masked_fill(strides == pyramid.strides[0], -1)  # levels double
         return Points(boxes, strides, torch.stack([near, far], -1))
 
-    def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
-        """Class logits [B, N, K], pixels to the left, top, right, lower side [B, N, 4], centerness logits [B, N]."""
-        logits, distances, centerness = [], [], []
-        for level, stride, scale in zip(pyramid.levels, pyramid.strides, self.scales, strict=True):
-            boxes = self.box_tower(level)
-            logits.append(self.classes(self.class_tower(level)))
-            distances.append((self.distances(boxes).float() * scale).exp() * stride)
-            centerness.append(self.centerness(boxes))
-        return flatten(logits, 1).float(), flatten(distances, 1), flatten(centerness, 1).float()[..., 0]
+    def predict(self, pyramid: Pyramid) -> Dense:
+        """With boxes as pixels to the left, upper, right and lower side."""
+        dense = self.predictor(pyramid)
+        return dense._replace(boxes=dense.boxes.exp() * cell_strides(pyramid)[:, None])
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         points, boxes = self.points(pyramid), targets.boxes_xyxy
@@ -96,16 +85,17 @@ class FCOSHead(nn.Module):
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)
-        losses = self.losses(*self.predict(pyramid), found)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
+        losses = self.losses(self.predict(pyramid), found)
+        return HeadOutput(weighted(losses, self.weights), found)
 
-    def losses(self, logits: Tensor, distances: Tensor, centerness: Tensor, found: Positives) -> dict[str, Tensor]:
+    def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
+        assert dense.quality is not None
         positive, goals = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum()).clamp(min=1)
         quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
-        focal = self.class_loss(logits, found.labels, quality).sum(-1)
-        giou = giou_loss(around(found.boxes_xyxy, distances), goals)
-        entropy = binary_cross_entropy_with_logits(centerness, quality, reduction="none")
+        focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
+        giou = giou_loss(around(found.boxes_xyxy, dense.boxes), goals)
+        entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,
             "giou": (giou.where(positive, 0) * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
@@ -115,10 +105,11 @@ class FCOSHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is class probability times centerness."""
-        logits, distances, centerness = self.predict(pyramid)
-        boxes = around(self.points(pyramid).boxes, distances)
+        dense = self.predict(pyramid)
+        boxes = around(self.points(pyramid).boxes, dense.boxes)
         level_sizes = [level.shape[-2] * level.shape[-1] for level in pyramid.levels]
-        return self.selection(logits.sigmoid(), centerness.sigmoid(), boxes, level_sizes, sizes)
+        assert dense.quality is not None
+        return self.selection(dense.logits.sigmoid(), dense.quality.sigmoid(), boxes, level_sizes, sizes)
 
 
 def around(boxes: Tensor, distances: Tensor) -> Tensor:

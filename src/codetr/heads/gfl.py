@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from codetr.assign.atss import assign_atss
 from codetr.assign.fcos import point_distances
-from codetr.heads.common import assigned, cell_strides, flatten, init_normal
-from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.common import assigned, cell_strides, flatten, weighted
+from codetr.heads.dense import DensePredictor, Selection
 from codetr.heads.fcos import around
 from codetr.losses import QualityFocal, giou_loss
 from codetr.nn.anchors import AnchorGrid
@@ -50,21 +50,15 @@ class GFLHead(nn.Module):
         self.weights = {"class": class_weight, "giou": giou_weight, "distribution": distribution_weight}
         self.selection = selection
         self.grid = AnchorGrid((anchor_scale,), (1.0,))
-        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
-        self.distances = nn.Conv2d(width, 4 * num_bins, 3, padding=1)
-        self.scales = nn.Parameter(torch.ones(num_levels))
+        self.predictor = DensePredictor(
+            width, num_classes, num_convs, num_groups, box_values=4 * num_bins, num_levels=num_levels
+        )
         self.register_buffer("bins", torch.arange(float(num_bins)), persistent=False)
-        init_normal(self, 0.01)
-        start_at_prior(self.classes)
 
     def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, K], logits of the distances [B, N, 4, bins] (left, top, right, bottom), float32."""
-        logits, distances = [], []
-        for level, scale in zip(pyramid.levels, self.scales, strict=True):
-            logits.append(self.classes(self.class_tower(level)))
-            distances.append(self.distances(self.box_tower(level)) * scale)
-        return flatten(logits, 1).float(), flatten(distances, 1).float().unflatten(-1, (4, len(self.bins)))
+        dense = self.predictor(pyramid)
+        return dense.logits, dense.boxes.unflatten(-1, (4, len(self.bins)))
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
@@ -75,7 +69,7 @@ class GFLHead(nn.Module):
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)
         losses = self.losses(*self.predict(pyramid), cell_strides(pyramid), found)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
+        return HeadOutput(weighted(losses, self.weights), found)
 
     def losses(self, logits: Tensor, distances: Tensor, strides: Tensor, found: Positives) -> dict[str, Tensor]:
         """strides: [N] of every candidate."""

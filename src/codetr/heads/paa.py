@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.paa import assign_paa
-from codetr.heads.common import assigned, assigned_boxes, assigned_labels, flatten, init_normal
-from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.common import assigned, assigned_boxes, assigned_labels, flatten, weighted
+from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
-
-
-class Dense(NamedTuple):
-    """Predictions, float32: class logits [B, N, K], deltas [B, N, 4], IoU logits [B, N]."""
-
-    logits: Tensor
-    deltas: Tensor
-    iou: Tensor
 
 
 class PAAHead(nn.Module):
@@ -60,28 +50,13 @@ class PAAHead(nn.Module):
         self.weights = {"class": class_weight, "giou": giou_weight, "iou": iou_weight}
         self.selection = selection
         self.grid, self.coder = AnchorGrid((anchor_scale,), (1.0,)), BoxCoder(box_stds)
-        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
-        self.deltas = nn.Conv2d(width, 4, 3, padding=1)
-        self.iou = nn.Conv2d(width, 1, 3, padding=1)
-        self.scales = nn.Parameter(torch.ones(num_levels))
-        init_normal(self, 0.01)
-        start_at_prior(self.classes)
-
-    def predict(self, pyramid: Pyramid) -> Dense:
-        logits, deltas, iou = [], [], []
-        for level, scale in zip(pyramid.levels, self.scales, strict=True):
-            boxes = self.box_tower(level)
-            logits.append(self.classes(self.class_tower(level)))
-            deltas.append(self.deltas(boxes) * scale)
-            iou.append(self.iou(boxes))
-        return Dense(flatten(logits, 1).float(), flatten(deltas, 1).float(), flatten(iou, 1).float()[..., 0])
+        self.predictor = DensePredictor(width, num_classes, num_convs, num_groups, num_levels=num_levels, quality=True)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
-        dense = self.predict(pyramid)
+        dense = self.predictor(pyramid)
         found = self.assign(dense, pyramid, targets)
         losses = self.losses(dense, found)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
+        return HeadOutput(weighted(losses, self.weights), found)
 
     def assign(self, dense: Dense, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
@@ -97,17 +72,18 @@ class PAAHead(nn.Module):
     def _cost(self, dense: Dense, anchors: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
         """[B, N] what it would cost to make each candidate (label >= 0) a positive."""
         focal = self.class_loss(dense.logits, labels, (labels >= 0).float()).sum(-1)
-        giou = giou_loss(self.coder.decode(anchors, dense.deltas), goals)
+        giou = giou_loss(self.coder.decode(anchors, dense.boxes), goals)
         return (self.weights["class"] * focal + self.weights["giou"] * giou).where(labels >= 0, 0)
 
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
+        assert dense.quality is not None
         positive, goals = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum())
-        boxes = self.coder.decode(found.boxes_xyxy, dense.deltas)
+        boxes = self.coder.decode(found.boxes_xyxy, dense.boxes)
         quality = aligned_iou(boxes.detach(), goals).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
         giou = giou_loss(boxes, goals).where(positive, 0)
-        entropy = binary_cross_entropy_with_logits(dense.iou, quality, reduction="none")
+        entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count.clamp(min=len(positive)),
             "giou": (giou * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
@@ -117,7 +93,8 @@ class PAAHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is the geometric mean of class probability and IoU."""
-        dense, anchors = self.predict(pyramid), self.grid(pyramid)
-        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.deltas), -1, -1), dense.deltas)
+        dense, anchors = self.predictor(pyramid), self.grid(pyramid)
+        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.boxes), -1, -1), dense.boxes)
         level_sizes = [len(level) for level in anchors]
-        return self.selection(dense.logits.sigmoid().sqrt(), dense.iou.sigmoid().sqrt(), boxes, level_sizes, sizes)
+        assert dense.quality is not None
+        return self.selection(dense.logits.sigmoid().sqrt(), dense.quality.sigmoid().sqrt(), boxes, level_sizes, sizes)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from codetr.assign.max_iou import assign_max_iou
-from codetr.heads.common import assigned, flatten, init_normal
-from codetr.heads.dense import Selection, start_at_prior, tower
+from codetr.heads.common import assigned, flatten, weighted
+from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid, BoxCoder
 from codetr.ops.distributed import mean_over_processes
@@ -48,17 +48,7 @@ class RetinaNetHead(nn.Module):
         self.weights = {"class": class_weight, box_loss: box_weight}
         self.selection = selection
         self.grid, self.coder = AnchorGrid(anchor_scales, anchor_ratios), BoxCoder(box_stds)
-        self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, self.grid.per_cell * num_classes, 3, padding=1)
-        self.deltas = nn.Conv2d(width, self.grid.per_cell * 4, 3, padding=1)
-        init_normal(self, 0.01)
-        start_at_prior(self.classes)
-
-    def predict(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
-        """Class logits [B, N, K] and deltas [B, N, 4], float32."""
-        logits = [self.classes(self.class_tower(level)) for level in pyramid.levels]
-        deltas = [self.deltas(self.box_tower(level)) for level in pyramid.levels]
-        return flatten(logits, self.grid.per_cell).float(), flatten(deltas, self.grid.per_cell).float()
+        self.predictor = DensePredictor(width, num_classes, num_convs, num_groups, per_cell=self.grid.per_cell)
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors = torch.cat(self.grid(pyramid))
@@ -70,18 +60,18 @@ class RetinaNetHead(nn.Module):
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)
-        losses = self.losses(*self.predict(pyramid), found)
-        return HeadOutput({term: value * self.weights[term] for term, value in losses.items()}, found)
+        losses = self.losses(self.predictor(pyramid), found)
+        return HeadOutput(weighted(losses, self.weights), found)
 
-    def losses(self, logits: Tensor, deltas: Tensor, found: Positives) -> dict[str, Tensor]:
+    def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         positive = found.positive
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
-        focal = self.class_loss(logits, found.labels, positive.float()).sum(-1)
+        focal = self.class_loss(dense.logits, found.labels, positive.float()).sum(-1)
         if self.box_loss == "giou":
-            boxes = self.coder.decode(found.boxes_xyxy, deltas)
+            boxes = self.coder.decode(found.boxes_xyxy, dense.boxes)
             error = giou_loss(boxes, found.target_boxes_xyxy)
         else:
-            error = (deltas - self.coder.encode(found.boxes_xyxy, found.target_boxes_xyxy)).abs().sum(-1)
+            error = (dense.boxes - self.coder.encode(found.boxes_xyxy, found.target_boxes_xyxy)).abs().sum(-1)
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,
             self.box_loss: error.where(positive, 0).sum() / count,
@@ -90,7 +80,6 @@ class RetinaNetHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
-        logits, deltas = self.predict(pyramid)
-        anchors = self.grid(pyramid)
-        boxes = self.coder.decode(torch.cat(anchors).expand(len(deltas), -1, -1), deltas)
-        return self.selection(logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
+        dense, anchors = self.predictor(pyramid), self.grid(pyramid)
+        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.boxes), -1, -1), dense.boxes)
+        return self.selection(dense.logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from codetr.heads.common import init_normal
+from codetr.heads.common import init_normal, tower
 from codetr.types import Pyramid
 
 NOWHERE = -1e4  # pixels: RoIAlign finds nothing, 0, in a box with all its corners here, at any sampling ratio
@@ -71,8 +71,7 @@ class BoxHead(nn.Module):
         class_agnostic: bool,
     ) -> None:
         super().__init__()
-        blocks = [conv_block(width, num_groups) for _ in range(num_convs)]
-        self.convs = nn.Sequential(*[layer for block in blocks for layer in block])
+        self.convs = tower(width, num_convs, num_groups)
         sizes = [width * size * size] + [hidden_width] * num_hidden
         layers = [m for i in range(num_hidden) for m in (nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU(True))]
         self.hidden = nn.Sequential(nn.Flatten(), *layers)
@@ -89,7 +88,3 @@ class BoxHead(nn.Module):
         """[B, R, C, size, size] -> logits [B, R, K + 1], deltas [B, R, K or 1, 4], float32."""
         x = self.hidden(self.convs(pooled.flatten(0, 1))).unflatten(0, pooled.shape[:2])
         return self.classes(x).float(), self.deltas(x).unflatten(-1, (-1, 4)).float()
-
-
-def conv_block(width: int, num_groups: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(num_groups, width), nn.ReLU(True)
