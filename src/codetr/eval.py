@@ -18,6 +18,7 @@ def evaluate(config: DictConfig) -> float:
 
     from codetr.inference import one_of, open_checkpoint
     from codetr.task import DetectionTask
+    from codetr.trainer import build_trainer
 
     one_of(config, split=("val", "train"))
     trained = open_checkpoint(config)
@@ -36,7 +37,7 @@ def evaluate(config: DictConfig) -> float:
     given = data_config(config, saved["data"], trained.class_names)
     given.val_masks = trained.detector.mask_head is not None
     data = instantiate(given)
-    trainer = instantiate(
+    trainer = build_trainer(
         config.trainer,
         callbacks=list(instantiate(callbacks_config(config, trained.step)).values()),
         logger=False,

@@ -80,9 +80,10 @@ def adamw(
     rules: Mapping[str, Mapping[str, Any]],
     no_decay: Collection[str],
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) over `parameter_groups`. fused: one kernel per step where there is one."""
+    """AdamW (Loshchilov and Hutter, 2019) over `parameter_groups`. fused: one kernel per step; otherwise
+    PyTorch's choice, a kernel per operation on a GPU."""
     groups = parameter_groups(module, lr, weight_decay, rules, no_decay)
-    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
+    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused or None)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.optim import Schedule
 from codetr.postprocess import PostProcess
+from codetr.trainer import fused_optimizer
 from codetr.types import MAIN, Batch, Detections
 
 
@@ -56,13 +57,14 @@ class DetectionTask(LightningModule):
         mesh = self.device_mesh["data_parallel"]
         detector = self.detector
         layers = [m for stack in (detector.encoder, detector.decoder) for m in stack.get_submodule("layers").children()]
+        for parameter in detector.parameters():  # shards are rows, whatever the format in memory
+            parameter.data = parameter.data.contiguous()
         for module in (*layers, detector.backbone, detector):
             if not isinstance(module, FSDPModule):
                 fully_shard(module, mesh=mesh)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        # Lightning cannot clip gradients that a fused optimizer unscales by itself.
-        optimizer = self.optimizer(self.detector, fused=self.trainer.precision != "16-mixed")
+        optimizer = self.optimizer(self.detector, fused=fused_optimizer(self.trainer))
         scheduler = self.schedule.attach(optimizer, *self._length())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -23,6 +23,7 @@ def train(config: DictConfig) -> float | None:
     from codetr.callbacks.resume import AtomicCheckpointIO
     from codetr.checkpoint import load_weights
     from codetr.task import DetectionTask
+    from codetr.trainer import build_trainer
 
     # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
@@ -30,6 +31,13 @@ def train(config: DictConfig) -> float | None:
     if checkpoint is not None:
         config.resumed_step = load_weights(checkpoint).step
     seed_everything(config.seed, workers=True, verbose=False)
+    # Before any data is read: it may refuse.
+    trainer = build_trainer(
+        config.trainer,
+        callbacks=list(instantiate(config.callbacks).values()),
+        logger=list(instantiate(config.logger).values()),
+        plugins=[AtomicCheckpointIO()],
+    )
     data = instantiate(config.data)
     data.prepare_data()
     data.setup("fit")
@@ -49,12 +57,6 @@ def train(config: DictConfig) -> float | None:
         task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))
     if checkpoint is None:
         _initialise(config, task.detector, data.class_names)
-    trainer = instantiate(
-        config.trainer,
-        callbacks=list(instantiate(config.callbacks).values()),
-        logger=list(instantiate(config.logger).values()),
-        plugins=[AtomicCheckpointIO()],
-    )
     for logger in trainer.loggers:
         logger.log_hyperparams(settings["config"])
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)

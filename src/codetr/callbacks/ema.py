@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -16,7 +17,8 @@ class EMA(Callback):
 
     average <- d average + (1 - d) live with d = decay (1 - exp(-updates / warmup_updates)), so that early averages
     forget the initial weights. Validation during a fit sees the average in the detector's place; checkpoints hold
-    both, the average under "ema". Sharded parameters (FSDP2) are averaged shard by shard.
+    both, the average under "ema". Sharded parameters (FSDP2) are averaged shard by shard. The average is of float32 at
+    least: in bfloat16 steps of 1 - d < 1/256 would be lost.
     """
 
     def __init__(self, decay: float, warmup_updates: float) -> None:
@@ -24,8 +26,8 @@ class EMA(Callback):
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self._step = 0
-        self._swapped = False
 
     def decay_at(self, updates: int) -> float:
         return self.decay * (1 - math.exp(-updates / self.warmup_updates))
@@ -36,7 +38,7 @@ class EMA(Callback):
         if self.average:
             self.average = {name: _like(self.average[name], live) for name, live in self._live.items()}
         else:
-            self.average = {name: live.detach().clone() for name, live in self._live.items()}
+            self.average = {name: live.detach().to(_precise(live), copy=True) for name, live in self._live.items()}
         self._step = trainer.global_step
 
     @torch.no_grad()
@@ -46,23 +48,27 @@ class EMA(Callback):
         self._step = trainer.global_step
         self.updates += 1
         weight = 1 - self.decay_at(self.updates)
-        torch._foreach_lerp_(_local(self.average), _local(self._live), weight)
+        averages = _local(self.average)
+        live = [own.to(average.dtype) for own, average in zip(_local(self._live), averages, strict=True)]
+        torch._foreach_lerp_(averages, live, weight)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._live and trainer.state.fn == "fit":
-            self._swap()
+            self._kept = {name: live.clone() for name, live in self._live.items()}
+            self._show(pl_module, self.average)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._swapped:
-            self._swap()
+        if self._kept:
+            self._show(pl_module, self._kept)
+            self._kept = {}
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for average, live in zip(_local(self.average), _local(self._live), strict=True):
-            kept = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
-        self._swapped = not self._swapped
+    def _show(self, pl_module: LightningModule, weights: dict[str, Tensor]) -> None:
+        for live, value in zip(_local(self._live), _local(weights), strict=True):
+            live.copy_(value)
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # forget the whole weights that the last forward pass has left there
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in self.average.items()}
@@ -79,8 +85,12 @@ def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _like(value: Tensor, live: Tensor) -> Tensor:
-    """value where and as `live` lies: device, dtype, sharding."""
-    value = value.to(live.device, live.dtype)
+    """value where and as `live` lies: device, sharding; its dtype or float32."""
+    value = value.to(live.device, _precise(live))
     if isinstance(live, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value, live.device_mesh, live.placements)
     return value
+
+
+def _precise(live: Tensor) -> torch.dtype:
+    return torch.promote_types(live.dtype, torch.float32)

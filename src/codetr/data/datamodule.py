@@ -75,8 +75,6 @@ class DetectionDataModule(LightningDataModule):
         colour: Callable[[Image], Image] | None = None,
     ) -> None:
         super().__init__()
-        # A process has no image to evaluate when there are fewer images than processes.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
         self.val_paths = locate(root, val_images), locate(root, val_annotations)
         self.reader, self.cache = reader, cache

@@ -99,18 +99,21 @@ class TrainSampler(Sampler[Keys]):
 
 
 class EvalSampler(Sampler[Keys]):
-    """Every image exactly once over all processes, in ascending order on each; the last batch may be smaller.
+    """Every image over all processes, in ascending order on each, in equally many batches; the last may be smaller.
 
-    Processes may have different numbers of batches, or none: nothing is repeated to make them equal.
+    Processes that have too few images for as many batches as process 0 end with a batch of its first image: sharded
+    models exchange their weights in every batch. An evaluation counts that image once, as process 0 saw it.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, length, world_size)
         self.batch_size = batch_size
+        self.batches = -(-length // (world_size * batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return self.batches
 
     def __iter__(self) -> Iterator[Keys]:
-        for i in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[i : i + self.batch_size]]
+        for i in range(self.batches):
+            own = self.indices[i * self.batch_size : (i + 1) * self.batch_size]
+            yield [(0, index) for index in own or (0,)]
