@@ -27,6 +27,8 @@ def train(config: DictConfig) -> float | None:
 
     # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+    # Nothing changes a prediction in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     checkpoint = application.resume_from(config)
     if checkpoint is not None:
         config.resumed_step = load_weights(checkpoint).step
