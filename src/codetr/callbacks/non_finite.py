@@ -121,8 +121,8 @@ class SkipNonFinite(Callback):
 
 
 def not_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Bool scalar on the device of the tensors: whether any number in them is infinite or NaN."""
-    norm = get_total_norm([t.detach() for t in tensors if t.numel()], float("inf"))
+    """Bool scalar on the tensors' device: whether their norm is infinite or NaN, as it is with one such number."""
+    norm = get_total_norm([tensor.detach() for tensor in tensors])
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite().logical_not()
 
 

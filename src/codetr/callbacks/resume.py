@@ -73,9 +73,9 @@ def named_tensors(value: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """One reduction over all; they are looked at one by one only when there is something to find."""
-    floating = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
-    if not floating or get_total_norm(list(floating.values()), float("inf")).isfinite():
+    """One reduction over all; where the norm is not finite, which large numbers do too, one by one."""
+    floating = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+    if get_total_norm(list(floating.values())).isfinite():
         return []
     return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
 
