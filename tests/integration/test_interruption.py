@@ -36,6 +36,11 @@ def last(directory: Path) -> dict:
     return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+def learned(checkpoint: dict) -> dict:
+    """Without statistics of batch norms, which the forward pass gathers."""
+    return {k: v for k, v in checkpoint["state_dict"].items() if "running_" not in k and "num_batches" not in k}
+
+
 def assert_resumes(folder: Path, name: str) -> None:
     """To what the uninterrupted run has become, to the bit."""
     done = train(folder / "data", folder, *OPTIONS, f"run_dir={name}", "resume=auto")
@@ -122,5 +127,5 @@ def test_one_step_too_many_that_is_not_finite_stops_the_run(folder: Path) -> Non
     kept = last(folder / "spoilt")
     assert kept["global_step"] == 3  # steps 0 and 1, and 2, which changed nothing
     before = torch.load(folder / "spoilt" / "checkpoints" / "last.1.ckpt", weights_only=True)
-    assert_same(before["state_dict"], kept["state_dict"], "state_dict")
+    assert_same(learned(before), learned(kept), "state_dict")
     assert_same(before["optimizer_states"][0]["state"], kept["optimizer_states"][0]["state"], "optimizer")
