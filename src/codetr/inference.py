@@ -25,6 +25,7 @@ from codetr.data.images import UnreadableImage, read_image
 from codetr.data.readers.folder import seen_size
 from codetr.data.transforms import Transform, transformed
 from codetr.errors import UserError
+from codetr.files import atomically
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.types import MAIN, Batch, Detections, Prediction
@@ -203,7 +204,8 @@ class Writer:
                 target = target.with_name(f"{name.name}.png")
             target.parent.mkdir(parents=True, exist_ok=True)
             picture = draw_boxes(one.image, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.runs)
-            picture.save(target, quality=92)
+            with atomically(target) as part:
+                picture.save(part, quality=92)
 
     def _records(self, number: int, name: Path, found: Detections) -> list[dict[str, Any]]:
         rows = zip(found.labels.tolist(), found.boxes_xyxy.double().tolist(), found.scores.tolist(), strict=True)
@@ -225,5 +227,6 @@ class Writer:
 
     def close(self) -> Path:
         path = self.out / "predictions.json"
-        path.write_text(json.dumps(self.results, indent=1) + "\n")
+        with atomically(path) as part:
+            part.write_text(json.dumps(self.results, indent=1) + "\n")
         return path

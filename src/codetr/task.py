@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from codetr.models.detector import Detector
 from codetr.optim import Schedule
 from codetr.postprocess import PostProcess
 from codetr.trainer import fused_optimizer
-from codetr.types import MAIN, Batch, Detections
+from codetr.types import MAIN, Batch, Detections, Seen
 
 
 class DetectionTask(LightningModule):
@@ -46,7 +47,11 @@ class DetectionTask(LightningModule):
         self.mask_metrics = metrics.like(masks=True) if detector.mask_head is not None else None
         self.optimizer, self.schedule = optimizer, schedule
         self.settings = settings
+        self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
         self._logged_step = -1
+
+    def on_train_start(self) -> None:
+        self.seen = deque(maxlen=self.trainer.accumulate_grad_batches)
 
     def configure_model(self) -> None:
         """Shard (FSDP2) when the strategy has a device mesh: each layer, the backbone, and the rest."""
@@ -85,10 +90,13 @@ class DetectionTask(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.detector(batch.images, batch.padding, batch.targets)
         losses = self.criterion(output, batch.targets)
-        loss = torch.stack(list(losses.values())).sum()
+        terms = torch.stack(list(losses.values()))
+        loss = terms.sum()
+        self.seen.append(Seen(tuple(losses), terms.detach(), batch.image_ids))
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
         self._log_losses({"loss": loss, **losses})
-        return loss
+        # A factor of one; NaN where the loss is not finite: then its gradient is not either, and every process sees it.
+        return loss * (loss.detach() * 0 + 1)
 
     def _log_losses(self, losses: dict[str, Tensor]) -> None:
         """Straight to the loggers: Lightning's own bookkeeping of a hundred names costs more than their losses."""

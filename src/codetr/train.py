@@ -21,7 +21,7 @@ def train(config: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from codetr.callbacks.resume import AtomicCheckpointIO
-    from codetr.checkpoint import load_weights
+    from codetr.checkpoint import load_weights, newest_whole
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
 
@@ -29,7 +29,8 @@ def train(config: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     checkpoint = application.resume_from(config)
     if checkpoint is not None:
-        config.resumed_step = load_weights(checkpoint).step
+        whole = newest_whole(checkpoint)
+        checkpoint, config.resumed_step = whole.path, whole.step
     seed_everything(config.seed, workers=True, verbose=False)
     # Before any data is read: it may refuse.
     trainer = build_trainer(

@@ -91,6 +91,15 @@ class Batch(_Movable):
 
 
 @dataclass
+class Seen:
+    """What a training step computed for a batch, for reports. names: of the losses [n]. image_ids: [B]."""
+
+    names: tuple[str, ...]
+    losses: Tensor
+    image_ids: Tensor
+
+
+@dataclass
 class Memory:
     """The encoder's output, or its input: all levels flattened, finest first.
 

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from codetr.files import atomically
 from codetr.types import Detections
 
 Color = tuple[int, int, int]
@@ -207,7 +208,8 @@ def save_learning_curves(metrics_csv: Path, path: Path, losses: Sequence[str], s
         if present:
             axis.legend(frameon=False)
     axes[1].set_ylim(bottom=0)
-    figure.savefig(path)
+    with atomically(path) as part:
+        figure.savefig(part)
 
 
 def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, float], path: Path) -> None:
@@ -228,7 +230,8 @@ def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, flo
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.set(title="precision and recall at IoU 0.50", xlabel="recall", ylabel="precision")
     axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    figure.savefig(path)
+    with atomically(path) as part:
+        figure.savefig(part)
 
 
 def _figure(columns: int) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from codetr.evaluation.metrics import ABSENT, DetectionMetrics, Evaluation
+from codetr.files import atomically
 from codetr.visualize import save_learning_curves, save_precision_recall
 
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
@@ -95,7 +96,8 @@ def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) 
         "confused": evaluation.confused(SHOWN_CLASSES),
         **about,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    with atomically(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def tables(evaluation: Evaluation, masks: Evaluation | None = None) -> RenderableType:

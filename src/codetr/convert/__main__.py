@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from codetr import application
 from codetr.errors import UserError
+from codetr.files import atomically
 
 if TYPE_CHECKING:
     from codetr.convert.names import NameTable
@@ -170,9 +171,8 @@ def _save(content: dict[str, Any], out: Path) -> None:
     import torch
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    torch.save(content, partial)
-    partial.replace(out)
+    with atomically(out) as part, part.open("wb") as file:
+        torch.save(content, file)
 
 
 def main() -> None:

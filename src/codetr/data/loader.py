@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -42,6 +43,7 @@ class BatchLoader(DataLoader[Sample]):
             persistent_workers=num_workers > 0,
             # Its own generator: each new iterator draws a number, which would move the global random state on.
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
 
 
@@ -78,6 +80,12 @@ class TrainLoader(BatchLoader):
             )
         sampler.resume(state["epoch"], state["batch"])
         self._position = state["batch"]
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal and SLURM send them to all processes, and a run that lost its workers cannot finish its step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch | _Parcel:
