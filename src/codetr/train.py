@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -20,7 +20,7 @@ def train(config: DictConfig) -> float | None:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    from codetr.callbacks.resume import AtomicCheckpointIO
+    from codetr.callbacks.resume import AtomicCheckpointIO, Checkpoints
     from codetr.checkpoint import load_weights, newest_whole
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
@@ -43,7 +43,7 @@ def train(config: DictConfig) -> float | None:
     data.prepare_data()
     data.setup("fit")
     config.model.num_classes = len(data.class_names)
-    settings = {"config": application.plain(config), "class_names": list(data.class_names)}
+    settings: dict[str, Any] = {"config": application.plain(config), "class_names": list(data.class_names)}
     task = DetectionTask(
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),
@@ -61,8 +61,9 @@ def train(config: DictConfig) -> float | None:
     for logger in trainer.loggers:
         logger.log_hyperparams(settings["config"])
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
-    if not best or trainer.fast_dev_run:
+    saved = trainer.checkpoint_callback
+    best = saved.best_model_path if isinstance(saved, Checkpoints) else ""
+    if not best or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     task.load_detector(load_weights(best).weights)
     trainer.validate(task, datamodule=data, verbose=False)
