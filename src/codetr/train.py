@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from codetr import application
+from codetr import application, resume
 
 if TYPE_CHECKING:
     from codetr.models.detector import Detector
@@ -21,7 +21,7 @@ def train(config: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from codetr.callbacks.resume import AtomicCheckpointIO
-    from codetr.checkpoint import load_weights
+    from codetr.checkpoint import load_weights, read
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
 
@@ -29,7 +29,10 @@ def train(config: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     checkpoint = application.resume_from(config)
     if checkpoint is not None:
-        config.resumed_step = load_weights(checkpoint).step
+        earlier = read(checkpoint)
+        config.resumed_step = earlier["global_step"]
+        config.model.num_classes = len(earlier["codetr"]["class_names"])
+        _say(resume.check_configuration(checkpoint, earlier, application.plain(config)))
     seed_everything(config.seed, workers=True, verbose=False)
     # Before any data is read: it may refuse.
     trainer = build_trainer(
@@ -42,7 +45,10 @@ def train(config: DictConfig) -> float | None:
     data.prepare_data()
     data.setup("fit")
     config.model.num_classes = len(data.class_names)
-    settings = {"config": application.plain(config), "class_names": list(data.class_names)}
+    about = {"class_names": list(data.class_names), "train_set": data.train_set.fingerprint}
+    if checkpoint is not None:
+        _say(resume.check_data(checkpoint, earlier, **about))
+    settings = {"config": application.plain(config), **about}
     task = DetectionTask(
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),
@@ -66,6 +72,13 @@ def train(config: DictConfig) -> float | None:
     task.load_detector(load_weights(best).weights)
     trainer.validate(task, datamodule=data, verbose=False)
     return float(trainer.callback_metrics[config.optimized_metric])
+
+
+def _say(lines: list[str]) -> None:
+    from lightning.pytorch.utilities import rank_zero_info
+
+    for line in lines:
+        rank_zero_info(f"resumed with a change: {line}")
 
 
 def _initialise(config: DictConfig, detector: Detector, class_names: tuple[str, ...]) -> None:

@@ -320,12 +320,12 @@ def loader(order: Order, groups: np.ndarray | None = None) -> TrainLoader:
             (RepeatFactor(DATA, threshold=0.41, round_up=False), None),
             r"threshold 0\.4 -> 0\.41",
         ),
-        ((Uniform(DATA), None), (Uniform(DATA), GROUPS), "grouped False -> True"),
+        ((Uniform(DATA), None), (Uniform(DATA), GROUPS), "batches_of_one_group None -> 4"),
     ],
 )
 def test_another_order_in_mid_epoch_is_refused(before: Any, after: Any, message: str) -> None:
-    state = {**loader(*before).state_dict(), "batch": 3}
+    state = {**loader(*before).state_dict(), "images": 12}
     loader(*before).load_state_dict(state)
     with pytest.raises(UserError, match=f"in the middle of epoch 0.*{message}"):
         loader(*after).load_state_dict(state)
-    loader(*after).load_state_dict({**state, "batch": 10**6})
+    loader(*after).load_state_dict({**state, "images": 10**6})

@@ -57,8 +57,10 @@ class Checkpoints(Checkpoint):
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        ends = trainer.global_step == trainer.max_steps
         # A resumed run would skip the validation that follows this batch, and so would never log it.
-        if stepped and due and not _validation_follows(trainer, batch_idx):
+        due = due and not _validation_follows(trainer, batch_idx)
+        if stepped and (due or (ends and not trainer.is_last_batch)):
             self._save(trainer, LAST)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +72,8 @@ class Checkpoints(Checkpoint):
             self._save(trainer, BEST)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, LAST)
+        if trainer.is_last_batch:  # else `max_steps` ends it within an epoch, which for Lightning then is over
+            self._save(trainer, LAST)
 
     def _save(self, trainer: Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
