@@ -49,7 +49,7 @@ class TrainLoader(BatchLoader):
     """A BatchLoader over a TrainSampler that goes on in the middle of an epoch.
 
     `state_dict` tells the epoch and the number of images handed out to all processes, however far the workers have
-    read ahead; after `load_state_dict` that epoch goes on with the next image, in batches of another size too. Lightning
+    read ahead; after `load_state_dict` that epoch goes on with the next image, also in other batches. Lightning
     stores both in its checkpoints, for every loader that has these methods.
     """
 
