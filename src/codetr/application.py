@@ -272,6 +272,13 @@ def resume_from(config: DictConfig) -> Path | None:
     return path if config.resume and path.is_file() else None
 
 
+def keep_configuration(config: DictConfig, saved: dict[str, Any]) -> None:
+    """Hydra has written `config` into the run's directory before anybody could refuse it: write `saved` again."""
+    path = Path(config.run_dir) / SAVED_CONFIG
+    if _first_process() and path.exists():
+        OmegaConf.save(OmegaConf.create(saved), path)
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolved, in containers that any reader of a checkpoint knows."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]

@@ -100,7 +100,7 @@ RULES = (
         ("trainer.strategy*",),
         Effect.REFUSED,
         "to or from FSDP: the optimizer's state is written in another form",
-        value="ModelParallelStrategy",
+        value="FullyShardedStrategy",
     ),
     Rule(("trainer.*",), Effect.TAKES, "epochs, steps, precision, devices, validation, ..."),
     Rule(("*",), Effect.TAKES, "callbacks, metrics, post-processing, and what else there is"),

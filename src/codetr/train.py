@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from codetr import application, resume
+from codetr.errors import UserError
 
 if TYPE_CHECKING:
     from codetr.models.detector import Detector
@@ -32,7 +34,7 @@ def train(config: DictConfig) -> float | None:
         earlier = read(checkpoint)
         config.resumed_step = earlier["global_step"]
         config.model.num_classes = len(earlier["codetr"]["class_names"])
-        _say(resume.check_configuration(checkpoint, earlier, application.plain(config)))
+        _compare(config, lambda: resume.check_configuration(checkpoint, earlier, application.plain(config)), earlier)
     seed_everything(config.seed, workers=True, verbose=False)
     # Before any data is read: it may refuse.
     trainer = build_trainer(
@@ -47,7 +49,8 @@ def train(config: DictConfig) -> float | None:
     config.model.num_classes = len(data.class_names)
     about = {"class_names": list(data.class_names), "train_set": data.train_set.fingerprint}
     if checkpoint is not None:
-        _say(resume.check_data(checkpoint, earlier, **about))
+        _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
+        del earlier  # the file stays mapped as long as its tensors
     settings = {"config": application.plain(config), **about}
     task = DetectionTask(
         detector=instantiate(config.model.detector, _convert_="all"),
@@ -74,9 +77,15 @@ def train(config: DictConfig) -> float | None:
     return float(trainer.callback_metrics[config.optimized_metric])
 
 
-def _say(lines: list[str]) -> None:
+def _compare(config: DictConfig, check: Callable[[], list[str]], earlier: Mapping[str, Any]) -> None:
+    """Say what has changed since the checkpoint `earlier`; when it is refused, the run keeps its own configuration."""
     from lightning.pytorch.utilities import rank_zero_info
 
+    try:
+        lines = check()
+    except UserError:
+        application.keep_configuration(config, earlier["codetr"]["config"])
+        raise
     for line in lines:
         rank_zero_info(f"resumed with a change: {line}")
 
