@@ -260,6 +260,18 @@ def go_on(checkpoint: dict[str, Any], sampler: Sampler, batches: int, accumulate
     return at.epoch * steps_per_epoch + -(-done // accumulate) - checkpoint["global_step"]
 
 
+def begin_next_epoch(loop: Any) -> None:
+    """Let Lightning's fit loop, resumed at an epoch's end, go on with the next.
+
+    With `max_steps` it takes every checkpoint for one within an epoch (`_FitLoop.restarting`), ends the epoch a second
+    time, and so leaves the next one out.
+    """
+    loop.epoch_progress.increment_completed()
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        part.reset_restart_stage()
+        part._restarting = False
+
+
 def table() -> str:
     """`RULES` in Markdown."""
     rows = ["| key | when it changes | because |", "|---|---|---|"]

@@ -97,6 +97,8 @@ class DetectionTask(LightningModule):
         self._steps_ahead = resume.go_on(checkpoint, sampler, batches, accumulate)
 
     def on_train_start(self) -> None:
+        if self.trainer.fit_loop.restarted_on_epoch_end:
+            resume.begin_next_epoch(self.trainer.fit_loop)
         set_again(self.lr_schedulers(), self._optimizer_settings)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
