@@ -23,7 +23,7 @@ install: .venv/.complete ## Create .venv with the locked packages and codetr its
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo
+demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo/<date>
 	$(BIN)/python -m codetr.train experiment=demo
 
 studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables in the README

@@ -7,6 +7,8 @@ run the same command, and so agree on the directory.
 from __future__ import annotations
 
 import difflib
+import glob
+import itertools
 import os
 import re
 import shutil
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 CONFIG_MODULE = "codetr.conf"
 LAST = Path("checkpoints") / "last.ckpt"
 SAVED_CONFIG = Path(".hydra") / "config.yaml"
+_NOW = re.compile(r"\$\{now:[^}]*\}")
 OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
 
 
@@ -87,17 +90,23 @@ def settle(argv: list[str], config_name: str) -> list[str]:
     config = compose(config_name, args.overrides, args.config_dir)
     if "run_dir" not in config:
         return argv
-    directory = Path(config.run_dir)
-    given = _value(overrides, "run_dir") is not None
-    if resume == "auto" and not given:
-        directory = newest_run(directory.parent) or directory
-    if not given:
-        _refuse_disagreement()
-        end = argv.index(args.overrides[-1]) + 1 if args.overrides else len(argv)  # argparse wants overrides in a row
-        argv = [*argv[:end], f"run_dir={_quoted(directory)}", *argv[end:]]
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
-        _claim(directory, bool(resume), config.overwrite)
-    return argv
+    overwrite = bool(_value(overrides, "overwrite"))
+    if config.overwrite and not overwrite:
+        raise UserError(
+            "overwrite=true stands in a configuration file, but it deletes a run: take it out there, and give it on "
+            "the command line when it is meant"
+        )
+    if _value(overrides, "run_dir") is not None:
+        if _first_process():
+            _claim(Path(config.run_dir), bool(resume), overwrite)
+        return argv
+    _refuse_disagreement()
+    directory = (newest_run(config) if resume else None) or _fresh_directory(config, bool(resume), overwrite)
+    return _with_override(argv, args, f"run_dir={_quoted(directory)}")
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides: list[Override]) -> list[str]:
@@ -111,7 +120,15 @@ def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides:
             f"a sweep (-m) runs on one device, and trainer.devices is {trainer.devices}: each process would start "
             "the sweep anew. Run the jobs one by one, or set trainer.devices=1"
         )
-    return argv
+    if _value(overrides, "hydra.sweep.dir") is not None:
+        return argv
+    directory = _made(Path(compose(config_name, plain, args.config_dir, hydra_too=True).hydra.sweep.dir))
+    return _with_override(argv, args, f"hydra.sweep.dir={_quoted(directory)}")
+
+
+def _with_override(argv: list[str], args: Namespace, override: str) -> list[str]:
+    end = argv.index(args.overrides[-1]) + 1 if args.overrides else len(argv)  # argparse wants overrides in a row
+    return [*argv[:end], override, *argv[end:]]
 
 
 def _with_saved_config(directory: Path, overrides: list[str]) -> list[str]:
@@ -130,12 +147,14 @@ def _with_saved_config(directory: Path, overrides: list[str]) -> list[str]:
     ]
 
 
-def compose(config_name: str, overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """The configuration of an entry point. Raises UserError, with names that were perhaps meant."""
+def compose(
+    config_name: str, overrides: list[str], config_dir: str | None = None, hydra_too: bool = False
+) -> DictConfig:
+    """The configuration of an entry point, and Hydra's own. Raises UserError, with names that were perhaps meant."""
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with _configurations():
-            return hydra.compose(config_name, [*overrides, *search])
+            return hydra.compose(config_name, [*overrides, *search], return_hydra_config=hydra_too)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{error}{_suggestion(str(error), config_name)}") from error
 
@@ -174,22 +193,57 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def newest_run(parent: Path) -> Path | None:
-    """The run in `parent` that wrote a checkpoint last."""
-    checkpoints = sorted(parent.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
-    return checkpoints[-1].parents[1] if checkpoints else None
+def newest_run(config: DictConfig) -> Path | None:
+    """The run that wrote a checkpoint last, of those whose directory is `run_dir` at some time."""
+    times = config.copy()
+    times.run_dir = _NOW.sub("<time>", _unresolved(config))
+    pattern = glob.escape(times.run_dir).replace("<time>", "*")
+    checkpoints = [Path(path) for path in glob.glob(f"{pattern}/{LAST}")]
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
+
+
+def _unresolved(config: DictConfig) -> str:
+    return str(OmegaConf.to_container(config, resolve=False)["run_dir"])  # type: ignore[call-overload,index]
+
+
+def _fresh_directory(config: DictConfig, resume: bool, overwrite: bool) -> Path:
+    directory = Path(config.run_dir)
+    if not _first_process():
+        return directory
+    if _NOW.search(_unresolved(config)):
+        return _made(directory)
+    _claim(directory, resume, overwrite)
+    return directory
+
+
+def _made(directory: Path) -> Path:
+    """`directory`, which nobody else has made: of runs that start in one second, the later ones get a number."""
+    made = directory
+    for number in itertools.count(2):
+        try:
+            made.mkdir(parents=True)
+            break
+        except FileExistsError:
+            made = Path(f"{directory}_{number}")
+    return made
 
 
 def _claim(directory: Path, resume: bool, overwrite: bool) -> None:
-    if not any((directory / name).exists() for name in (LAST, SAVED_CONFIG)) or resume:
+    """Make the run's folder `.hydra`, which of two processes only one can. Raises UserError to the other."""
+    if resume:
         return
-    if not overwrite:
+    if overwrite:
+        for name in OWN:
+            shutil.rmtree(directory / name, ignore_errors=True)
+    try:
+        if (directory / LAST).exists():
+            raise FileExistsError
+        (directory / SAVED_CONFIG).parent.mkdir(parents=True)
+    except FileExistsError:
         raise UserError(
             f"run_dir={directory}: there is a run in it already. Go on with it (resume=auto), delete it "
             "(overwrite=true) or choose another run_dir"
-        )
-    for name in OWN:
-        shutil.rmtree(directory / name, ignore_errors=True)
+        ) from None
 
 
 def _refuse_disagreement() -> None:
@@ -216,6 +270,13 @@ def resume_from(config: DictConfig) -> Path | None:
     """The checkpoint to go on with, if there is one."""
     path = Path(config.run_dir) / LAST
     return path if config.resume and path.is_file() else None
+
+
+def keep_configuration(config: DictConfig, saved: dict[str, Any]) -> None:
+    """Hydra has written `config` into the run's directory before anybody could refuse it: write `saved` again."""
+    path = Path(config.run_dir) / SAVED_CONFIG
+    if _first_process() and path.exists():
+        OmegaConf.save(OmegaConf.create(saved), path)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -81,20 +81,23 @@ def _generations(newest: Path) -> list[Path]:
     return [path for age in ages if (path := generation(newest, age)).is_file()]
 
 
-def newest_whole(newest: Path) -> Checkpoint:
-    """The newest generation that can be read; the damaged ones are named on the way. Raises UserError without any."""
+def newest_whole(newest: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest generation that can be read, and what it holds; the damaged ones are named on the way.
+
+    Raises UserError without any.
+    """
     complaints = []
     for path in _generations(newest):
         try:
-            checkpoint = load_weights(path)
+            content = read(path)
         except UserError as error:
             complaints.append(str(error))
         else:
             for complaint in complaints:
                 _log.warning("%s", complaint)
             if complaints:
-                _log.warning("going on with %s, the newest that is whole, from step %d", path, checkpoint.step)
-            return checkpoint
+                _log.warning("going on with %s, the newest that is whole, from step %d", path, content["global_step"])
+            return path, content
     raise UserError("\n".join(complaints) or f"{newest}: no such checkpoint")
 
 

@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from codetr import resume
 from codetr.criterion import Criterion
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
-from codetr.optim import Schedule
+from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
 from codetr.trainer import fused_optimizer
 from codetr.types import MAIN, Batch, Detections, Seen
@@ -49,6 +50,7 @@ class DetectionTask(LightningModule):
         self.settings = settings
         self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
         self._logged_step = -1
+        self._steps_ahead = 0
 
     def on_train_start(self) -> None:
         self.seen = deque(maxlen=self.trainer.accumulate_grad_batches)
@@ -70,11 +72,21 @@ class DetectionTask(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         optimizer = self.optimizer(self.detector, fused=fused_optimizer(self.trainer))
-        scheduler = self.schedule.attach(optimizer, *self._length())
+        self._steps_per_epoch = -(-self._batches() // self.trainer.accumulate_grad_batches)
+        scheduler = self.schedule.attach(optimizer, self._position)
+        self._optimizer_settings = settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _length(self) -> tuple[int, float]:
-        """Optimizer steps per epoch, and epochs.
+    def _position(self, step: int) -> tuple[float, float]:
+        """Of a step, in epochs; and epochs in all."""
+        trainer, steps = self.trainer, self._steps_per_epoch
+        epochs = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+        if trainer.max_steps != -1:
+            epochs = min(epochs, (trainer.max_steps + self._steps_ahead) / steps)
+        return (step + self._steps_ahead) / steps, epochs
+
+    def _batches(self) -> int:
+        """Of an epoch, on this process.
 
         Not `trainer.estimated_stepping_batches`: that sets up the data before a resumed run knows its position in
         it, and Lightning then never tells the loader.
@@ -82,10 +94,17 @@ class DetectionTask(LightningModule):
         trainer = self.trainer
         batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = max(1, -(-batches // trainer.accumulate_grad_batches))
-        epochs = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
-        return steps, epochs if trainer.max_steps == -1 else min(epochs, trainer.max_steps / steps)
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        sampler = self.trainer.datamodule.train_dataloader().batch_sampler  # type: ignore[attr-defined]
+        batches, accumulate = self._batches(), self.trainer.accumulate_grad_batches
+        self._steps_ahead = resume.go_on(checkpoint, sampler, batches, accumulate)
+
+    def on_train_start(self) -> None:
+        if self.trainer.fit_loop.restarted_on_epoch_end:
+            resume.begin_next_epoch(self.trainer.fit_loop)
+        set_again(self.lr_schedulers(), self._optimizer_settings)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.detector(batch.images, batch.padding, batch.targets)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from codetr import application
+from codetr import application, resume
+from codetr.errors import UserError
 
 if TYPE_CHECKING:
     from codetr.models.detector import Detector
@@ -29,8 +31,10 @@ def train(config: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     checkpoint = application.resume_from(config)
     if checkpoint is not None:
-        whole = newest_whole(checkpoint)
-        checkpoint, config.resumed_step = whole.path, whole.step
+        checkpoint, earlier = newest_whole(checkpoint)
+        config.resumed_step = earlier["global_step"]
+        config.model.num_classes = len(earlier["codetr"]["class_names"])
+        _compare(config, lambda: resume.check_configuration(checkpoint, earlier, application.plain(config)), earlier)
     seed_everything(config.seed, workers=True, verbose=False)
     # Before any data is read: it may refuse.
     trainer = build_trainer(
@@ -43,7 +47,11 @@ def train(config: DictConfig) -> float | None:
     data.prepare_data()
     data.setup("fit")
     config.model.num_classes = len(data.class_names)
-    settings: dict[str, Any] = {"config": application.plain(config), "class_names": list(data.class_names)}
+    about: dict[str, Any] = {"class_names": list(data.class_names), "train_set": data.train_set.fingerprint}
+    if checkpoint is not None:
+        _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
+        del earlier  # the file stays mapped as long as its tensors
+    settings = {"config": application.plain(config), **about}
     task = DetectionTask(
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),
@@ -68,6 +76,19 @@ def train(config: DictConfig) -> float | None:
     task.load_detector(load_weights(best).weights)
     trainer.validate(task, datamodule=data, verbose=False)
     return float(trainer.callback_metrics[config.optimized_metric])
+
+
+def _compare(config: DictConfig, check: Callable[[], list[str]], earlier: Mapping[str, Any]) -> None:
+    """Say what has changed since the checkpoint `earlier`; when it is refused, the run keeps its own configuration."""
+    from lightning.pytorch.utilities import rank_zero_info
+
+    try:
+        lines = check()
+    except UserError:
+        application.keep_configuration(config, earlier["codetr"]["config"])
+        raise
+    for line in lines:
+        rank_zero_info(f"resumed with a change: {line}")
 
 
 def _initialise(config: DictConfig, detector: Detector, class_names: tuple[str, ...]) -> None:

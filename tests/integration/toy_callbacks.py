@@ -70,3 +70,14 @@ class Spoil(Callback):
         elif self.what == "gradient" and trainer.global_step in self.steps:
             assert weight.grad is not None
             weight.grad.view(-1)[0] = float("inf")
+
+
+class Seen(Callback):
+    """Writes the ids of the images of every batch to `file`, behind what is there; a line per batch and process."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
+        with open(f"{self.file}.{trainer.global_rank}", "a") as stream:
+            stream.write(" ".join(map(str, batch.image_ids.tolist())) + "\n")

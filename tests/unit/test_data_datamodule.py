@@ -149,10 +149,10 @@ def test_a_checkpoint_in_mid_epoch_refuses_another_order(folder: Path) -> None:
     data.setup("fit")
     loader = data.train_dataloader()
     state = torch.load(folder / "ckpt" / "step=3.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
-    assert (state["epoch"], state["batch"]) == (0, 3)
+    assert (state["epoch"], state["images"]) == (0, 6)
     with pytest.raises(UserError, match=r"middle of epoch 0.*changed: seed 11 -> 12; resume with the former"):
         loader.load_state_dict(state)
-    loader.load_state_dict(state | {"batch": BATCHES})
+    loader.load_state_dict(state | {"images": 2 * BATCHES})
 
 
 @pytest.mark.parametrize("workers", [0, 2])

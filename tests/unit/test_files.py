@@ -87,10 +87,12 @@ def test_the_newest_generation_that_is_whole_is_taken(tmp_path: Path, caplog: py
     for step in range(1, 6):
         io.save_checkpoint(content(step), path, storage_options=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.1.ckpt", "last.2.ckpt", "last.ckpt"]
-    assert [newest_whole(path).step, *(load_weights(tmp_path / f"last.{age}.ckpt").step for age in (1, 2))] == [5, 4, 3]
+    assert newest_whole(path)[0] == path
+    assert [load_weights(tmp_path / f"last{age}.ckpt").step for age in ("", ".1", ".2")] == [5, 4, 3]
     path.write_bytes(path.read_bytes()[:-100])
     flip(tmp_path / "last.1.ckpt", 8 * 1500)
-    assert newest_whole(path).step == 3
+    found, kept = newest_whole(path)
+    assert (found.name, kept["global_step"]) == ("last.2.ckpt", 3)
     assert "last.ckpt: is damaged" in caplog.text
     assert "going on with" in caplog.text
     (tmp_path / "last.2.ckpt").write_bytes(b"")

@@ -116,9 +116,10 @@ class Checkpoints(Checkpoint):
             return
         self._step = trainer.global_step
         due = self.every_n_steps and self._step % self.every_n_steps == 0
-        if not (self._signals.agreed(trainer) or due) or trainer.is_last_batch:  # the end of the epoch saves
+        ends = self._step == trainer.max_steps
+        if not (self._signals.agreed(trainer) or due or ends) or trainer.is_last_batch:  # the end of the epoch saves
             return
-        if _validation_follows(trainer, batch_idx):
+        if _validation_follows(trainer, batch_idx) and not ends:
             self._after_validation = True
         else:
             self._save_last(trainer)
@@ -135,7 +136,8 @@ class Checkpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_last(trainer)
+        if trainer.is_last_batch:  # else `max_steps` ends it within an epoch, which for Lightning then is over
+            self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
         self._save(trainer, LAST, self.keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from codetr.data.readers import Reader, coco
 from codetr.data.sampling import Objects
 from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
+
+_CHUNK = 1 << 20  # objects
 
 
 @dataclass
@@ -137,6 +140,18 @@ class CocoDetection(Dataset[Sample]):
             pairs = np.repeat(np.arange(len(self)), np.diff(offsets)) * len(self.class_names) + labels
             counts = np.bincount(np.unique(pairs) % len(self.class_names), minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images and objects, in their order: the same only for the same set. Neither pixels nor masks count."""
+        table, digest = self._table, hashlib.blake2b(digest_size=16)
+        columns = [table.image_ids, table.sizes, table.names, table.offsets, table.boxes, table.crowd, table.ignore]
+        columns += [] if self._images is None else [self._images]
+        chunks = range(0, len(table.categories), _CHUNK)
+        for column in (*columns, *(self._label_of[table.categories[i : i + _CHUNK]] for i in chunks)):
+            digest.update(f"{column.shape}".encode())
+            digest.update(np.ascontiguousarray(column).view(np.uint8).data)
+        return digest.hexdigest()
 
     def objects(self) -> Objects:
         """The labels to train on (no crowds, none ignored) of all images, for `codetr.data.sampling`."""
