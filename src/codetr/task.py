@@ -52,9 +52,6 @@ class DetectionTask(LightningModule):
         self._logged_step = -1
         self._steps_ahead = 0
 
-    def on_train_start(self) -> None:
-        self.seen = deque(maxlen=self.trainer.accumulate_grad_batches)
-
     def configure_model(self) -> None:
         """Shard (FSDP2) when the strategy has a device mesh: each layer, the backbone, and the rest."""
         if self.device_mesh is None:
@@ -102,6 +99,7 @@ class DetectionTask(LightningModule):
         self._steps_ahead = resume.go_on(checkpoint, sampler, batches, accumulate)
 
     def on_train_start(self) -> None:
+        self.seen = deque(maxlen=self.trainer.accumulate_grad_batches)
         if self.trainer.fit_loop.restarted_on_epoch_end:
             resume.begin_next_epoch(self.trainer.fit_loop)
         set_again(self.lr_schedulers(), self._optimizer_settings)  # type: ignore[arg-type]
