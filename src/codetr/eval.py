@@ -17,9 +17,11 @@ def evaluate(config: DictConfig) -> float:
     from lightning import seed_everything
 
     from codetr.inference import one_of, open_checkpoint
+    from codetr.ops.distributed import meet_anew
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
 
+    meet_anew()
     one_of(config, split=("val", "train"))
     trained = open_checkpoint(config)
     saved = trained.config

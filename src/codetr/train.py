@@ -24,9 +24,11 @@ def train(config: DictConfig) -> float | None:
 
     from codetr.callbacks.resume import AtomicCheckpointIO, Checkpoints
     from codetr.checkpoint import load_weights, newest_whole
+    from codetr.ops.distributed import meet_anew
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
 
+    meet_anew()
     # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     checkpoint = application.resume_from(config)
@@ -35,6 +37,8 @@ def train(config: DictConfig) -> float | None:
         config.resumed_step = earlier["global_step"]
         config.model.num_classes = len(earlier["codetr"]["class_names"])
         _compare(config, lambda: resume.check_configuration(checkpoint, earlier, application.plain(config)), earlier)
+    elif config.resume:  # a run that was killed before its first checkpoint: all that it logged is logged again
+        config.resumed_step = 0
     seed_everything(config.seed, workers=True, verbose=False)
     # Before any data is read: it may refuse.
     trainer = build_trainer(
