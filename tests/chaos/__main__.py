@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
@@ -15,24 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.progress import track
+
 from chaos import scenarios
 from chaos.scenarios import EVERY, PHASES, STEPS, Kill, Scenario, as_rows, kinds, uninterrupted
 from integration.toy import make_coco
-from rich.progress import track
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def import_everything() -> None:
     """Once, for all that are forked from here."""
-    import lightning.pytorch.loggers
-    import lightning.pytorch.strategies
 
     import codetr.callbacks.report
     import codetr.data.datamodule
     import codetr.eval
     import codetr.task  # noqa: F401
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # says that it hides the steps that were repeated
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "CODETR_MSDA": "reference"}
 
@@ -60,8 +61,9 @@ def run_scenarios(folder: Path, restarts: int) -> list[Scenario]:
         lambda: scenarios.signalled(two, whole_two, folder / "sigterm_two", signal.SIGTERM, 143),
         lambda: scenarios.signalled(one, whole_one, folder / "sigint", signal.SIGINT, 130),
         lambda: scenarios.full_disk(one, whole_one, folder / "full"),
-        lambda: scenarios.poisoned(one, whole_one, folder / "nan"),
-        lambda: scenarios.poisoned(two, whole_two, folder / "nan_two"),
+        lambda: scenarios.poisoned(one, whole_one, folder / "nan_left_out", 20),
+        lambda: scenarios.poisoned(one, whole_one, folder / "nan", 0),
+        lambda: scenarios.poisoned(two, whole_two, folder / "nan_two", 0),
         lambda: scenarios.restarted(two, whole_two, folder / "torchrun", restarts),
         lambda: scenarios.restarted(two, whole_two, folder / "standalone", 2, "--standalone"),
     ]
@@ -107,7 +109,9 @@ def main() -> None:
         others = run_scenarios(folder, options.restarts)
     write(kills, others)
     harmless = sum(one.harmless for one in kills)
-    print(f"{harmless} of {len(kills)} kills and {sum(one.passed for one in others)} of {len(others)} others lost nothing")
+    print(
+        f"{harmless} of {len(kills)} kills and {sum(one.passed for one in others)} of {len(others)} others lost nothing"
+    )
     for bad in (*(one for one in kills if not one.harmless), *(one for one in others if not one.passed)):
         print(bad)
     raise SystemExit(harmless < len(kills) or not all(one.passed for one in others))

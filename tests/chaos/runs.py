@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from codetr import application
 from codetr.train import train
 from integration.toy import overrides
-from omegaconf import DictConfig
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STATE = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "random_states", "callbacks", "loops")
 Event = Callable[[str, int], float | None]

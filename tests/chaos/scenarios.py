@@ -124,17 +124,17 @@ def full_disk(kind: Kind, whole: Path, directory: Path) -> Scenario:
     )
 
 
-def poisoned(kind: Kind, whole: Path, directory: Path) -> Scenario:
-    """A gradient of NaN: no checkpoint has one; where the run stopped, it goes on as if nothing had been."""
-    ended = kind.train(directory, "+callbacks.poison={_target_: chaos.callbacks.Poison, step: 5}")
+def poisoned(kind: Kind, whole: Path, directory: Path, skip: int) -> Scenario:
+    """A gradient of NaN, left out or stopped at: no checkpoint has one, and a stopped run goes on as if it had not."""
+    poison = "+callbacks.poison={_target_: chaos.callbacks.Poison, step: 5}"
+    ended = kind.train(directory, poison, f"callbacks.non_finite.skip={skip}")
     clean, at = finite(directory), last_step(directory)
-    stopped = any(ended.statuses)
-    differs = resumed(kind, whole, directory) if stopped else []
+    differs = [] if skip else resumed(kind, whole, directory)
     return Scenario(
-        f"NaN gradient, {kind.name}",
-        "nothing but finite numbers in checkpoints",
-        f"statuses {ended.statuses}, finite: {clean}, last checkpoint at step {at}",
-        clean and at > 0 and not differs,
+        f"NaN gradient, {kind.name}, skip={skip}",
+        f"status {'0' if skip else 'not 0'}, checkpoints finite",
+        f"statuses {ended.statuses}, {'finite' if clean else 'NaN in a checkpoint'}, last one of step {at}",
+        clean and at > 0 and any(ended.statuses) != bool(skip) and not differs,
         differs,
     )
 
@@ -166,4 +166,3 @@ def restarted(kind: Kind, whole: Path, directory: Path, restarts: int, *options:
 
 def as_rows(kills: list[Kill]) -> list[dict[str, object]]:
     return [asdict(one) | {"harmless": one.harmless} for one in kills]
-
