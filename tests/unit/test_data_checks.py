@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Doc, Path], None], str, int, int]] = {
     "inf": (break_annotation(bbox=[1, 2, float("inf"), 4]), "4 finite numbers: annotation 2 of image 103", 4, 3),
     "three": (break_annotation(bbox=[1, 2, 3]), r"4 finite numbers: .*bbox \[1, 2, 3\]", 4, 3),
     "no box": (forget_box, "4 finite numbers: annotation 2 of image 103: bbox None", 4, 3),
-    "inverted": (break_annotation(bbox=[9, 9, -3, 4]), r"without area: annotation 2 of image 103: bbox \[9", 4, 3),
+    "inverted": (break_annotation(bbox=[9, 9, -3, 4]), r"inverted box: annotation 2 of image 103: bbox \[9", 4, 3),
     "no area": (break_annotation(bbox=[9, 9, 3, 0]), "without area: annotation 2 of image 103", 4, 3),
     "outside": (break_annotation(bbox=[60, 9, 3, 4]), "box outside its image: annotation 2 of image 103", 4, 3),
     "above": (break_annotation(bbox=[9, -4, 3, 4]), "box outside its image: annotation 2 of image 103", 4, 3),

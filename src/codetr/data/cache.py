@@ -29,7 +29,7 @@ from codetr.data.tabulate import Tabulated, tabulate
 from codetr.errors import UserError
 
 # Changes with what a table holds, or what the checks let pass.
-_VERSION = 3
+_VERSION = 4
 _log = logging.getLogger(__name__)
 _TICK = 2 * 10**9  # nanoseconds, of the coarsest file systems' clocks
 _PATIENCE = 2.0  # seconds without a progress bar

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from codetr.data.images import UnreadableImage, looks_complete, read_image
+from codetr.data.rules import BOX_KINDS, KINDS, REFUSED_BOXES, box_kinds
 from codetr.data.table import Table, texts
 from codetr.errors import UserError
 
@@ -27,38 +28,24 @@ Verify = Literal["exists", "complete", "decode"]
 _log = logging.getLogger(__name__)
 _SHOWN = 3
 _NAMES = 1 << 18  # at once
-_ADVICE = {
-    "bad image record": "each image needs integer `id`, `width` and `height` above 0, and a `file_name`",
-    "duplicate image id": "give each image its own id",
-    "missing image file": "put the file there, or remove the image from the annotations",
-    "unreadable image file": "restore the file from its source",
-    "duplicate annotation id": "give each annotation its own id",
-    "annotation of an unknown image": "add the image or remove the annotation",
-    "unknown category id": "add the category or remove the annotation",
-    "box that is not 4 finite numbers": "write bbox as [x, y, width, height] in pixels",
-    "box without area": "bbox is [x, y, width, height]; width and height must be above 0",
-    "box outside its image": "check the box, and the image's width and height",
-    "object without a usable mask": "mend its `segmentation`, or train without masks: data.masks=false",
-}
 
 
 @dataclass
 class Report:
     """Problems found in one annotation file. counts: kind -> number; examples: kind -> the first few records.
 
-    clipped: number of boxes that reach out of their image and were clipped for training.
+    told: of kinds that cost no record, what is read instead or what to know. clipped: number of boxes that reach out of
+    their image and were clipped for training. All kinds are those of `codetr.data.rules`.
     """
 
     source: Path
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
     clipped: int = 0
 
     def add(self, kind: str, record: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        shown = self.examples.setdefault(kind, [])
-        if len(shown) < _SHOWN:
-            shown.append(record)
+        self.add_all(kind, np.ones(1, bool), lambda _: record)
 
     def add_all(self, kind: str, bad: np.ndarray, name: Callable[[int], str]) -> None:
         """Add every record i where bad[i]; name(i) is asked for those that are shown."""
@@ -67,20 +54,24 @@ class Report:
             return
         shown = self.examples.setdefault(kind, [])
         shown += [name(int(i)) for i in rows[: _SHOWN - len(shown)]]
-        self.counts[kind] = self.counts.get(kind, 0) + len(rows)
+        counts = self.counts if KINDS[kind].severity == "error" else self.told
+        counts[kind] = counts.get(kind, 0) + len(rows)
 
     def __str__(self) -> str:
         lines = []
-        for kind, count in self.counts.items():
+        for kind, count in (self.counts | self.told).items():
             more = "" if count <= _SHOWN else ", ..."
-            lines.append(f"  {count} x {kind}: {', '.join(self.examples[kind])}{more} ({_ADVICE[kind]})")
+            lines.append(f"  {count} x {kind}: {', '.join(self.examples[kind])}{more} ({KINDS[kind].advice})")
         if self.clipped:
             lines.append(f"  {self.clipped} x box partly outside its image: clipped for training")
         return "\n".join(lines)
 
     def settle(self, on_error: OnError) -> None:
-        """Raise UserError on problems when `on_error` is "stop"; log what is dropped when it is "skip"."""
+        """Raise UserError on problems when `on_error` is "stop", and on those of the whole file; log what is dropped
+        when it is "skip", and what is told."""
         total = sum(self.counts.values())
+        if any(KINDS[kind].whole for kind in self.counts):
+            raise UserError(f"{self.source}: nothing can be learned from this file as it is\n{self}")
         if total and on_error == "stop":
             raise UserError(
                 f"{self.source}: {total} bad record{'s' * (total > 1)}\n{self}\n"
@@ -88,7 +79,9 @@ class Report:
             )
         if total:
             _log.warning("%s: %d bad records dropped\n%s", self.source, total, self)
-        elif self.clipped:
+        elif any(KINDS[kind].severity == "warning" for kind in self.told):
+            _log.warning("%s:\n%s", self.source, self)
+        elif self.told or self.clipped:
             _log.info("%s:\n%s", self.source, self)
 
 
@@ -174,16 +167,13 @@ def check_boxes(boxes: np.ndarray, extent: np.ndarray, report: Report, name: Cal
 
     extent: [n, 2] (width, height) of their images. name: what messages call box i.
     """
-    finite = np.isfinite(boxes).all(1)
-    solid = (boxes[:, 2:] > 0).all(1)
-    with np.errstate(invalid="ignore"):
-        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    inside = ((low < extent) & (high > 0)).all(1)
-    report.add_all("box that is not 4 finite numbers", ~finite, name)
-    report.add_all("box without area", finite & ~solid, name)
-    report.add_all("box outside its image", finite & solid & ~inside, name)
-    good = finite & solid & inside
-    report.clipped += int((((low < 0) | (high > extent)).any(1) & good).sum())
+    kinds = box_kinds(boxes, extent)
+    for position, kind in enumerate(BOX_KINDS[:REFUSED_BOXES]):
+        report.add_all(kind, kinds == position, name)
+    good = (kinds < 0) | (kinds >= REFUSED_BOXES)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach_out = (boxes[:, :2] < 0) | (boxes[:, :2] + boxes[:, 2:] > extent)
+    report.clipped += int((reach_out.any(1) & good).sum())
     return good
 
 
@@ -195,7 +185,7 @@ def check_trainable(counts: Mapping[str, int], source: Path) -> None:
     if not sum(counts.values()):
         raise UserError(
             f"no training label is left in {source}: none of the classes {list(counts)} has an object "
-            "(crowds do not count); check data.classes and the annotation file"
+            "(crowds, `iscrowd` 1, do not count); check data.classes and the annotation file"
         )
 
 

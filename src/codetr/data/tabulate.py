@@ -52,8 +52,10 @@ def tabulate(document: Document, folder: Path, masks: bool, report: Report) -> T
     objects = ObjectRecords(columns, broken, ids, masks, report)
     read, sorted_ = _Files(folder / "read"), _Files(folder / "sorted")
     for records in _batches(document["annotations"]):
-        good, packed = objects.columns(records)
-        read.append(good | _joined(packed, masks))
+        batch = objects.columns(records)
+        read.append(batch.columns | _joined(batch.packed, masks))
+    for kind, why in objects.habits.found(list(names.values())).items():
+        report.add(kind, why)
     rows, columns["offsets"] = _by_image(read, columns["image_ids"], report)
     _copy(read, sorted_, rows, masks)
     columns |= {"category_ids": ids} | {

@@ -110,6 +110,7 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     except UserError as error:
         split.add("unusable annotation file", str(error))
         return split
+    records.mend_values(split)
     records.inspect_categories(split, classes)
     records.inspect_images(split, config.decode, _progress(name))
     boxes.inspect_boxes(split)

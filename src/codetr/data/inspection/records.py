@@ -12,6 +12,7 @@ import numpy as np
 from codetr.data.inspection.files import File, examine
 from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Record, Split, repeated
+from codetr.data.values import flag, mended_image, mended_object
 
 Progress = Callable[[Iterable[File], int], Iterable[File]]
 _SMALL_IMAGE = 32  # pixels on the shorter side
@@ -45,6 +46,20 @@ def inspect_categories(split: Split, classes: Sequence[str] | None) -> None:
             split.add("unknown class in data.classes", f"{name}, not among {sorted(names.values())}")
     for i in repeated(classes or ()):
         split.add("unknown class in data.classes", f"{(classes or ())[i]} is named more than once")
+
+
+def mend_values(split: Split) -> None:
+    """Numbers that are written as text, or whole ones with a point, become what they mean."""
+    for i, record in enumerate(split.images):
+        if changes := mended_image(record):
+            was = ", ".join(f"{key} {record[key]!r}" for key in changes)
+            split.images[i] = record | changes
+            split.change_image(i, "value of another type", f"{split.image_name(i)}: {was}", **changes)
+    for i, record in enumerate(split.annotations):
+        if changes := mended_object(record):
+            was = ", ".join(f"{key} {record[key]!r}" for key in changes)
+            split.annotations[i] = record | changes
+            split.change(i, "value of another type", f"{split.annotation_name(i)}: {was}", **changes)
 
 
 def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
@@ -140,14 +155,10 @@ def inspect_annotations(split: Split) -> None:
         if type(category) is not int or category not in categories:
             split.drop_annotation(i, "unknown category id", f"{name} (category {category!r})")
         for key in ("iscrowd", "ignore"):
-            if not _is_flag(record.get(key)):
+            if flag(record.get(key)) is None:
                 split.drop_annotation(i, "flag that is not 0 or 1", f"{name}: {key} {record[key]!r}")
         _inspect_area(split, i, name)
     _inspect_image_lists(split, categories)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and value in (0, 1))
 
 
 def _inspect_area(split: Split, position: int, name: str) -> None:

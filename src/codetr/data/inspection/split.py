@@ -48,6 +48,10 @@ class Split:
         self.repair.changes.setdefault(position, {}).update(values)
         self.findings.add(kind, record, self.picture(position), mended=True)
 
+    def change_image(self, position: int, kind: str, record: str, **values: Any) -> None:
+        self.repair.image_changes.setdefault(position, {}).update(values)
+        self.findings.add(kind, record, mended=True)
+
     def image_name(self, position: int) -> str:
         record = self.images[position]
         file = record.get("file_name")
@@ -74,6 +78,11 @@ class Split:
         key = self.annotations[position].get("image_id")
         return self.usable.get(key) if type(key) is int else None
 
+    def path(self, image: int) -> Path:
+        """The file of an image record, as it was found."""
+        file = self.files[image] if self.files else None
+        return file.path if file else self.root / self.images[image]["file_name"]
+
     def size(self, image: int) -> tuple[int, int]:
         """(width, height)"""
         return self.images[image]["width"], self.images[image]["height"]
@@ -83,7 +92,7 @@ class Split:
         image = self.image_of(position)
         if image is None or image in self.repair.images:
             return None
-        path = self.root / self.images[image]["file_name"]
+        path = self.path(image)
         if position not in self.boxes:
             return Picture(path)
         x, y, w, h = self.boxes[position]
