@@ -18,7 +18,7 @@ from PIL import Image
 
 from codetr import application
 from codetr.data.commands.check import inspect
-from codetr.data.inspection.clean import write_clean
+from codetr.data.inspection.clean import targets, write_clean
 from codetr.data.inspection.findings import KINDS
 from codetr.data.inspection.split import Split
 from codetr.errors import UserError
@@ -230,6 +230,11 @@ def extra_category(split: str, name: str = "blob") -> Callable[[Planted], None]:
     return plant
 
 
+def objects_of_another(planted: Planted) -> None:
+    extra_category("val")(planted)
+    planted.val["annotations"][0]["category_id"] = 90
+
+
 def other_id(planted: Planted) -> None:
     planted.val["categories"][1]["id"] = 33
     for record in planted.val["annotations"]:
@@ -289,6 +294,7 @@ BAD_IMAGE = "bad image record"
 UNREADABLE = "unreadable image file"
 NO_IMAGE = "annotation of an unknown image"
 WRITTEN = "value of another type"
+SPELLING = "image file of another spelling"
 NO_FLAG = "flag that is not 0 or 1"
 NO_FILE = "unusable annotation file"
 
@@ -324,13 +330,16 @@ CASES: dict[str, Case] = {
         extra_category("train", "Disc "),
         "category names that are nearly the same",
         r"category 90 \(Disc \) and disc",
-        "stops",
+        "reads",
     ),
     "val lacks a category": Case(
-        extra_category("train"), "category that a split lacks", r"blob: .*val\.json has no", "stops", "val"
+        extra_category("train"), "category that a split lacks", r"blob: .*val\.json has no", "reads", "val"
     ),
     "train lacks a category": Case(
-        extra_category("val"), "category that a split lacks", r"blob: .*train\.json has no", "stops"
+        extra_category("val"), "category that a split lacks", r"blob: .*train\.json has no", "reads"
+    ),
+    "objects of a category that train lacks": Case(
+        objects_of_another, "category that training lacks", r"blob: .*train\.json has no", "stops"
     ),
     "another id in val": Case(
         other_id, "category with another id in the other split", "square: 33 in val, 3 in train", "reads", "val"
@@ -360,7 +369,8 @@ CASES: dict[str, Case] = {
     # Image files
     "missing file": Case(lambda p: p.file.unlink(), "missing image file", rf"{I}: .*001\.jpg does not exist", "drops"),
     "missing folder": Case(image(file_name="a/1.jpg"), "missing image file", r"no folder .*train/a", "drops"),
-    "file name in capitals": Case(moved("001.JPG"), "missing image file", rf"{I}: .* there is 001\.JPG", "drops"),
+    "file name in capitals": Case(moved("001.JPG"), SPELLING, rf"{I} is 001\.JPG", "reads"),
+    "file of another suffix": Case(moved("001.png"), "missing image file", rf"{I}: .* there is 001\.png", "drops"),
     "empty image": Case(content(lambda b: b""), "empty image file", rf"{I}: .*has 0 bytes", "drops"),
     "cut off image": Case(content(lambda b: b[:-300]), UNREADABLE, rf"{I}: .*cannot be decoded", "drops"),
     "text as image": Case(content(lambda b: b"<html>404</html>"), UNREADABLE, rf"{I}: .*is not an image", "drops"),
@@ -409,7 +419,7 @@ CASES: dict[str, Case] = {
     "ignore as a word": Case(annotation(ignore="no"), NO_FLAG, rf"{A}: ignore 'no'", "drops"),
     "box of texts": Case(annotation(bbox=["5", "6", "20", "10.0"]), WRITTEN, rf"{A}: bbox \['5', '6'", "reads"),
     "area in text": Case(annotation(area="200"), WRITTEN, rf"{A}: area '200'", "reads"),
-    "crowds throughout a class": Case(mostly_crowds, "mostly crowds", "6 of 6 objects of disc", "reads"),
+    "crowds throughout a class": Case(mostly_crowds, "mostly crowds", "6 of 7 objects of disc", "reads"),
     "area as text": Case(annotation(area="big"), "area that is not a number above 0", rf"{A}: area 'big'", "reads"),
     "area NaN": Case(annotation(area=NAN), "area that is not a number above 0", rf"{A}: area nan", "reads"),
     "area above the box's": Case(annotation(area=999), "area larger than the box", rf"{A}: area 999", "reads"),
@@ -529,7 +539,7 @@ def test_check_finds_it_and_names_the_record(planted: Planted, composed: DictCon
 # What `fix=true` does not decide for the user.
 NOT_MENDED = {
     *("unusable annotation file", "no image folder", "no images", "no objects", "unknown class in data.classes"),
-    *("bad category record", "duplicate category id", "duplicate category name", "category that a split lacks"),
+    *("bad category record", "duplicate category id", "duplicate category name", "category that training lacks"),
     *("boxes that look like corners", "boxes that look like fractions"),
 }
 
@@ -549,8 +559,8 @@ def test_a_mended_file_passes_and_keeps_the_rest(planted: Planted, composed: Dic
     if case.kind in NOT_MENDED:
         return
     original = (planted.folder / "train.json").read_bytes()
-    for split in splits:
-        target, words = write_clean(split, None)
+    for split, target in zip(splits, targets(splits, None), strict=True):
+        words = write_clean(split, target)
         config.data[f"{split.name}_annotations"] = target.name
         assert ("nothing" in words) == (split.name != case.split)
     assert (planted.folder / "train.json").read_bytes() == original

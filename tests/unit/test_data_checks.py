@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from coco_files import document, write
 
-from codetr.data.checks import check_same_classes, check_trainable
+from codetr.data.checks import check_trainable, check_val_classes
 from codetr.data.coco import CocoDetection
 from codetr.data.images import UnreadableImage, looks_complete
 from codetr.errors import UserError
@@ -178,10 +178,10 @@ def test_class_lists(tmp_path: Path) -> None:
         check_trainable(CocoDetection(*files, classes=["star", "square"]).label_counts, files[1])
 
 
-def test_the_difference_between_class_lists_is_named() -> None:
-    check_same_classes(["a", "b"], ["b", "a"], Path("val.json"))
-    with pytest.raises(UserError, match=r"val\.json .*it lacks \['b'\] and adds \['c', 'd'\]"):
-        check_same_classes(["a", "b"], ["d", "a", "c"], Path("val.json"))
+def test_only_objects_of_classes_that_are_not_trained_stop() -> None:
+    check_val_classes(["a", "b"], {"a": 3}, {"root": 0}, Path("val.json"))
+    with pytest.raises(UserError, match=r"val\.json has objects of \['c'\], .*none of \['b'\]:.*data\.classes=\[a,b\]"):
+        check_val_classes(["a", "b"], {"a": 3}, {"c": 1, "d": 0}, Path("val.json"))
 
 
 def test_what_each_verification_finds(tmp_path: Path) -> None:

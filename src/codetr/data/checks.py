@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from codetr.data.images import UnreadableImage, looks_complete, read_image
+from codetr.data.names import advice_on, find_misspelt
 from codetr.data.rules import BOX_KINDS, KINDS, REFUSED_BOXES, box_kinds
 from codetr.data.table import Table, texts
 from codetr.errors import UserError
@@ -114,8 +115,9 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
     return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
 
 
-def check_files(table: Table, root: Path, verify: Verify, report: Report) -> np.ndarray:
-    """[n] bool, which image files of `table` can be used; they lie below `root`.
+def check_files(table: Table, root: Path, verify: Verify, report: Report) -> tuple[np.ndarray, dict[int, str]]:
+    """[n] bool, which image files of `table` can be used; they lie below `root`. Image -> name of those that are found
+    under another name than the table's.
 
     verify: "exists" asks for the file, "complete" also for a header and an end of file that fit (suspicious files are
     decoded), "decode" decodes every file. Raises UserError when `root` is not a folder.
@@ -123,21 +125,30 @@ def check_files(table: Table, root: Path, verify: Verify, report: Report) -> np.
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist: check the paths under `data`")
     present = _present(root, table)
+    missing = {i: table.name(i) for i in (~present).nonzero()[0].tolist()}
+    others = chain.from_iterable(table.names_from(i, _NAMES) for i in range(0, len(table), _NAMES))
+    found = find_misspelt(root, missing, (name for name, there in zip(others, present, strict=True) if there))
+    present[list(found)] = True
+    for i, name in found.items():
+        report.add("image file of another spelling", f"image {table.image_ids[i]} ({missing[i]}) is {name}")
 
-    def name(i: int) -> str:
-        return f"image {table.image_ids[i]} ({root / table.name(i)})"
+    def place(i: int) -> Path:
+        return root / found.get(i, table.name(i))
 
-    report.add_all("missing image file", ~present, name)
+    def named(i: int) -> str:
+        return f"image {table.image_ids[i]} ({place(i)}{advice_on(table.name(i))})"
+
+    report.add_all("missing image file", ~present, named)
     if verify == "exists":
-        return present
+        return present, found
     with ThreadPoolExecutor(16) as pool:
-        found = present.nonzero()[0].tolist()
-        faults = pool.map(lambda i: _fault(root / table.name(i), tuple(table.sizes[i].tolist()), verify), found)
-        for i, fault in zip(found, faults, strict=True):
+        rows = present.nonzero()[0].tolist()
+        faults = pool.map(lambda i: _fault(place(i), tuple(table.sizes[i].tolist()), verify), rows)
+        for i, fault in zip(rows, faults, strict=True):
             if fault:
                 report.add("unreadable image file", f"image {table.image_ids[i]} ({fault})")
                 present[i] = False
-    return present
+    return present, found
 
 
 def _present(root: Path, table: Table) -> np.ndarray:
@@ -189,11 +200,20 @@ def check_trainable(counts: Mapping[str, int], source: Path) -> None:
         )
 
 
-def check_same_classes(train: Sequence[str], val: Sequence[str], source: Path) -> None:
-    """Raise UserError when the validation set's classes are not those of the training set, in any order."""
-    lacks, adds = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if lacks or adds:
+def check_val_classes(train: Sequence[str], val: Mapping[str, int], others: Mapping[str, int], source: Path) -> None:
+    """Raise UserError when the validation file has objects of categories that the training file lacks.
+
+    val: name -> number of objects of the classes trained; others: of the other categories. Classes of `train` without
+    objects there are trained all the same, and said.
+    """
+    foreign = [name for name, count in others.items() if count]
+    empty = [name for name in train if not val.get(name)]
+    if foreign:
+        names = f"[{','.join(train)}]"
         raise UserError(
-            f"{source} must have the categories of the training set: it lacks {lacks} and adds {adds}; "
-            "use matching annotation files, or name the common classes in data.classes"
+            f"{source} has objects of {foreign}, which the training file does not name"
+            f"{f', and none of {empty}' if empty else ''}: spell classes alike in both files, or leave them out with "
+            f"'data.classes={names}'"
         )
+    if empty:
+        _log.info("%s has no objects of %s: they are trained, and not evaluated", source, empty)

@@ -123,7 +123,9 @@ class ObjectRecords:
             return areas
         told = wrong & good
         told[told] = ["area" in records[i] for i in told.nonzero()[0]]
-        self._report.add_all("area that is not a number above 0", told, lambda i: f"{where(i)}: area {records[i]['area']!r}")
+        self._report.add_all(
+            "area that is not a number above 0", told, lambda i: f"{where(i)}: area {records[i]['area']!r}"
+        )
         return np.where(wrong, np.prod(boxes[:, 2:] - boxes[:, :2], 1), areas)
 
     def _name(self, record: dict[str, Any], position: int) -> str:

@@ -46,7 +46,7 @@ KINDS: dict[str, Kind] = {
     "category names that are nearly the same": Kind("warning", "merge them if they mean the same"),
     "category that training lacks": Kind("error", "spell it as in training, or name the classes in data.classes"),
     "category that a split lacks": Kind("note", "classes are those of the training file; nothing to do"),
-    "root of the categories": Kind("note", "left out: it has no object, and only holds the classes, as Roboflow writes"),
+    "root of the categories": Kind("note", "left out: it has no object and only holds the classes, as Roboflow writes"),
     "category with another id in the other split": Kind("note", "classes are matched by name; nothing to do"),
     "unused category": Kind("note", "remove it, or leave it out with data.classes, if it never gets objects"),
     "class to evaluate without training objects": Kind("warning", "it can never be found: add training objects"),
@@ -78,9 +78,11 @@ KINDS: dict[str, Kind] = {
     "duplicate annotation id": Kind("error", "give each annotation its own id", "the first is kept"),
     "annotation of an unknown image": Kind("error", "add the image or remove the annotation", _DROP),
     "unknown category id": Kind("error", "add the category or remove the annotation", _DROP),
-    "value of another type": Kind("warning", "write numbers as numbers: 0, not \"0\"; 640, not 640.0", "written so"),
+    "value of another type": Kind("warning", 'write numbers as numbers: 0, not "0"; 640, not 640.0', "written so"),
     "flag that is not 0 or 1": Kind("error", "`iscrowd` and `ignore` are 0 for an ordinary object", _DROP),
-    "area that is not a number above 0": Kind("warning", "write it in pixels; the box's area is taken", "the box's area"),
+    "area that is not a number above 0": Kind(
+        "warning", "write it in pixels; the box's area is taken", "the box's area"
+    ),
     "area larger than the box": Kind("note", "decides between small, medium and large in COCO's evaluation"),
     # Boxes
     "box that is not 4 finite numbers": Kind("error", "write `bbox` as [x, y, width, height] in pixels", _DROP),

@@ -9,6 +9,7 @@ from codetr.data.inspection.split import Split
 from codetr.data.rules import BOX_KINDS, KINDS, REFUSED_BOXES, Habits, box_kinds, clip
 from codetr.data.values import flag
 
+
 def inspect_boxes(split: Split) -> None:
     """Every box gets at most one of the kinds, except for repetitions."""
     rows, boxes, extents = [], [], []

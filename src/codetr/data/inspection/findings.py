@@ -10,6 +10,8 @@ from typing import Any
 from codetr.data.rules import KINDS, SEVERITIES, Severity
 
 Box = tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
 class Picture:
     """What to show of a finding: an image file, and boxes (x0, y0, x1, y1) in its pixels, if there are any.

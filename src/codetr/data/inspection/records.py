@@ -12,10 +12,12 @@ import numpy as np
 from codetr.data.inspection.files import File, examine
 from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Record, Split, repeated
+from codetr.data.names import advice_on, find_misspelt
 from codetr.data.values import flag, mended_image, mended_object
 
 Progress = Callable[[Iterable[File], int], Iterable[File]]
 _SMALL_IMAGE = 32  # pixels on the shorter side
+_WRITTEN = "value of another type"
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "1", "LA")
 
 
@@ -48,18 +50,24 @@ def inspect_categories(split: Split, classes: Sequence[str] | None) -> None:
         split.add("unknown class in data.classes", f"{(classes or ())[i]} is named more than once")
 
 
-def mend_values(split: Split) -> None:
+def mend_images(split: Split) -> None:
     """Numbers that are written as text, or whole ones with a point, become what they mean."""
     for i, record in enumerate(split.images):
         if changes := mended_image(record):
-            was = ", ".join(f"{key} {record[key]!r}" for key in changes)
             split.images[i] = record | changes
-            split.change_image(i, "value of another type", f"{split.image_name(i)}: {was}", **changes)
+            split.change_image(i, _WRITTEN, f"{split.image_name(i)}: {_was(record, changes)}", **changes)
+
+
+def mend_annotations(split: Split) -> None:
+    """The same; images are inspected before."""
     for i, record in enumerate(split.annotations):
         if changes := mended_object(record):
-            was = ", ".join(f"{key} {record[key]!r}" for key in changes)
             split.annotations[i] = record | changes
-            split.change(i, "value of another type", f"{split.annotation_name(i)}: {was}", **changes)
+            split.change(i, _WRITTEN, f"{split.annotation_name(i)}: {_was(record, changes)}", **changes)
+
+
+def _was(record: Record, changes: Record) -> str:
+    return ", ".join(f"{key} {record[key]!r}" for key in changes)
 
 
 def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
@@ -87,10 +95,21 @@ def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
     if not split.root.is_dir():
         split.add("no image folder", f"{split.root} is no folder")
         return
+    _find_files(split, good)
     wanted = [(split.root / split.images[i]["file_name"], split.size(i)) for i in good]
     for position, file in zip(good, progress(examine(wanted, decode), len(good)), strict=True):
         split.files[position] = file
         _inspect_file(split, position, file)
+
+
+def _find_files(split: Split, good: Sequence[int]) -> None:
+    """Names that mean a file which is spelt otherwise become its name."""
+    names = {i: split.images[i]["file_name"] for i in good}
+    missing = {i: name for i, name in names.items() if not (split.root / name).exists()}
+    for i, file in find_misspelt(split.root, missing, (n for j, n in names.items() if j not in missing)).items():
+        what = f"{split.image_name(i)} is {file}"
+        split.change_image(i, "image file of another spelling", what, file_name=file)
+        split.images[i] = split.images[i] | {"file_name": file}
 
 
 def _record_fault(record: Record) -> str | None:
@@ -111,7 +130,8 @@ def _inspect_file(split: Split, position: int, file: File) -> None:
     if file.fault:
         kind, wrong = file.fault
         readable = kind == "image of another size"
-        hint = _other_spelling(file) if kind == "missing image file" else ""
+        missing = kind == "missing image file"
+        hint = _other_spelling(file) + advice_on(split.images[position]["file_name"]) if missing else ""
         picture = Picture(file.path) if readable else None
         split.drop_image(position, kind, f"{name}: {file.path} {wrong}{hint}", picture)
         return

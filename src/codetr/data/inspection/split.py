@@ -78,11 +78,6 @@ class Split:
         key = self.annotations[position].get("image_id")
         return self.usable.get(key) if type(key) is int else None
 
-    def path(self, image: int) -> Path:
-        """The file of an image record, as it was found."""
-        file = self.files[image] if self.files else None
-        return file.path if file else self.root / self.images[image]["file_name"]
-
     def size(self, image: int) -> tuple[int, int]:
         """(width, height)"""
         return self.images[image]["width"], self.images[image]["height"]
@@ -92,7 +87,7 @@ class Split:
         image = self.image_of(position)
         if image is None or image in self.repair.images:
             return None
-        path = self.path(image)
+        path = self.root / self.images[image]["file_name"]
         if position not in self.boxes:
             return Picture(path)
         x, y, w, h = self.boxes[position]
