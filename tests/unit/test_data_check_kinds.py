@@ -235,6 +235,17 @@ def objects_of_another(planted: Planted) -> None:
     planted.val["annotations"][0]["category_id"] = 90
 
 
+def root(name: str) -> Callable[[Planted], None]:
+    """As Roboflow writes its categories, in both files."""
+
+    def plant(planted: Planted) -> None:
+        for doc in (planted.train, planted.val):
+            doc["categories"] = [dict(c, supercategory=name) for c in doc["categories"]]
+            doc["categories"].insert(0, {"id": 0, "name": name, "supercategory": "none"})
+
+    return plant
+
+
 def other_id(planted: Planted) -> None:
     planted.val["categories"][1]["id"] = 33
     for record in planted.val["annotations"]:
@@ -348,6 +359,8 @@ CASES: dict[str, Case] = {
         only_in_val, "class to evaluate without training objects", "star: 2 objects in val", "reads", "val"
     ),
     "category without objects": Case(only_in_val, "unused category", r"category 12 \(star\) has no object", "reads"),
+    "root of another name": Case(root("things"), "root of the categories", r"category 0 \(things\)", "reads"),
+    "root of a class's name": Case(root("disc"), "root of the categories", r"category 0 \(disc\)", "reads"),
     # Image records
     "image without id": Case(
         forget("image", "id"), BAD_IMAGE, r"image number 1 \(001\.jpg\): has no id", "drops", lost=3
@@ -613,6 +626,7 @@ def test_training_reads_what_it_can_make_sense_of(planted: Planted, composed: Di
     data = module(written(planted, composed), "stop")
     for dataset in (data.train_set, data.val_set):
         assert not dataset.report.counts
+        assert dataset.class_names == ("disc", "square", "star") or "near" in name or "lacks" in name
         for index in range(len(dataset)):
             sample = dataset[index]
             assert sample.boxes.isfinite().all()

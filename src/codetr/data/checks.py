@@ -110,6 +110,24 @@ def select_classes(
     return {ids[names.index(c)]: c for c in classes}
 
 
+def root_category(categories: Sequence[Mapping[str, Any]]) -> int | None:
+    """The position of the category that only holds the others, as Roboflow writes: its own `supercategory` is "none",
+    and that of all others, or the name of one of them, is its name. It is none of the classes while it has no object.
+    """
+    for position, root in enumerate(categories):
+        others = [*categories[:position], *categories[position + 1 :]]
+        if root.get("supercategory") != "none" or not others or type(root.get("id")) is not int:
+            continue
+        holds = all(c.get("supercategory") == root.get("name") for c in others)
+        if (holds or root.get("name") in [c.get("name") for c in others]) and root["id"] not in _ids(others):
+            return position
+    return None
+
+
+def _ids(categories: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [c.get("id") for c in categories]
+
+
 def _repeated(values: Iterable[Any]) -> list[Any]:
     seen: set[Any] = set()
     return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]

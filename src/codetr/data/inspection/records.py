@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from codetr.data.checks import root_category
 from codetr.data.inspection.files import File, examine
 from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Record, Split, repeated
 from codetr.data.names import advice_on, find_misspelt
-from codetr.data.values import flag, mended_image, mended_object
+from codetr.data.values import flag, mended_image, mended_object, whole
 
 Progress = Callable[[Iterable[File], int], Iterable[File]]
 _SMALL_IMAGE = 32  # pixels on the shorter side
@@ -25,7 +26,10 @@ def inspect_categories(split: Split, classes: Sequence[str] | None) -> None:
     """classes: those to train; None for all."""
     ids: dict[int, Record] = {}
     names: dict[str, str] = {}
+    root = _root(split)
     for position, record in enumerate(split.categories):
+        if position == root:
+            continue
         key, name = record.get("id"), record.get("name")
         what = f"category {key if 'id' in record else f'number {position}'} ({name})"
         if type(key) is not int:
@@ -43,11 +47,21 @@ def inspect_categories(split: Split, classes: Sequence[str] | None) -> None:
         if type(key) is int and isinstance(name, str):
             ids.setdefault(key, record)
             names.setdefault(name.casefold().strip(), name)
+    split.categories = [c for i, c in enumerate(split.categories) if i != root]
     for name in classes or ():
         if name not in [c.get("name") for c in split.categories]:
             split.add("unknown class in data.classes", f"{name}, not among {sorted(names.values())}")
     for i in repeated(classes or ()):
         split.add("unknown class in data.classes", f"{(classes or ())[i]} is named more than once")
+
+
+def _root(split: Split) -> int | None:
+    """The position of the category that holds the others, if it has no object."""
+    root = root_category(split.categories)
+    if root is None or any(whole(a.get("category_id")) == split.categories[root]["id"] for a in split.annotations):
+        return None
+    split.add("root of the categories", f"category {split.categories[root]['id']} ({split.categories[root]['name']})")
+    return root
 
 
 def mend_images(split: Split) -> None:
