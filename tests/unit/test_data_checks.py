@@ -219,3 +219,22 @@ def test_files_in_subfolders_are_found(tmp_path: Path) -> None:
     (root / "a/b/002.jpg").unlink()
     dataset = CocoDetection(root, source, on_error="skip")
     assert dataset.image_ids.tolist() == [100, 103, 109]
+
+
+def test_numbers_as_text_train_what_they_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every column of the same file with numbers and with texts; `bool("0")` is true."""
+    doc = document(6)
+    plain = CocoDetection(*write(tmp_path, doc, "plain"))
+    for record in doc["annotations"]:
+        record.update({k: str(record[k]) for k in ("iscrowd", "image_id", "category_id", "area")})
+        record["bbox"] = [str(v) for v in record["bbox"]]
+    for image in doc["images"]:
+        image["width"] = float(image["width"])
+    (tmp_path / "text.json").write_text(json.dumps(doc))
+    with caplog.at_level(logging.WARNING):
+        text = CocoDetection(tmp_path / "plain", tmp_path / "text.json")
+    assert "value of another type" in caplog.text
+    for i in range(len(plain)):
+        expected, found = plain.truth(i), text.truth(i)
+        assert all(found[key].tolist() == expected[key].tolist() for key in expected)
+    assert any(plain.truth(i)["iscrowd"].any() for i in range(len(plain)))

@@ -35,7 +35,7 @@ def find_misspelt(root: Path, missing: Mapping[int, str], taken: Iterable[str] =
 def advice_on(name: str) -> str:
     """What may be wrong with a name that no file has."""
     odd = [sign for sign in ("%", "\\") if sign in name]
-    if _is_foreign(name.replace("\\", "/")):
+    if is_foreign(name.replace("\\", "/")):
         return "; the path is of another place: write names from data.*_images on"
     return f"; tools write {' and '.join(odd)} for other signs: no one file fits" if odd else ""
 
@@ -44,7 +44,8 @@ def _ways_to_write(name: str) -> list[str]:
     return list(dict.fromkeys(way.replace("\\", "/") for way in (name, unquote(name))))
 
 
-def _is_foreign(path: str) -> bool:
+def is_foreign(path: str) -> bool:
+    """Whether a path, with slashes, is no relative one below some folder."""
     return path.startswith(("/", "../")) or path[1:3] == ":/" or "://" in path
 
 
@@ -53,7 +54,7 @@ def _file(root: Path, path: str, entries: Entries) -> str | None:
     here = [part.casefold() for part in root.absolute().parts]
     for start in range(len(parts)):
         dropped = [part.casefold() for part in parts[:start]]
-        if dropped and not _is_foreign(path) and here[-start:] != dropped:
+        if dropped and not is_foreign(path) and here[-start:] != dropped:
             continue
         if file := _spelt(root, parts[start:], entries):
             return file
