@@ -305,9 +305,7 @@ def test_labels_without_an_image_are_named(tmp_path: Path) -> None:
     source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": BOX, "b": None})
     for name, text in (("lost.txt", OTHER), ("empty.txt", ""), ("classes.txt", "cat"), ("A.txt", OTHER)):
         (tmp_path / "labels/train" / name).write_text(text)
-    with pytest.raises(
-        UserError, match=r"2 x annotation of an unknown image: .*train/(A|lost)\.txt: no image has"
-    ):
+    with pytest.raises(UserError, match=r"2 x annotation of an unknown image: .*train/(A|lost)\.txt: no image has"):
         CocoDetection(tmp_path, source / "train", reader=yolo.read)
     found = CocoDetection(tmp_path, source / "train", reader=yolo.read, on_error="skip")
     assert found.label_counts == {"cat": 1, "dog": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,9 @@ class CocoDetection(Dataset[Sample]):
         self._table, self.report = open_table(source, reader, masks=masks or runs, cache=folder)
         self._masks, self._runs = masks, runs
         self._select(classes, source, absent)
-        usable, self._found = check_files(self._table, self.root, verify, self.report)
+        usable, found = check_files(self._table, self.root, verify, self.report)
+        self._misspelt = np.array(sorted(found), np.int64)
+        self._spellings = np.array([os.fsencode(found[row]) for row in sorted(found)], np.bytes_)
         self.report.settle(on_error)
         if not usable.any():
             raise UserError(f"{source} names no usable image in {self.root}")
@@ -170,7 +173,10 @@ class CocoDetection(Dataset[Sample]):
     def path(self, index: int) -> Path:
         """The image file of one sample."""
         row = self._row(index)
-        return self.root / self._found.get(row, self._table.name(row))
+        place = int(np.searchsorted(self._misspelt, row))
+        if place < len(self._misspelt) and self._misspelt[place] == row:
+            return self.root / os.fsdecode(self._spellings[place])
+        return self.root / self._table.name(row)
 
     def truth(self, index: int) -> dict[str, Any]:
         """What the evaluator needs to know of one image (see `Sample`), without reading the image."""
