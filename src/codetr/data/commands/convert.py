@@ -33,8 +33,7 @@ from codetr.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from codetr.data.checks import Report
-    from codetr.data.writers import Record, Split
+    from codetr.data.writers import Split
 
 _OWN = {"from": None, "to": None, "source": None, "target": None}
 _DEFAULTS = {"images": "link", "splits": ["train", "val"], "overwrite": False}
@@ -126,6 +125,7 @@ def _read(config: DictConfig, name: str) -> Split:
     from omegaconf import OmegaConf
 
     from codetr.data.checks import Report
+    from codetr.data.judged import judged
     from codetr.data.readers import locate
     from codetr.data.writers import Split
 
@@ -135,42 +135,9 @@ def _read(config: DictConfig, name: str) -> Split:
     root, source = (locate(config.root, config[f"{name}_{what}"]) for what in ("images", "annotations"))
     document = instantiate(config.reader)(source)
     report = Report(source)
-    categories = list(document["categories"])
-    images = [i for i in document["images"] if _is_usable(i, root, report)]
-    ids, known = {i["id"] for i in images}, {c["id"] for c in categories}
-    annotations = [a for a in document["annotations"] if _is_object(a, known, report) and a["image_id"] in ids]
+    split = Split(root, *judged(document, root, report), names={})
     report.settle(config.on_error)
-    return Split(root, categories, images, annotations, names={})
-
-
-def _is_usable(image: Record, root: Path, report: Report) -> bool:
-    name = str(image.get("where", f"image {image.get('id')}"))
-    if not all(type(image.get(k)) is int for k in ("id", "width", "height")) or "file_name" not in image:
-        report.add("bad image record", name)
-    elif not (root / image["file_name"]).is_file():
-        report.add("missing image file", f"{name} ({root / image['file_name']})")
-    else:
-        return True
-    return False
-
-
-def _is_object(record: Record, categories: set[Any], report: Report) -> bool:
-    import numpy as np
-
-    name = str(record.get("where", f"annotation {record.get('id')} of image {record.get('image_id')}"))
-    try:
-        box = np.array(record["bbox"], np.float64)
-    except (KeyError, TypeError, ValueError):
-        box = np.zeros(0)
-    if record.get("category_id") not in categories:
-        report.add("unknown category id", f"{name} (category {record.get('category_id')})")
-    elif box.shape != (4,) or not np.isfinite(box).all():
-        report.add("box that is not 4 finite numbers", f"{name}: bbox {record.get('bbox')}")
-    elif (box[2:] <= 0).any():
-        report.add("box without area", f"{name}: bbox {record['bbox']}")
-    else:
-        return True
-    return False
+    return split
 
 
 def _name_images(splits: Mapping[str, Split], form: str, keep: bool) -> None:
