@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import PIL.Image
 from rich.console import Console
 from rich.progress import track
 
+from codetr.data.images import UnreadableImage, seen_size
 from codetr.data.readers import Document
 from codetr.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_ORIENTATION = 0x0112  # the EXIF tag
 _THREADS = 16
 _WORTH_A_BAR = 2000
 
@@ -75,22 +74,14 @@ def find_images(pattern: str) -> list[Path]:
     return files
 
 
-def seen_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file as a viewer shows it: after the EXIF orientation, without decoding."""
-    with PIL.Image.open(path) as file:
-        width, height = file.size
-        on_its_side = file.getexif().get(_ORIENTATION, 1) >= 5
-    return (width, height) if on_its_side else (height, width)
-
-
 def header(path: Path) -> dict[str, int | str]:
     """`width` and `height` for an image's record; only `where`, with the reason, if the file does not open."""
     try:
         height, width = seen_size(path)
     except FileNotFoundError:
         return {"where": f"{path}: no such file"}
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        return {"where": f"{path}: {error}"}
+    except UnreadableImage as error:
+        return {"where": str(error)}
     return {"width": width, "height": height}
 
 
