@@ -42,7 +42,11 @@ def train(config: DictConfig) -> float | None:
     data.prepare_data()
     data.setup("fit")
     config.model.num_classes = len(data.class_names)
-    settings = {"config": application.plain(config), "class_names": list(data.class_names)}
+    settings = {
+        "config": application.plain(config),
+        "class_names": list(data.class_names),
+        "category_ids": list(map(int, data.train_set.category_ids)),
+    }
     task = DetectionTask(
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from codetr.errors import UserError
@@ -66,7 +66,9 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
 
 def unreadable(path: Path, error: Exception) -> UnreadableImage:
     """The error that names the file, which Pillow's own messages seldom do."""
-    return UnreadableImage(f"{path} cannot be decoded: {str(error) or type(error).__name__}")
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "not an image of a kind that can be read here; convert it to JPEG or PNG" if unknown else str(error)
+    return UnreadableImage(f"{path} cannot be decoded: {reason or type(error).__name__}")
 
 
 def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,11 @@ from codetr.data.readers import Document
 from codetr.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Named, when they lie among images to predict, instead of passed over. Pillow reads some of them.
+_OTHER_SUFFIXES = set(
+    ".heic .heif .avif .jp2 .j2k .jxl .jfif .jpe .tga .ppm .pgm .pbm .psd .svg .exr .hdr .dcm .dng .cr2 .cr3 .nef .arw "
+    ".raw .mp4 .m4v .mov .avi .mkv .webm .wmv .mpg .mpeg".split()
+)
 _THREADS = 16
 _WORTH_A_BAR = 2000
 
@@ -49,14 +55,27 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if is_image(p))
 
 
-def find_images(pattern: str) -> list[Path]:
-    """The files that `pattern` means, sorted: one file, the images of a folder (not of folders in it), or a glob.
+def find_images(patterns: str | Sequence[str]) -> list[Path]:
+    """The files that each of `patterns` means, in their order, none twice: one file, the images of a folder (not of
+    folders in it), sorted, or a glob, sorted. A folder's images that cannot be read, and videos, are among them.
 
-    Raises UserError when there are none.
+    Raises UserError when a pattern means none.
     """
+    every = [patterns] if isinstance(patterns, str) else patterns
+    found = [path for pattern in every for path in _files_of(str(pattern))]
+    if not found:
+        raise UserError("images=[] names no image; give files, folders or patterns, images=[photos,'more/*.jpg']")
+    once: dict[str, Path] = {}
+    for path in found:
+        once.setdefault(os.path.abspath(path), path)
+    return list(once.values())
+
+
+def _files_of(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if is_image(p))
+        suffixes = IMAGE_SUFFIXES | _OTHER_SUFFIXES
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
         if not files:
             kinds = " ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(
