@@ -23,11 +23,12 @@ def evaluate(config: DictConfig) -> float:
     one_of(config, split=("val", "train"))
     trained = open_checkpoint(config)
     saved = trained.config
+    kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
     seed_everything(config.seed, workers=True, verbose=False)
     task = DetectionTask(
         detector=trained.detector,
         criterion=instantiate(saved["criterion"], _convert_="all"),
-        postprocess=instantiate(config.get("postprocess") or _with_enough(saved["postprocess"], config.metrics.max_detections)),
+        postprocess=instantiate(config.get("postprocess") or kept),
         metrics=instantiate(config.metrics)(trained.class_names),
         branches=config.branches,
         optimizer=instantiate(saved["optimizer"]),

@@ -66,7 +66,7 @@ def _writer(config: DictConfig, paths: list[Path], trained: Trained) -> Writer:
         ids, numbers = numbering.category_ids(file, trained.class_names), numbering.image_ids(file, paths)
     elif trained.category_ids is None:
         print(
-            f"{config.checkpoint} does not tell the category ids of its data set: category_id is 0 for the first class, "
+            f"{config.checkpoint} does not tell the category ids of its data set: category_id is 0 for the first class "
             "and so on; annotations=FILE takes the ids of a COCO file"
         )
     names, threshold = trained.class_names, config.score_threshold

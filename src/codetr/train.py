@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -42,7 +42,7 @@ def train(config: DictConfig) -> float | None:
     data.prepare_data()
     data.setup("fit")
     config.model.num_classes = len(data.class_names)
-    settings = {
+    settings: dict[str, Any] = {
         "config": application.plain(config),
         "class_names": list(data.class_names),
         "category_ids": list(map(int, data.train_set.category_ids)),

@@ -46,7 +46,7 @@ def class_names(given: str | Sequence[str] | None, about: dict[str, Any], number
 def category_ids(
     given: str | Sequence[str] | None, about: dict[str, Any], names: Sequence[str]
 ) -> tuple[int, ...] | None:
-    """The ids of `names` in the data set: those of the annotation file `given`, of the account `about`, of COCO or LVIS.
+    """The ids of `names` in the data set, as the annotation file `given` or the account `about` says; COCO's; LVIS'.
 
     None where nothing tells them.
     """

@@ -152,11 +152,11 @@ class TransformedDataset(Dataset[Sample]):
     """`dataset` behind `transform`, indexed by (epoch, index) as the samplers of `codetr.data.sampler` yield.
 
     transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks` (see
-    `transformed`). unreadable: what takes the place of an image that does not decode, or that a transform fails on; "next": the next readable one in
-    the order of the data set; "blank": a black image, in which nothing of its truth can be found; "stop":
-    nothing, UnreadableImage names the file. colour: applied to the image as in the file, before `transform`.
-    copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
-    needs masks. masks: whether samples keep them.
+    `transformed`). unreadable: what takes the place of an image that does not decode, or that the transform fails on;
+    "next": the next readable one in the order of the data set; "blank": a black image, in which nothing of its truth
+    can be found; "stop": nothing, UnreadableImage names the file. colour: applied to the image as in the file, before
+    `transform`. copy_paste: with another image of the data set behind the same transform, which must make all images of
+    one size; needs masks. masks: whether samples keep them.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class TransformedDataset(Dataset[Sample]):
                 self._unreadable[position] = True
                 if self.unreadable == "blank":
                     return self._blank(position)
-        raise UnreadableImage(f"none of the {len(self)} images in {self.dataset.root} can be decoded")
+        raise UnreadableImage(f"none of the {len(self)} images in {self.dataset.root} can be used")
 
     def _blank(self, index: int) -> Sample:
         """Drawn small, whatever size the file claims to have, and then said to be of that size."""

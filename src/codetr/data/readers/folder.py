@@ -18,10 +18,9 @@ from codetr.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Named, when they lie among images to predict, instead of passed over. Pillow reads some of them.
-_OTHER_SUFFIXES = set(
-    ".heic .heif .avif .jp2 .j2k .jxl .jfif .jpe .tga .ppm .pgm .pbm .psd .svg .exr .hdr .dcm .dng .cr2 .cr3 .nef .arw "
-    ".raw .mp4 .m4v .mov .avi .mkv .webm .wmv .mpg .mpeg".split()
-)
+_OTHERS = "heic heif avif jp2 j2k jxl jfif jpe tga ppm pgm pbm psd svg exr hdr dcm dng cr2 cr3 nef arw raw"
+_VIDEOS = "mp4 m4v mov avi mkv webm wmv mpg mpeg"
+_OTHER_SUFFIXES = {f".{kind}" for kind in f"{_OTHERS} {_VIDEOS}".split()}
 _THREADS = 16
 _WORTH_A_BAR = 2000
 
