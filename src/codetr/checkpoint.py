@@ -37,13 +37,15 @@ CLASS_ROWS = (
 
 @dataclass
 class Checkpoint:
-    """weights: of the detector. config: plain containers; class_names: of label 0, 1, ...; None when unknown."""
+    """weights: of the detector. config: plain containers; class_names: of label 0, 1, ..., category_ids: theirs in the
+    data set; None when unknown."""
 
     path: Path
     weights: dict[str, Tensor]
     config: dict[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
     step: int = 0
+    category_ids: tuple[int, ...] | None = None
 
 
 def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
@@ -63,9 +65,14 @@ def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: holds no named tensors; give a checkpoint of codetr.train or a converted one")
     about = content.get("codetr", {})
-    names = about.get("class_names")
+    names, ids = about.get("class_names"), about.get("category_ids")
     return Checkpoint(
-        path, weights, about.get("config"), tuple(names) if names else None, int(content.get("global_step", 0))
+        path,
+        weights,
+        about.get("config"),
+        tuple(names) if names else None,
+        int(content.get("global_step", 0)),
+        tuple(map(int, ids)) if names and ids and len(ids) == len(names) else None,
     )
 
 

@@ -25,11 +25,12 @@ def evaluate(config: DictConfig) -> float:
     one_of(config, split=("val", "train"))
     trained = open_checkpoint(config)
     saved = trained.config
+    kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
     seed_everything(config.seed, workers=True, verbose=False)
     task = DetectionTask(
         detector=trained.detector,
         criterion=instantiate(saved["criterion"], _convert_="all"),
-        postprocess=instantiate(config.get("postprocess") or saved["postprocess"]),
+        postprocess=instantiate(config.get("postprocess") or kept),
         metrics=instantiate(config.metrics)(trained.class_names),
         branches=config.branches,
         optimizer=instantiate(saved["optimizer"]),
@@ -48,6 +49,12 @@ def evaluate(config: DictConfig) -> float:
     )
     trainer.validate(task, datamodule=data, verbose=False)
     return float(trainer.callback_metrics["val/map"])
+
+
+def _with_enough(postprocess: dict[str, Any], counted: int) -> dict[str, Any]:
+    """The checkpoint's, keeping at least as many detections of an image as the evaluation counts."""
+    most = postprocess.get("max_detections")
+    return postprocess if most is None else {**postprocess, "max_detections": max(most, counted)}
 
 
 def data_config(config: DictConfig, saved: dict[str, Any], class_names: Sequence[str]) -> DictConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codetr import resume
 from codetr.criterion import Criterion
+from codetr.errors import UserError
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
@@ -27,6 +28,7 @@ class DetectionTask(LightningModule):
     With a mask head, mask AP is evaluated beside box AP where the validation set has masks (`data.val_masks`).
     branches: also evaluate every auxiliary head on its own, with its suppression (Co-DETR, table 11). optimizer:
     (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
+    Raises UserError where fewer detections of an image are kept than `metrics` counts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
 
@@ -42,6 +44,7 @@ class DetectionTask(LightningModule):
         settings: dict[str, Any],
     ) -> None:
         super().__init__()
+        _require_enough(postprocess, metrics, detector if branches else None)
         self.detector, self.criterion = detector, criterion
         self.postprocess, self.metrics = postprocess, metrics
         self.branch_metrics = {name: metrics.like() for name in detector.heads} if branches else {}
@@ -170,3 +173,18 @@ class DetectionTask(LightningModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         set_model_state_dict(self.detector, weights, options=StateDictOptions(full_state_dict=True))
+
+
+def _require_enough(postprocess: PostProcess, metrics: DetectionMetrics, evaluated: Detector | None) -> None:
+    """evaluated: the detector whose heads are, too. What a part of another package keeps, it may not tell."""
+    kept = {"postprocess": getattr(postprocess, "max_detections", None)}
+    for name, head in evaluated.heads.items() if evaluated is not None else ():
+        of_dense = hasattr(head, "selection")
+        key = f"model.detector.heads.{name}{'.selection' * of_dense}"
+        kept[key] = getattr(head.selection if of_dense else head, "max_detections", None)
+    for key, most in kept.items():
+        if most is not None and most < metrics.max_detections:
+            raise UserError(
+                f"metrics.max_detections={metrics.max_detections} counts more detections of an image than "
+                f"{key}.max_detections={most} keeps: set both to the same number"
+            )

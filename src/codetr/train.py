@@ -55,7 +55,8 @@ def train(config: DictConfig) -> float | None:
     if checkpoint is not None:
         _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
         del earlier  # the file stays mapped as long as its tensors
-    settings = {"config": application.plain(config), **about}
+    category_ids = list(map(int, data.train_set.category_ids))
+    settings = {"config": application.plain(config), "category_ids": category_ids, **about}
     task = DetectionTask(
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),

@@ -91,7 +91,8 @@ def _from_huggingface(state: Weights, model: str, source: Path, config: DictConf
         result.weights = huggingface.without_gaps(result.weights, names)
         full.model.num_classes = len(names) - names.count(None)
         print(f"{names.count(None)} of {len(names)} labels are gaps without a name: left out")
-    known = {"CLASSES": tuple(name for name in names if name is not None)}
+    labels = [label for label, name in enumerate(names) if name is not None]  # there they are the data set's ids
+    known = {"CLASSES": tuple(names[label] for label in labels), "CATEGORY_IDS": labels}
     return _checkpoint(result, full, known, source, config)
 
 
@@ -118,15 +119,14 @@ def _checkpoint(
     """about: what the source says of its classes."""
     from rich import print
 
-    from codetr.convert.classes import class_names
+    from codetr.convert.classes import category_ids, class_names
 
     print(result.table())
     result.settle(str(source))
     names = class_names(config.class_names, about, full.model.num_classes)
-    return {
-        "state_dict": _prefixed(result.weights),
-        "codetr": {"config": application.plain(full), "class_names": list(names)},
-    }
+    ids = category_ids(config.class_names, about, names)
+    known = {"class_names": list(names), "category_ids": None if ids is None else list(ids)}
+    return {"state_dict": _prefixed(result.weights), "codetr": {"config": application.plain(full), **known}}
 
 
 def _prefixed(weights: Weights) -> Weights:
