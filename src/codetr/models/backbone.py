@@ -29,7 +29,8 @@ def pretrained_weights(name: str, pretrained: bool | str) -> dict[str, Any]:
     """
     if not pretrained:
         return {"pretrained": False}
-    path = pretrained if isinstance(pretrained, str) else _cached(timm.get_pretrained_cfg(name).hf_hub_id)
+    cfg = timm.get_pretrained_cfg(name)
+    path = pretrained if isinstance(pretrained, str) else _cached(cfg.hf_hub_id if cfg else None)
     if path is None:
         return {"pretrained": True}
     if not Path(path).is_file():
@@ -52,8 +53,8 @@ def _cached(hub_id: str | None) -> str | None:
     except Exception as error:  # of whichever library the hub's client is built on
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"model.detector.backbone.pretrained=true: the weights {hub_id} are not in {HF_HUB_CACHE}, and the hub does "
-            f"not give them ({type(error).__name__}: {reason}). Start from random weights with "
+            f"model.detector.backbone.pretrained=true: the weights {hub_id} are not in {HF_HUB_CACHE}, and the hub "
+            f"does not give them ({type(error).__name__}: {reason}). Start from random weights with "
             f"model.detector.backbone.pretrained=false, or fetch {WEIGHTS[0]} of {hub_id} elsewhere and name the file: "
             "model.detector.backbone.pretrained=FILE"
         ) from error
@@ -94,13 +95,8 @@ class Backbone(nn.Module):
             raise UserError(f"model.backbone.name={name}: timm has no such model (near: {near})")
         if norm == "group":
             arguments = {**arguments, "norm_layer": partial(nn.GroupNorm, 8)}
-        body: Any = timm.create_model(
-            name,
-            features_only=True,
-            out_indices=tuple(out_indices),
-            **arguments,
-            **pretrained_weights(name, pretrained),
-        )
+        weights = pretrained_weights(name, pretrained)
+        body: Any = timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **weights, **arguments)
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(body.feature_info.reduction())
         body = freeze_batch_norm_2d(body) if norm == "frozen" else body
