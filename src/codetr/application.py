@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from codetr import failure
 from codetr.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` d
 def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
     """Compose the configuration from the command line, call `application` with it.
 
-    A UserError is printed as it is, without a stack trace; the exit status is 2.
+    A UserError is printed as it is, without a stack trace; the exit status is 2. Of another exception a few lines are
+    printed, and its trace goes into a file of the run (see `codetr.failure`); the exit status is 1.
     """
 
     def guarded(config: DictConfig) -> Any:
@@ -55,10 +57,14 @@ def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
             return application(config)
         except UserError as error:
             _fail(error)
-        except HydraException as error:  # Hydra wraps what a constructor raises
-            if isinstance(error.__cause__, UserError):
-                _fail(error.__cause__)
-            raise
+        except Exception as error:
+            if refused := failure.refusal(error):
+                _fail(refused)
+            if os.environ.get(failure.FULL) == "1":
+                raise
+            directory = config.get("run_dir")
+            failure.tell(error, f"codetr.{config_name}", Path(directory) if directory else None)
+            raise SystemExit(1) from None
 
     try:
         sys.argv[1:] = settle(sys.argv[1:], config_name)
@@ -68,7 +74,7 @@ def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def _fail(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {failure.message(error)}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
 
 

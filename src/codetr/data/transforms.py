@@ -191,6 +191,9 @@ class TransformedDataset(Dataset[Sample]):
             sample = self._sample(index)
             if self.copy_paste is not None:
                 sample = self.copy_paste(sample, self._sample(_draw(0, len(self) - 1)))
+        except Exception as error:
+            error.add_note(f"while reading and augmenting {self.dataset.path(index)}")
+            raise
         finally:
             generator.set_state(before)
         return sample if self.masks else replace(sample, masks=None)
