@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from codetr import failure
 from codetr.errors import UserError
+from codetr.names import shown_lines
+from codetr.trust import CONFIG_MODULE, check_run, parts
 
 if TYPE_CHECKING:
     from codetr.models.detector import Detector
 
-CONFIG_MODULE = "codetr.conf"
 LAST = Path("checkpoints") / "last.ckpt"
 SAVED_CONFIG = Path(".hydra") / "config.yaml"
 _NOW = re.compile(r"\$\{now:[^}]*\}")
@@ -74,7 +75,7 @@ def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def _fail(error: UserError) -> None:
-    print(f"error: {failure.message(error)}", file=sys.stderr, flush=True)
+    print(f"error: {shown_lines(failure.message(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
 
 
@@ -82,7 +83,11 @@ def settle(argv: list[str], config_name: str) -> list[str]:
     """The command line with its run directory decided. Raises UserError for a configuration that is none."""
     args = get_args_parser().parse_args(argv)
     informs = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    if informs or args.config_path or args.config_name or args.experimental_rerun:
+    if args.experimental_rerun:
+        raise UserError(
+            "--experimental-rerun reads a pickle, which runs code: go on with the run, resume=ITS_DIRECTORY"
+        )
+    if informs or args.config_path or args.config_name:
         return argv
     try:
         overrides = OverridesParser.create().parse_overrides(args.overrides)
@@ -92,7 +97,7 @@ def settle(argv: list[str], config_name: str) -> list[str]:
     if args.multirun:
         return _settle_sweep(argv, args, config_name, overrides)
     if resume not in (None, "auto"):
-        return _with_saved_config(Path(resume), args.overrides)
+        return _with_saved_config(Path(resume), args.overrides, as_names(_value(overrides, "trust")))
     config = compose(config_name, args.overrides, args.config_dir)
     if "run_dir" not in config:
         return argv
@@ -137,11 +142,12 @@ def _with_override(argv: list[str], args: Namespace, override: str) -> list[str]
     return [*argv[:end], override, *argv[end:]]
 
 
-def _with_saved_config(directory: Path, overrides: list[str]) -> list[str]:
+def _with_saved_config(directory: Path, overrides: list[str], trust: tuple[str, ...]) -> list[str]:
     """Go on with the run in `directory`, by its own configuration and what is given on top."""
     for needed in (SAVED_CONFIG, LAST):
         if not (directory / needed).is_file():
             raise UserError(f"resume={directory}: there is no {needed} in it; give the directory of a run")
+    check_run(directory / SAVED_CONFIG, trust)
     folder = (directory / SAVED_CONFIG).resolve().parent
     value = _quoted(directory)
     return [
@@ -290,20 +296,51 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
 
 
-def load(path: str | Path, average: bool = True) -> Detector:
+def load(path: str | Path, average: bool = True, trust: Sequence[str] = ()) -> Detector:
     """The detector of a checkpoint of `codetr.train`, in evaluation mode, on the CPU, from the file alone.
 
-    average: with its averaged weights (EMA), if it has them. Raises UserError for other files.
+    average: with its averaged weights (EMA), if it has them.
+    trust: what else than parts of codetr the file may call, by name: classes, or packages with all that they define.
+    Raises UserError for other files.
     """
-    from hydra.utils import instantiate
-
     from codetr.checkpoint import load_weights
+    from codetr.models.detector import Detector
 
     checkpoint = load_weights(path, average)
     if checkpoint.config is None:
         raise UserError(f"{path}: does not say which detector it belongs to; give a checkpoint of codetr.train")
-    model = checkpoint.config["model"]["detector"]
-    model["backbone"]["pretrained"] = False
-    detector: Detector = instantiate(model, _convert_="all")
-    detector.load_state_dict(checkpoint.weights)
+    detector = build(parts(checkpoint.config, path, trust)["model"].get("detector"), path)
+    if not isinstance(detector, Detector):
+        raise UserError(f"{path}: its model.detector is a {type(detector).__name__}; give a checkpoint of codetr.train")
+    try:
+        detector.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit its configuration; take another copy ({reason})") from error
     return detector.eval()
+
+
+def build(part: Any, source: str | Path) -> Any:
+    """What a part of a configuration says, of `codetr.trust.parts`. Raises UserError for one that says nothing that can
+    be built."""
+    from hydra.utils import instantiate
+
+    try:
+        made = instantiate(part, _convert_="all")
+    except Exception as error:  # whatever the constructors raise at what is in the file
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise UserError(f"{source}: {cause}") from error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"{source}: its configuration cannot be built ({reason})") from error
+    if made is None or isinstance(made, (dict, list)):
+        raise UserError(f"{source}: its configuration names nothing to build; give a checkpoint of codetr.train")
+    return made
+
+
+def as_names(value: Any) -> tuple[str, ...]:
+    """Of the key `trust`: a list of names, or one name. Raises UserError for other values."""
+    names = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"trust={value}: give names of classes or packages, trust=[my_package]")
+    return tuple(names)

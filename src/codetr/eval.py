@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -24,22 +25,22 @@ def evaluate(config: DictConfig) -> float:
     meet_anew()
     one_of(config, split=("val", "train"))
     trained = open_checkpoint(config)
-    saved = trained.config
+    saved, build = trained.config, partial(application.build, source=config.checkpoint)
     kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
     seed_everything(config.seed, workers=True, verbose=False)
     task = DetectionTask(
         detector=trained.detector,
-        criterion=instantiate(saved["criterion"], _convert_="all"),
-        postprocess=instantiate(config.get("postprocess") or kept),
+        criterion=build(saved["criterion"]),
+        postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
         metrics=instantiate(config.metrics)(trained.class_names),
         branches=config.branches,
-        optimizer=instantiate(saved["optimizer"]),
-        schedule=instantiate(saved["schedule"]),
+        optimizer=build(saved["optimizer"]),
+        schedule=build(saved["schedule"]),
         settings={},
     )
     given = data_config(config, saved["data"], trained.class_names)
     given.val_masks = trained.detector.mask_head is not None
-    data = instantiate(given)
+    data = build(given)
     trainer = build_trainer(
         config.trainer,
         callbacks=list(instantiate(callbacks_config(config, trained.step)).values()),
@@ -63,9 +64,9 @@ def data_config(config: DictConfig, saved: dict[str, Any], class_names: Sequence
     data: DictConfig = OmegaConf.create(given if "_target_" in given else {**saved, **given})
     data.classes = list(class_names)
     if config.split == "train":
-        data.val_images, data.val_annotations = data.train_images, data.train_annotations
+        data.val_images, data.val_annotations = data.get("train_images"), data.get("train_annotations")
     # The training set is not read, and may be absent.
-    data.train_images, data.train_annotations = data.val_images, data.val_annotations
+    data.train_images, data.train_annotations = data.get("val_images"), data.get("val_annotations")
     return data
 
 

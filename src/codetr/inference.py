@@ -25,15 +25,17 @@ from codetr.errors import UserError
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.outputs import Results, names_below, picture_names, refuse_inputs, write
+from codetr.trust import parts as trust_parts
 from codetr.types import MAIN, Batch, Detections, Prediction
 from codetr.visualize import draw_boxes
 
 RESULTS = "predictions.json"
+_LARGEST_DIVISOR = 4096
 
 
 @dataclass
 class Trained:
-    """A detector ready for inference on the CPU, with the configuration of its training, in plain containers.
+    """A detector ready for inference on the CPU, with those parts of its configuration that may be built.
 
     category_ids: of each class in its data set; None where the checkpoint does not tell.
     """
@@ -44,17 +46,28 @@ class Trained:
     category_ids: tuple[int, ...] | None
     step: int
 
+    @property
+    def size_divisor(self) -> int:
+        """Batches are padded to multiples of this many pixels. Raises UserError for what is no such number."""
+        value = self.config["data"].get("size_divisor")
+        if type(value) is not int or not 0 < value <= _LARGEST_DIVISOR:
+            raise UserError(
+                f"the checkpoint's data.size_divisor is {value}: must be from 1 to {_LARGEST_DIVISOR} pixels"
+            )
+        return value
+
 
 def open_checkpoint(config: DictConfig) -> Trained:
     """The detector that `checkpoint` and `weights` of the configuration name. Raises UserError for other files."""
     require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt")
     one_of(config, weights=("ema", "raw"))
-    average = config.weights == "ema"
-    detector = application.load(config.checkpoint, average)
+    average, trust = config.weights == "ema", application.as_names(config.trust)
+    detector = application.load(config.checkpoint, average, trust)
     checkpoint = load_weights(config.checkpoint, average)
     if checkpoint.config is None or checkpoint.class_names is None:
         raise UserError(f"checkpoint={config.checkpoint}: does not name its classes; give one of codetr.train")
-    return Trained(detector, checkpoint.config, checkpoint.class_names, checkpoint.category_ids, checkpoint.step)
+    parts = trust_parts(checkpoint.config, config.checkpoint, trust)
+    return Trained(detector, parts, checkpoint.class_names, checkpoint.category_ids, checkpoint.step)
 
 
 def require(config: DictConfig, **examples: str) -> None:

@@ -21,9 +21,9 @@ def predict(config: DictConfig) -> Path:
     What was found before an error is in predictions.json all the same.
     """
     # Imported here, so that --help and --cfg answer at once.
-    from hydra.utils import instantiate
 
     from codetr import inference
+    from codetr.application import build
     from codetr.data.readers.folder import find_images
 
     inference.require(config, images="photos")
@@ -33,13 +33,13 @@ def predict(config: DictConfig) -> Path:
     device = inference.pick_device(config.device)
     results = inference.detect(
         inference.finder(
-            trained.detector.to(device), instantiate(trained.config["postprocess"]), config.score_threshold
+            trained.detector.to(device), build(trained.config["postprocess"], config.checkpoint), config.score_threshold
         ),
-        inference.ImageFiles(paths, instantiate(trained.config["data"]["val_transform"])),
+        inference.ImageFiles(paths, build(trained.config["data"].get("val_transform"), config.checkpoint)),
         device=device,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
-        size_divisor=trained.config["data"]["size_divisor"],
+        size_divisor=trained.size_divisor,
     )
     with _writer(config, paths, trained) as writer:
         try:

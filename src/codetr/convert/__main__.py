@@ -31,7 +31,7 @@ def convert(config: DictConfig) -> Path:
     if out.exists() and not config.overwrite:
         raise UserError(f"out={out}: is there already; overwrite=true writes over it")
     content = read(source)
-    made = _to_official(content, source) if "codetr" in content else _to_ours(content, source, config)
+    made = _to_official(source, config) if "codetr" in content else _to_ours(content, source, config)
     _save(made, out)
     print(f"wrote {out}")
     return out
@@ -77,7 +77,9 @@ def _from_huggingface(state: Weights, model: str, source: Path, config: DictConf
     file = source.with_name("config.json")
     try:
         about = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        if not isinstance(about, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: is no JSON ({error}); move it away, or take the one that belongs to {source.name}"
         ) from error
@@ -133,17 +135,21 @@ def _prefixed(weights: Weights) -> Weights:
     return {f"detector.{name}": tensor for name, tensor in weights.items()}
 
 
-def _to_official(content: dict[str, Any], source: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
+def _to_official(source: Path, config: DictConfig) -> dict[str, Any]:
+    import torch
     from rich import print
 
     from codetr.checkpoint import load_weights
     from codetr.convert import weights
+    from codetr.trust import parts
 
     checkpoint = load_weights(source)
     if checkpoint.config is None:
         raise UserError(f"{source}: does not say which detector it belongs to; give a checkpoint of codetr.train")
-    result = weights.to_official(checkpoint.weights, build(OmegaConf.create(checkpoint.config)))
+    known = parts(checkpoint.config, source, application.as_names(config.trust))
+    with torch.device("meta"):
+        detector = application.build(known["model"].get("detector"), source)
+    result = weights.to_official(checkpoint.weights, detector)
     print(result.table())
     result.settle(str(source))
     return {"state_dict": result.weights, "meta": {"CLASSES": tuple(checkpoint.class_names or ())}}
