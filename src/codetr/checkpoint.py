@@ -14,6 +14,7 @@ from zipfile import BadZipFile, is_zipfile
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from codetr.errors import UserError
 from codetr.files import check_archive
 from codetr.models.detector import MAIN, Detector
+from codetr.names import shown
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +166,7 @@ class LoadReport:
 
     def table(self) -> Table:
         """For `rich.print`."""
-        table = Table(title=f"Weights from {self.source}", title_justify="left")
+        table = Table(title=Text(f"Weights from {shown(self.source)}"), title_justify="left")
         for column in ("tensors", "number", "names"):
             table.add_column(column, justify="right" if column == "number" else "left")
         moved = "moved by class name"
@@ -181,7 +183,7 @@ class LoadReport:
         }
         for label, names in rows.items():
             if names:
-                table.add_row(label, str(len(names)), "" if names is self.loaded else _abridged(names))
+                table.add_row(label, str(len(names)), Text("" if names is self.loaded else shown(_abridged(names))))
         return table
 
 

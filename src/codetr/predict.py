@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from codetr import application
 from codetr.errors import UserError
+from codetr.names import shown_lines
 
 if TYPE_CHECKING:
     from codetr.inference import Found, Trained, Unreadable, Writer
@@ -87,7 +88,7 @@ def _write(results: Iterable[Found | Unreadable], writer: Writer, total: int, on
             raise UserError(f"{one.reason}; on_error=skip goes on without it")
         else:
             skipped += 1
-            print(f"skipped: {one.reason}")
+            print(f"skipped: {shown_lines(one.reason)}")
     return skipped
 
 

@@ -16,6 +16,7 @@ from codetr.errors import UserError
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
+from codetr.names import tags
 from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
 from codetr.trainer import fused_optimizer
@@ -154,7 +155,8 @@ class DetectionTask(LightningModule):
         numbers = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         evaluation = self.metrics.evaluation
         assert evaluation is not None
-        numbers |= {f"val/ap/{name}": value for name, value in evaluation.map_per_class.items()}
+        called = tags(evaluation.map_per_class)
+        numbers |= {f"val/ap/{called[name]}": value for name, value in evaluation.map_per_class.items()}
         if self.mask_metrics is not None:
             masks, evaluated = self.mask_metrics.compute(), self.mask_metrics.evaluation
             numbers |= {f"val/segm/{name}": v for name, v in masks.items() if evaluated and evaluated.images}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from codetr.files import atomically
+from codetr.names import plotted, shown
 from codetr.types import Detections
 
 Color = tuple[int, int, int]
@@ -60,7 +61,7 @@ def draw_boxes(
     picture = to_pil_image(image.cpu())
     scale = max(1.0, SMALLEST_SIDE / max(picture.size))
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
-    captions = [class_names[i] for i in labels.tolist()]
+    captions = [shown(class_names[i]) for i in labels.tolist()]
     if scores is not None:
         captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores.tolist(), strict=True)]
     entries = list(zip((boxes.float().cpu() * scale).tolist(), labels.tolist(), captions, strict=True))
@@ -222,7 +223,7 @@ def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, flo
     present = [(k, name) for k, name in enumerate(map_per_class) if (curves[:, k] > -1).all()]
     named = {k for k, _ in sorted(present, key=lambda one: -map_per_class[one[1]])[:10]}
     for k, name in present:
-        text = f"{name}  AP₅₀ {curves[:, k].mean():.3f}" if k in named else None
+        text = f"{plotted(name)}  AP₅₀ {curves[:, k].mean():.3f}" if k in named else None
         axis.plot(recall, curves[:, k], color=_hex(class_color(k)), linewidth=1.4, alpha=0.85, label=text)
     if present:
         mean = curves[:, [k for k, _ in present]].mean(1)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from codetr.evaluation.metrics import ABSENT, DetectionMetrics, Evaluation
 from codetr.files import atomically
+from codetr.names import shown
 from codetr.visualize import save_learning_curves, save_precision_recall
 
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
@@ -143,7 +144,7 @@ def _classes(evaluation: Evaluation) -> Table:
     head = SHOWN_CLASSES // 2 if hidden else len(ranked)
     for i, (name, ap) in enumerate(ranked):
         if i < head or i >= len(ranked) - head:
-            table.add_row(name, str(evaluation.objects_per_class[name]), _number(ap), _bar(ap))
+            table.add_row(Text(shown(name)), str(evaluation.objects_per_class[name]), _number(ap), _bar(ap))
         if hidden and i == head:
             table.add_row("…", "", "", "")
     return table

@@ -24,6 +24,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codetr.names import shown_lines
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -57,7 +59,7 @@ def main(overrides: list[str]) -> int:
         ) from error
     mended = _fix(splits, config.output) if config.fix else {}
     for source, line in mended.items():
-        console.print(f"{source}: {line}", soft_wrap=True, highlight=False)
+        console.print(shown_lines(f"{source}: {line}"), soft_wrap=True, highlight=False, markup=False)
     console.print(f"{summary.verdict(splits)}{f'; pictures in {config.page}' if config.page else ''}", highlight=False)
     grave: list[Severity] = ["error", "warning"] if config.strict else ["error"]
     counts = [s.findings.left(g) if config.fix else s.findings.total(g) for s in splits for g in grave]

@@ -147,7 +147,7 @@ def _name_images(splits: Mapping[str, Split], form: str, keep: bool) -> None:
     images of a folder would share their labels.
     """
     for split in splits.values():
-        files = [PurePosixPath(i["file_name"]) for i in split.images]
+        files = [_below(i["file_name"], split.root) for i in split.images]
         common = "" if keep or not files else os.path.commonpath([f.parent for f in files])
         split.names = {i["id"]: f.relative_to(common).as_posix() for i, f in zip(split.images, files, strict=True)}
     if form == "voc" and not keep and _shared([n for s in splits.values() for n in s.names.values()]):
@@ -156,6 +156,20 @@ def _name_images(splits: Mapping[str, Split], form: str, keep: bool) -> None:
     for split in splits.values():
         if form != "coco" and (shared := _shared(split.names.values())):
             raise UserError(f"{split.root}: {' and '.join(shared)} would share one file of labels: rename one of them")
+
+
+def _below(name: str, root: Path) -> PurePosixPath:
+    """The place of an image below the folder of the images.
+
+    Raises UserError for one that lies elsewhere: its name would lead out of the target, too.
+    """
+    place = os.path.relpath(os.path.join(root, name), root)
+    if place.partition(os.sep)[0] == os.pardir:
+        raise UserError(
+            f"{name} lies outside of {root}, the folder of the images, and so would its copy of the target: name the "
+            "folder that holds all images, data.train_images=... and data.val_images=..."
+        )
+    return PurePosixPath(Path(place).as_posix())
 
 
 def _shared(names: Any) -> list[str]:
