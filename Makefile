@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format bench gpu tune links measure readme wheel lock clean
+.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format chaos soak bench gpu tune links measure readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ install: .venv/.complete ## Create .venv with the locked packages and codetr its
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo
+demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo/<date>
 	$(BIN)/python -m codetr.train experiment=demo
 
 studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables in the README
@@ -54,6 +54,13 @@ check: install ## Lint, types, import layers
 format: install ## Format and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+KILLS ?= 50
+chaos: install ## Kill, starve, poison and restart toy runs: KILLS=50; what is lost, in benchmarks/results/chaos.md
+	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS)
+
+soak: install ## 5,000 toy steps: memory, descriptors and threads stay flat; benchmarks/results/soak.png
+	PYTHONPATH=tests $(BIN)/python -m chaos.soak
 
 bench: install ## CPU benchmarks side by side; results in benchmarks/results
 	$(BIN)/python benchmarks/msda_cpu.py

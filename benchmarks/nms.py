@@ -38,7 +38,7 @@ def evaluate(checkpoint: Path, thresholds: Sequence[float | None], root: str | N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="of codetr.train, e.g. outputs/demo/checkpoints/best.ckpt")
+    parser.add_argument("checkpoint", type=Path, help="of codetr.train, e.g. outputs/demo/<date>/checkpoints/best.ckpt")
     parser.add_argument("--root", help="folder of the data set, if it has moved since")
     options = parser.parse_args()
     lines = ["| NMS above IoU | map | map_50 | map_75 |", "|---|---|---|---|"]

@@ -8,7 +8,6 @@ One code serves both forms of `Inputs`: in cells, every sample is at centre + sc
 All that is compiled is in this file: Numba's cache looks at the time of no other.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +20,7 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
-log = logging.getLogger(__name__)
+from .compiled import compiled
 
 ROWS_AHEAD = 8  # to prefetch: 3 to 16 are as good
 LINE = LANES = 16  # floats in a cache line, and of slots computed at once
@@ -373,12 +372,4 @@ def kernels(channels: int) -> Kernels:
     inputs = (flat, n[:, :, ::1], n[:, ::1], pairs, flat, flat)
     forward = numba.void(*(n,) * 7, *inputs, flat, flat, flat)
     backward = numba.void(*(n,) * 6, *inputs, flat, flat, pairs, flat, flat, flat, flat, flat)
-    return Kernels(_compile(forward, msda_forward), _compile(backward, msda_backward))
-
-
-def _compile(signature: Any, function: Callable[..., None]) -> Callable[..., None]:
-    try:
-        return njit(signature, cache=True, **OPTIONS)(function)
-    except RuntimeError as error:  # no folder that Numba may write to
-        log.warning("compiling %s without a cache (%s); set NUMBA_CACHE_DIR", function.__name__, error)
-        return njit(signature, **OPTIONS)(function)
+    return Kernels(compiled(msda_forward, forward, **OPTIONS), compiled(msda_backward, backward, **OPTIONS))

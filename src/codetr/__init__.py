@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load(path: str | Path, average: bool = True) -> nn.Module:
+def load(path: str | Path, average: bool = True, trust: Sequence[str] = ()) -> nn.Module:
     """The `Detector` of a checkpoint, ready for inference on the CPU; see `codetr.application.load`."""
     # By name: nothing below the entry points shall depend on them through this file.
     from importlib import import_module
 
-    return import_module("codetr.application").load(path, average)
+    return import_module("codetr.application").load(path, average, trust)

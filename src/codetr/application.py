@@ -7,12 +7,14 @@ run the same command, and so agree on the directory.
 from __future__ import annotations
 
 import difflib
+import glob
+import itertools
 import os
 import re
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,21 +29,25 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from codetr import failure
 from codetr.errors import UserError
+from codetr.names import shown_lines
+from codetr.trust import CONFIG_MODULE, check_run, parts
 
 if TYPE_CHECKING:
     from codetr.models.detector import Detector
 
-CONFIG_MODULE = "codetr.conf"
 LAST = Path("checkpoints") / "last.ckpt"
 SAVED_CONFIG = Path(".hydra") / "config.yaml"
+_NOW = re.compile(r"\$\{now:[^}]*\}")
 OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
 
 
 def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
     """Compose the configuration from the command line, call `application` with it.
 
-    A UserError is printed as it is, without a stack trace; the exit status is 2.
+    A UserError is printed as it is, without a stack trace; the exit status is 2. Of another exception a few lines are
+    printed, and its trace goes into a file of the run (see `codetr.failure`); the exit status is 1.
     """
 
     def guarded(config: DictConfig) -> Any:
@@ -52,10 +58,14 @@ def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
             return application(config)
         except UserError as error:
             _fail(error)
-        except HydraException as error:  # Hydra wraps what a constructor raises
-            if isinstance(error.__cause__, UserError):
-                _fail(error.__cause__)
-            raise
+        except Exception as error:
+            if refused := failure.refusal(error):
+                _fail(refused)
+            if os.environ.get(failure.FULL) == "1":
+                raise
+            directory = config.get("run_dir")
+            failure.tell(error, f"codetr.{config_name}", Path(directory) if directory else None)
+            raise SystemExit(1) from None
 
     try:
         sys.argv[1:] = settle(sys.argv[1:], config_name)
@@ -65,7 +75,7 @@ def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def _fail(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {shown_lines(failure.message(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
 
 
@@ -73,7 +83,11 @@ def settle(argv: list[str], config_name: str) -> list[str]:
     """The command line with its run directory decided. Raises UserError for a configuration that is none."""
     args = get_args_parser().parse_args(argv)
     informs = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    if informs or args.config_path or args.config_name or args.experimental_rerun:
+    if args.experimental_rerun:
+        raise UserError(
+            "--experimental-rerun reads a pickle, which runs code: go on with the run, resume=ITS_DIRECTORY"
+        )
+    if informs or args.config_path or args.config_name:
         return argv
     try:
         overrides = OverridesParser.create().parse_overrides(args.overrides)
@@ -83,21 +97,27 @@ def settle(argv: list[str], config_name: str) -> list[str]:
     if args.multirun:
         return _settle_sweep(argv, args, config_name, overrides)
     if resume not in (None, "auto"):
-        return _with_saved_config(Path(resume), args.overrides)
+        return _with_saved_config(Path(resume), args.overrides, as_names(_value(overrides, "trust")))
     config = compose(config_name, args.overrides, args.config_dir)
     if "run_dir" not in config:
         return argv
-    directory = Path(config.run_dir)
-    given = _value(overrides, "run_dir") is not None
-    if resume == "auto" and not given:
-        directory = newest_run(directory.parent) or directory
-    if not given:
-        _refuse_disagreement()
-        end = argv.index(args.overrides[-1]) + 1 if args.overrides else len(argv)  # argparse wants overrides in a row
-        argv = [*argv[:end], f"run_dir={_quoted(directory)}", *argv[end:]]
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
-        _claim(directory, bool(resume), config.overwrite)
-    return argv
+    overwrite = bool(_value(overrides, "overwrite"))
+    if config.overwrite and not overwrite:
+        raise UserError(
+            "overwrite=true stands in a configuration file, but it deletes a run: take it out there, and give it on "
+            "the command line when it is meant"
+        )
+    if _value(overrides, "run_dir") is not None:
+        if _first_process():
+            _claim(Path(config.run_dir), bool(resume), overwrite)
+        return argv
+    _refuse_disagreement()
+    directory = (newest_run(config) if resume else None) or _fresh_directory(config, bool(resume), overwrite)
+    return _with_override(argv, args, f"run_dir={_quoted(directory)}")
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides: list[Override]) -> list[str]:
@@ -111,14 +131,23 @@ def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides:
             f"a sweep (-m) runs on one device, and trainer.devices is {trainer.devices}: each process would start "
             "the sweep anew. Run the jobs one by one, or set trainer.devices=1"
         )
-    return argv
+    if _value(overrides, "hydra.sweep.dir") is not None:
+        return argv
+    directory = _made(Path(compose(config_name, plain, args.config_dir, hydra_too=True).hydra.sweep.dir))
+    return _with_override(argv, args, f"hydra.sweep.dir={_quoted(directory)}")
 
 
-def _with_saved_config(directory: Path, overrides: list[str]) -> list[str]:
+def _with_override(argv: list[str], args: Namespace, override: str) -> list[str]:
+    end = argv.index(args.overrides[-1]) + 1 if args.overrides else len(argv)  # argparse wants overrides in a row
+    return [*argv[:end], override, *argv[end:]]
+
+
+def _with_saved_config(directory: Path, overrides: list[str], trust: tuple[str, ...]) -> list[str]:
     """Go on with the run in `directory`, by its own configuration and what is given on top."""
     for needed in (SAVED_CONFIG, LAST):
         if not (directory / needed).is_file():
             raise UserError(f"resume={directory}: there is no {needed} in it; give the directory of a run")
+    check_run(directory / SAVED_CONFIG, trust)
     folder = (directory / SAVED_CONFIG).resolve().parent
     value = _quoted(directory)
     return [
@@ -130,12 +159,14 @@ def _with_saved_config(directory: Path, overrides: list[str]) -> list[str]:
     ]
 
 
-def compose(config_name: str, overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """The configuration of an entry point. Raises UserError, with names that were perhaps meant."""
+def compose(
+    config_name: str, overrides: list[str], config_dir: str | None = None, hydra_too: bool = False
+) -> DictConfig:
+    """The configuration of an entry point, and Hydra's own. Raises UserError, with names that were perhaps meant."""
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with _configurations():
-            return hydra.compose(config_name, [*overrides, *search])
+            return hydra.compose(config_name, [*overrides, *search], return_hydra_config=hydra_too)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{error}{_suggestion(str(error), config_name)}") from error
 
@@ -174,22 +205,57 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def newest_run(parent: Path) -> Path | None:
-    """The run in `parent` that wrote a checkpoint last."""
-    checkpoints = sorted(parent.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
-    return checkpoints[-1].parents[1] if checkpoints else None
+def newest_run(config: DictConfig) -> Path | None:
+    """The run that wrote a checkpoint last, of those whose directory is `run_dir` at some time."""
+    times = config.copy()
+    times.run_dir = _NOW.sub("<time>", _unresolved(config))
+    pattern = glob.escape(times.run_dir).replace("<time>", "*")
+    checkpoints = [Path(path) for path in glob.glob(f"{pattern}/{LAST}")]
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
+
+
+def _unresolved(config: DictConfig) -> str:
+    return str(OmegaConf.to_container(config, resolve=False)["run_dir"])  # type: ignore[call-overload,index]
+
+
+def _fresh_directory(config: DictConfig, resume: bool, overwrite: bool) -> Path:
+    directory = Path(config.run_dir)
+    if not _first_process():
+        return directory
+    if _NOW.search(_unresolved(config)):
+        return _made(directory)
+    _claim(directory, resume, overwrite)
+    return directory
+
+
+def _made(directory: Path) -> Path:
+    """`directory`, which nobody else has made: of runs that start in one second, the later ones get a number."""
+    made = directory
+    for number in itertools.count(2):
+        try:
+            made.mkdir(parents=True)
+            break
+        except FileExistsError:
+            made = Path(f"{directory}_{number}")
+    return made
 
 
 def _claim(directory: Path, resume: bool, overwrite: bool) -> None:
-    if not any((directory / name).exists() for name in (LAST, SAVED_CONFIG)) or resume:
+    """Make the run's folder `.hydra`, which of two processes only one can. Raises UserError to the other."""
+    if resume:
         return
-    if not overwrite:
+    if overwrite:
+        for name in OWN:
+            shutil.rmtree(directory / name, ignore_errors=True)
+    try:
+        if (directory / LAST).exists():
+            raise FileExistsError
+        (directory / SAVED_CONFIG).parent.mkdir(parents=True)
+    except FileExistsError:
         raise UserError(
             f"run_dir={directory}: there is a run in it already. Go on with it (resume=auto), delete it "
             "(overwrite=true) or choose another run_dir"
-        )
-    for name in OWN:
-        shutil.rmtree(directory / name, ignore_errors=True)
+        ) from None
 
 
 def _refuse_disagreement() -> None:
@@ -218,25 +284,63 @@ def resume_from(config: DictConfig) -> Path | None:
     return path if config.resume and path.is_file() else None
 
 
+def keep_configuration(config: DictConfig, saved: dict[str, Any]) -> None:
+    """Hydra has written `config` into the run's directory before anybody could refuse it: write `saved` again."""
+    path = Path(config.run_dir) / SAVED_CONFIG
+    if _first_process() and path.exists():
+        OmegaConf.save(OmegaConf.create(saved), path)
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolved, in containers that any reader of a checkpoint knows."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
 
 
-def load(path: str | Path, average: bool = True) -> Detector:
+def load(path: str | Path, average: bool = True, trust: Sequence[str] = ()) -> Detector:
     """The detector of a checkpoint of `codetr.train`, in evaluation mode, on the CPU, from the file alone.
 
-    average: with its averaged weights (EMA), if it has them. Raises UserError for other files.
+    average: with its averaged weights (EMA), if it has them.
+    trust: what else than parts of codetr the file may call, by name: classes, or packages with all that they define.
+    Raises UserError for other files.
     """
-    from hydra.utils import instantiate
-
     from codetr.checkpoint import load_weights
+    from codetr.models.detector import Detector
 
     checkpoint = load_weights(path, average)
     if checkpoint.config is None:
         raise UserError(f"{path}: does not say which detector it belongs to; give a checkpoint of codetr.train")
-    model = checkpoint.config["model"]["detector"]
-    model["backbone"]["pretrained"] = False
-    detector: Detector = instantiate(model, _convert_="all")
-    detector.load_state_dict(checkpoint.weights)
+    detector = build(parts(checkpoint.config, path, trust)["model"].get("detector"), path)
+    if not isinstance(detector, Detector):
+        raise UserError(f"{path}: its model.detector is a {type(detector).__name__}; give a checkpoint of codetr.train")
+    try:
+        detector.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit its configuration; take another copy ({reason})") from error
     return detector.eval()
+
+
+def build(part: Any, source: str | Path) -> Any:
+    """What a part of a configuration says, of `codetr.trust.parts`. Raises UserError for one that says nothing that can
+    be built."""
+    from hydra.utils import instantiate
+
+    try:
+        made = instantiate(part, _convert_="all")
+    except Exception as error:  # whatever the constructors raise at what is in the file
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise UserError(f"{source}: {cause}") from error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"{source}: its configuration cannot be built ({reason})") from error
+    if made is None or isinstance(made, (dict, list)):
+        raise UserError(f"{source}: its configuration names nothing to build; give a checkpoint of codetr.train")
+    return made
+
+
+def as_names(value: Any) -> tuple[str, ...]:
+    """Of the key `trust`: a list of names, or one name. Raises UserError for other values."""
+    names = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"trust={value}: give names of classes or packages, trust=[my_package]")
+    return tuple(names)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,17 @@ from zipfile import BadZipFile, is_zipfile
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from codetr.errors import UserError
+from codetr.files import check_archive
 from codetr.models.detector import MAIN, Detector
+from codetr.names import shown
+
+_log = logging.getLogger(__name__)
 
 PREFIX = "detector."
 SHOWN_NAMES = 4
@@ -32,13 +39,15 @@ CLASS_ROWS = (
 
 @dataclass
 class Checkpoint:
-    """weights: of the detector. config: plain containers; class_names: of label 0, 1, ...; None when unknown."""
+    """weights: of the detector. config: plain containers; class_names: of label 0, 1, ..., category_ids: theirs in the
+    data set; None when unknown."""
 
     path: Path
     weights: dict[str, Tensor]
     config: dict[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
     step: int = 0
+    category_ids: tuple[int, ...] | None = None
 
 
 def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
@@ -58,10 +67,47 @@ def load_weights(path: str | Path, average: bool = True) -> Checkpoint:
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: holds no named tensors; give a checkpoint of codetr.train or a converted one")
     about = content.get("codetr", {})
-    names = about.get("class_names")
+    names, ids = about.get("class_names"), about.get("category_ids")
     return Checkpoint(
-        path, weights, about.get("config"), tuple(names) if names else None, int(content.get("global_step", 0))
+        path,
+        weights,
+        about.get("config"),
+        tuple(names) if names else None,
+        int(content.get("global_step", 0)),
+        tuple(map(int, ids)) if names and ids and len(ids) == len(names) else None,
     )
+
+
+def generation(newest: Path, age: int) -> Path:
+    """last.ckpt, last.1.ckpt (written before it), last.2.ckpt, ..."""
+    return newest if age == 0 else newest.with_name(f"{newest.stem}.{age}{newest.suffix}")
+
+
+def _generations(newest: Path) -> list[Path]:
+    """Those that are there, newest first."""
+    numbers = [path.stem.removeprefix(f"{newest.stem}.") for path in newest.parent.glob(f"{newest.stem}.*")]
+    ages = sorted({0, *(int(number) for number in numbers if number.isdecimal())})
+    return [path for age in ages if (path := generation(newest, age)).is_file()]
+
+
+def newest_whole(newest: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest generation that can be read, and what it holds; the damaged ones are named on the way.
+
+    Raises UserError without any.
+    """
+    complaints = []
+    for path in _generations(newest):
+        try:
+            content = read(path)
+        except UserError as error:
+            complaints.append(str(error))
+        else:
+            for complaint in complaints:
+                _log.warning("%s", complaint)
+            if complaints:
+                _log.warning("going on with %s, the newest that is whole, from step %d", path, content["global_step"])
+            return path, content
+    raise UserError("\n".join(complaints) or f"{newest}: no such checkpoint")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -72,15 +118,17 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
+        if _is_archive(path):
+            check_archive(path)  # before anything in it is believed; a mapped file is not read again
         content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds objects that run code when they are read, and is not read for safety; save its tensors "
             f'alone, torch.save({{"state_dict": ...}}) ({_first_line(error)})'
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, SafetensorError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, BadZipFile, SafetensorError, ValueError, KeyError, OSError, zlib.error) as error:
         raise UserError(
-            f"{path}: is damaged, probably truncated while it was written or copied; take another one "
+            f"{path}: is damaged, truncated or changed while it was written, kept or copied; take another one "
             f"({_first_line(error)})"
         ) from error
     if not isinstance(content, dict):
@@ -90,7 +138,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def _unpickle(path: Path) -> Any:
     # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" or is_zipfile(path)
 
 
 def _first_line(error: Exception) -> str:
@@ -113,7 +166,7 @@ class LoadReport:
 
     def table(self) -> Table:
         """For `rich.print`."""
-        table = Table(title=f"Weights from {self.source}", title_justify="left")
+        table = Table(title=Text(f"Weights from {shown(self.source)}"), title_justify="left")
         for column in ("tensors", "number", "names"):
             table.add_column(column, justify="right" if column == "number" else "left")
         moved = "moved by class name"
@@ -130,7 +183,7 @@ class LoadReport:
         }
         for label, names in rows.items():
             if names:
-                table.add_row(label, str(len(names)), "" if names is self.loaded else _abridged(names))
+                table.add_row(label, str(len(names)), Text("" if names is self.loaded else shown(_abridged(names))))
         return table
 
 

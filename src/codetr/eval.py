@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,26 +18,29 @@ def evaluate(config: DictConfig) -> float:
     from lightning import seed_everything
 
     from codetr.inference import one_of, open_checkpoint
+    from codetr.ops.distributed import meet_anew
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
 
+    meet_anew()
     one_of(config, split=("val", "train"))
     trained = open_checkpoint(config)
-    saved = trained.config
+    saved, build = trained.config, partial(application.build, source=config.checkpoint)
+    kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
     seed_everything(config.seed, workers=True, verbose=False)
     task = DetectionTask(
         detector=trained.detector,
-        criterion=instantiate(saved["criterion"], _convert_="all"),
-        postprocess=instantiate(config.get("postprocess") or saved["postprocess"]),
+        criterion=build(saved["criterion"]),
+        postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
         metrics=instantiate(config.metrics)(trained.class_names),
         branches=config.branches,
-        optimizer=instantiate(saved["optimizer"]),
-        schedule=instantiate(saved["schedule"]),
+        optimizer=build(saved["optimizer"]),
+        schedule=build(saved["schedule"]),
         settings={},
     )
     given = data_config(config, saved["data"], trained.class_names)
     given.val_masks = trained.detector.mask_head is not None
-    data = instantiate(given)
+    data = build(given)
     trainer = build_trainer(
         config.trainer,
         callbacks=list(instantiate(callbacks_config(config, trained.step)).values()),
@@ -48,15 +52,21 @@ def evaluate(config: DictConfig) -> float:
     return float(trainer.callback_metrics["val/map"])
 
 
+def _with_enough(postprocess: dict[str, Any], counted: int) -> dict[str, Any]:
+    """The checkpoint's, keeping at least as many detections of an image as the evaluation counts."""
+    most = postprocess.get("max_detections")
+    return postprocess if most is None else {**postprocess, "max_detections": max(most, counted)}
+
+
 def data_config(config: DictConfig, saved: dict[str, Any], class_names: Sequence[str]) -> DictConfig:
     """The data set given, or the checkpoint's with the values given; labels are those of the checkpoint."""
     given = application.plain(config).get("data") or {}
     data: DictConfig = OmegaConf.create(given if "_target_" in given else {**saved, **given})
     data.classes = list(class_names)
     if config.split == "train":
-        data.val_images, data.val_annotations = data.train_images, data.train_annotations
+        data.val_images, data.val_annotations = data.get("train_images"), data.get("train_annotations")
     # The training set is not read, and may be absent.
-    data.train_images, data.train_annotations = data.val_images, data.val_annotations
+    data.train_images, data.train_annotations = data.get("val_images"), data.get("val_annotations")
     return data
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,44 +14,60 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
 
 from codetr import application
 from codetr.checkpoint import load_weights
 from codetr.data.coco import Sample
 from codetr.data.collate import collate
-from codetr.data.images import UnreadableImage, read_image
-from codetr.data.readers.folder import seen_size
-from codetr.data.transforms import Transform, transformed
+from codetr.data.images import UnreadableImage, read_image, seen_size
+from codetr.data.transforms import Transform, failed, transformed, without_objects
 from codetr.errors import UserError
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
+from codetr.outputs import Results, names_below, picture_names, refuse_inputs, write
+from codetr.trust import parts as trust_parts
 from codetr.types import MAIN, Batch, Detections, Prediction
 from codetr.visualize import draw_boxes
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
+RESULTS = "predictions.json"
+_LARGEST_DIVISOR = 4096
 
 
 @dataclass
 class Trained:
-    """A detector ready for inference on the CPU, with the configuration of its training, in plain containers."""
+    """A detector ready for inference on the CPU, with those parts of its configuration that may be built.
+
+    category_ids: of each class in its data set; None where the checkpoint does not tell.
+    """
 
     detector: Detector
     config: dict[str, Any]
     class_names: tuple[str, ...]
+    category_ids: tuple[int, ...] | None
     step: int
+
+    @property
+    def size_divisor(self) -> int:
+        """Batches are padded to multiples of this many pixels. Raises UserError for what is no such number."""
+        value = self.config["data"].get("size_divisor")
+        if type(value) is not int or not 0 < value <= _LARGEST_DIVISOR:
+            raise UserError(
+                f"the checkpoint's data.size_divisor is {value}: must be from 1 to {_LARGEST_DIVISOR} pixels"
+            )
+        return value
 
 
 def open_checkpoint(config: DictConfig) -> Trained:
     """The detector that `checkpoint` and `weights` of the configuration name. Raises UserError for other files."""
     require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt")
     one_of(config, weights=("ema", "raw"))
-    average = config.weights == "ema"
-    detector = application.load(config.checkpoint, average)
+    average, trust = config.weights == "ema", application.as_names(config.trust)
+    detector = application.load(config.checkpoint, average, trust)
     checkpoint = load_weights(config.checkpoint, average)
     if checkpoint.config is None or checkpoint.class_names is None:
         raise UserError(f"checkpoint={config.checkpoint}: does not name its classes; give one of codetr.train")
-    return Trained(detector, checkpoint.config, checkpoint.class_names, checkpoint.step)
+    parts = trust_parts(checkpoint.config, config.checkpoint, trust)
+    return Trained(detector, parts, checkpoint.class_names, checkpoint.category_ids, checkpoint.step)
 
 
 def require(config: DictConfig, **examples: str) -> None:
@@ -84,7 +99,7 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass
 class Unreadable:
-    """An image file that does not decode, and why."""
+    """An image file that does not decode or fit the network, and why; the reason names it."""
 
     path: Path
     reason: str
@@ -114,12 +129,12 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
         try:
             size = seen_size(path)
             image = read_image(path, size)
-        except (UnreadableImage, OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        except (UnreadableImage, OSError) as error:
             return Unreadable(path, str(error))
-        no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=size)
-        no_labels = torch.zeros(0, dtype=torch.int64)
-        sample = Sample(Image(image), no_boxes, no_labels, image_id=index, original_size=size, file_size=size, truth={})
-        return transformed(sample, self.transform), image
+        try:
+            return transformed(without_objects(image, index, truth={}), self.transform), image
+        except Exception as error:
+            return Unreadable(path, str(failed(path, size, error)))
 
 
 Items = list[tuple[Sample, Tensor] | Unreadable]
@@ -164,54 +179,67 @@ def detect(
         pin_memory=device.type == "cuda",
     )
     for batch, images, unreadable in loader:
-        yield from unreadable
         if batch is not None:
             detections = find(batch.to(device))
             for i, image, found in zip(batch.image_ids.tolist(), images, detections, strict=True):
                 yield Found(files.paths[i], image, found.to("cpu"))
+        yield from unreadable  # last: who stops at one has what was found beside it
 
 
 @dataclass
 class Writer:
-    """Annotated pictures and COCO results of one run, in the folder `out`.
+    """Annotated pictures and COCO results of one run, in the folder `out`, as a context: at its end, however it comes,
+    predictions.json holds what was added.
 
-    paths: all files of the run; pictures keep their names, and their folders below the deepest common one. Boxes
-    below `score_threshold` are neither drawn nor written. pictures: whether to draw at all.
+    paths: all files of the run, none twice; pictures keep their names, and their folders below the deepest common one.
+    image_ids: of each path; category_ids: of each class. Boxes below `score_threshold` are neither drawn nor written.
+    pictures: whether to draw at all. inputs: other files that the run reads. done: number of images so far.
+
+    Raises UserError, before anything is written, where an input would be overwritten; and for what cannot be written.
     """
 
     out: Path
     paths: Sequence[Path]
+    image_ids: Sequence[int]
     class_names: Sequence[str]
+    category_ids: Sequence[int]
     score_threshold: float
     pictures: bool
+    inputs: Sequence[Path] = ()
+    done: int = 0
 
     def __post_init__(self) -> None:
-        self.root = Path(os.path.commonpath([p.resolve().parent for p in self.paths]))
-        if self.pictures and self.out.resolve() == self.root:
-            raise UserError(f"out={self.out} is the folder of the images, which would be overwritten: name another")
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.results: list[dict[str, Any]] = []
-        self._numbers = {path: i for i, path in enumerate(self.paths)}
+        names = names_below(self.paths)
+        targets = [self.out / name for name in picture_names(names)] if self.pictures else []
+        refuse_inputs([*targets, self.out / RESULTS], [*self.paths, *self.inputs])
+        self._targets = dict(zip(self.paths, targets, strict=False))
+        self._about = dict(zip(self.paths, zip(self.image_ids, names, strict=True), strict=True))
+        self.results = Results(self.out / RESULTS)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.results.close()
 
     def add(self, one: Found) -> None:
         found = one.detections.above(self.score_threshold)
-        name = one.path.resolve().relative_to(self.root)
-        self.results += self._records(self._numbers[one.path], name, found)
-        if self.pictures:
-            target = self.out / name
-            if target.suffix.lower() not in PICTURE_SUFFIXES:
-                target = target.with_name(f"{name.name}.png")
-            target.parent.mkdir(parents=True, exist_ok=True)
+        self.results.add(self._records(*self._about[one.path], found))
+        if target := self._targets.get(one.path):
             picture = draw_boxes(one.image, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.runs)
-            picture.save(target, quality=92)
+            # In memory: a full disk shows as what it is, not as an encoder's failure.
+            content = io.BytesIO()
+            picture.save(content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92)
+            write(target, content.getvalue())
+        self.done += 1
 
-    def _records(self, number: int, name: Path, found: Detections) -> list[dict[str, Any]]:
+    def _records(self, image_id: int, name: Path, found: Detections) -> list[dict[str, Any]]:
         rows = zip(found.labels.tolist(), found.boxes_xyxy.double().tolist(), found.scores.tolist(), strict=True)
         records: list[dict[str, Any]] = [
             {
-                "image_id": number,
+                "image_id": image_id,
                 "file_name": name.as_posix(),
-                "category_id": label,
+                "category_id": self.category_ids[label],
                 "category_name": self.class_names[label],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": score,
@@ -222,8 +250,3 @@ class Writer:
             return records
         masks = zip(records, found.runs, found.mask_scores.tolist(), strict=True)
         return [record | {"segmentation": runs, "mask_score": score} for record, runs, score in masks]
-
-    def close(self) -> Path:
-        path = self.out / "predictions.json"
-        path.write_text(json.dumps(self.results, indent=1) + "\n")
-        return path

@@ -26,18 +26,19 @@ def parameter_groups(
     rules: Mapping[str, Mapping[str, Any]],
     no_decay: Collection[str],
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group; as few groups as there are different (lr, weight decay).
+    """Every trainable parameter in exactly one group; as few groups as rules and kinds make, whatever the numbers.
 
     rules: by any name, a regular expression `pattern` that is searched in the parameter's name, and its
     `lr_multiplier`; the first that is found counts. no_decay: kinds without weight decay, of "norm", "bias",
     "embedding".
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter, kind in _kinds(module):
         found = (rule["lr_multiplier"] for rule in rules.values() if re.search(rule["pattern"], name))
         factor = next(found, 1.0)
-        decay = 0.0 if kind in no_decay else weight_decay
-        group = groups.setdefault((factor, decay), {"params": [], "lr": lr * factor, "weight_decay": decay})
+        decays = kind not in no_decay
+        decay = weight_decay if decays else 0.0
+        group = groups.setdefault((factor, decays), {"params": [], "lr": lr * factor, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -88,7 +89,7 @@ def adamw(
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor of the learning rate that depends on the step alone: linear warm-up times `decay`.
+    """A factor of the learning rate: linear warm-up by the step, times `decay` by the epoch.
 
     The factor rises from `warmup_start` at step 0 to 1 at step `warmup_steps`.
     """
@@ -97,14 +98,32 @@ class Schedule:
     warmup_start: float
     decay: Decay
 
-    def factor(self, step: int, steps_per_epoch: int, epochs: float) -> float:
+    def factor(self, step: int, epoch: float, epochs: float) -> float:
+        """epoch: the position in the training, with the part of the current one."""
         done = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         warmup = self.warmup_start + (1 - self.warmup_start) * done
-        return warmup * self.decay(step / steps_per_epoch, epochs)
+        return warmup * self.decay(epoch, epochs)
 
-    def attach(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: float) -> LambdaLR:
-        """To be stepped once per optimizer step."""
-        return LambdaLR(optimizer, lambda step: self.factor(step, steps_per_epoch, epochs))
+    def attach(self, optimizer: torch.optim.Optimizer, position: Callable[[int], tuple[float, float]]) -> LambdaLR:
+        """To be stepped once per optimizer step. position: of a step, in epochs; and epochs in all."""
+        return LambdaLR(optimizer, lambda step: self.factor(step, *position(step)))
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Learning rate, weight decay and so on of every parameter group."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def set_again(scheduler: LambdaLR, settings: list[dict[str, Any]]) -> None:
+    """After a state was loaded, which brings old settings with it: keep its moments and its step, and no more."""
+    for group, given in zip(scheduler.optimizer.param_groups, settings, strict=True):
+        group.update(given)
+    scheduler.base_lrs = [group["initial_lr"] for group in settings]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    lrs = [lr * factor for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+    scheduler._last_lr = lrs
 
 
 def constant(epoch: float, epochs: float) -> float:

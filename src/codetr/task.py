@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from codetr import resume
 from codetr.criterion import Criterion
+from codetr.errors import UserError
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
-from codetr.optim import Schedule
+from codetr.names import tags
+from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
 from codetr.trainer import fused_optimizer
-from codetr.types import MAIN, Batch, Detections
+from codetr.types import MAIN, Batch, Detections, Seen
 
 
 class DetectionTask(LightningModule):
@@ -25,6 +29,7 @@ class DetectionTask(LightningModule):
     With a mask head, mask AP is evaluated beside box AP where the validation set has masks (`data.val_masks`).
     branches: also evaluate every auxiliary head on its own, with its suppression (Co-DETR, table 11). optimizer:
     (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
+    Raises UserError where fewer detections of an image are kept than `metrics` counts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
 
@@ -40,13 +45,16 @@ class DetectionTask(LightningModule):
         settings: dict[str, Any],
     ) -> None:
         super().__init__()
+        _require_enough(postprocess, metrics, detector if branches else None)
         self.detector, self.criterion = detector, criterion
         self.postprocess, self.metrics = postprocess, metrics
         self.branch_metrics = {name: metrics.like() for name in detector.heads} if branches else {}
         self.mask_metrics = metrics.like(masks=True) if detector.mask_head is not None else None
         self.optimizer, self.schedule = optimizer, schedule
         self.settings = settings
+        self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
         self._logged_step = -1
+        self._steps_ahead = 0
 
     def configure_model(self) -> None:
         """Shard (FSDP2) when the strategy has a device mesh: each layer, the backbone, and the rest."""
@@ -65,11 +73,21 @@ class DetectionTask(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         optimizer = self.optimizer(self.detector, fused=fused_optimizer(self.trainer))
-        scheduler = self.schedule.attach(optimizer, *self._length())
+        self._steps_per_epoch = -(-self._batches() // self.trainer.accumulate_grad_batches)
+        scheduler = self.schedule.attach(optimizer, self._position)
+        self._optimizer_settings = settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _length(self) -> tuple[int, float]:
-        """Optimizer steps per epoch, and epochs.
+    def _position(self, step: int) -> tuple[float, float]:
+        """Of a step, in epochs; and epochs in all."""
+        trainer, steps = self.trainer, self._steps_per_epoch
+        epochs = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+        if trainer.max_steps != -1:
+            epochs = min(epochs, (trainer.max_steps + self._steps_ahead) / steps)
+        return (step + self._steps_ahead) / steps, epochs
+
+    def _batches(self) -> int:
+        """Of an epoch, on this process.
 
         Not `trainer.estimated_stepping_batches`: that sets up the data before a resumed run knows its position in
         it, and Lightning then never tells the loader.
@@ -77,18 +95,29 @@ class DetectionTask(LightningModule):
         trainer = self.trainer
         batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = max(1, -(-batches // trainer.accumulate_grad_batches))
-        epochs = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
-        return steps, epochs if trainer.max_steps == -1 else min(epochs, trainer.max_steps / steps)
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        sampler = self.trainer.datamodule.train_dataloader().batch_sampler  # type: ignore[attr-defined]
+        batches, accumulate = self._batches(), self.trainer.accumulate_grad_batches
+        self._steps_ahead = resume.go_on(checkpoint, sampler, batches, accumulate)
+
+    def on_train_start(self) -> None:
+        self.seen = deque(maxlen=self.trainer.accumulate_grad_batches)
+        if self.trainer.fit_loop.restarted_on_epoch_end:
+            resume.begin_next_epoch(self.trainer.fit_loop)
+        set_again(self.lr_schedulers(), self._optimizer_settings)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.detector(batch.images, batch.padding, batch.targets)
         losses = self.criterion(output, batch.targets)
-        loss = torch.stack(list(losses.values())).sum()
+        terms = torch.stack(list(losses.values()))
+        loss = terms.sum()
+        self.seen.append(Seen(tuple(losses), terms.detach(), batch.image_ids))
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
         self._log_losses({"loss": loss, **losses})
-        return loss
+        # A factor of one; NaN where the loss is not finite: then its gradient is not either, and every process sees it.
+        return loss * (loss.detach() * 0 + 1)
 
     def _log_losses(self, losses: dict[str, Tensor]) -> None:
         """Straight to the loggers: Lightning's own bookkeeping of a hundred names costs more than their losses."""
@@ -126,7 +155,8 @@ class DetectionTask(LightningModule):
         numbers = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         evaluation = self.metrics.evaluation
         assert evaluation is not None
-        numbers |= {f"val/ap/{name}": value for name, value in evaluation.map_per_class.items()}
+        called = tags(evaluation.map_per_class)
+        numbers |= {f"val/ap/{called[name]}": value for name, value in evaluation.map_per_class.items()}
         if self.mask_metrics is not None:
             masks, evaluated = self.mask_metrics.compute(), self.mask_metrics.evaluation
             numbers |= {f"val/segm/{name}": v for name, v in masks.items() if evaluated and evaluated.images}
@@ -145,3 +175,18 @@ class DetectionTask(LightningModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         set_model_state_dict(self.detector, weights, options=StateDictOptions(full_state_dict=True))
+
+
+def _require_enough(postprocess: PostProcess, metrics: DetectionMetrics, evaluated: Detector | None) -> None:
+    """evaluated: the detector whose heads are, too. What a part of another package keeps, it may not tell."""
+    kept = {"postprocess": getattr(postprocess, "max_detections", None)}
+    for name, head in evaluated.heads.items() if evaluated is not None else ():
+        of_dense = hasattr(head, "selection")
+        key = f"model.detector.heads.{name}{'.selection' * of_dense}"
+        kept[key] = getattr(head.selection if of_dense else head, "max_detections", None)
+    for key, most in kept.items():
+        if most is not None and most < metrics.max_detections:
+            raise UserError(
+                f"metrics.max_detections={metrics.max_detections} counts more detections of an image than "
+                f"{key}.max_detections={most} keeps: set both to the same number"
+            )

@@ -91,6 +91,15 @@ class Batch(_Movable):
 
 
 @dataclass
+class Seen:
+    """What a training step computed for a batch, for reports. names: of the losses [n]. image_ids: [B]."""
+
+    names: tuple[str, ...]
+    losses: Tensor
+    image_ids: Tensor
+
+
+@dataclass
 class Memory:
     """The encoder's output, or its input: all levels flattened, finest first.
 
@@ -257,7 +266,13 @@ class Detections(_Movable):
 
 
 class QuerySource(Protocol):
-    """Makes one query group. The source named MAIN is what inference keeps; the others only run in training."""
+    """Makes one query group. The source named MAIN is what inference keeps; the others only run in training.
+
+    brings_position, brings_reference: whether its groups have them; a detector asks when it is built.
+    """
+
+    brings_position: bool
+    brings_reference: bool
 
     def __call__(self, context: QueryContext) -> QueryGroup: ...
 

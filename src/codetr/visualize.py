@@ -16,6 +16,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from codetr.files import atomically
+from codetr.names import plotted, shown
 from codetr.types import Detections
 
 Color = tuple[int, int, int]
@@ -59,7 +61,7 @@ def draw_boxes(
     picture = to_pil_image(image.cpu())
     scale = max(1.0, SMALLEST_SIDE / max(picture.size))
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
-    captions = [class_names[i] for i in labels.tolist()]
+    captions = [shown(class_names[i]) for i in labels.tolist()]
     if scores is not None:
         captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores.tolist(), strict=True)]
     entries = list(zip((boxes.float().cpu() * scale).tolist(), labels.tolist(), captions, strict=True))
@@ -207,7 +209,8 @@ def save_learning_curves(metrics_csv: Path, path: Path, losses: Sequence[str], s
         if present:
             axis.legend(frameon=False)
     axes[1].set_ylim(bottom=0)
-    figure.savefig(path)
+    with atomically(path) as part:
+        figure.savefig(part)
 
 
 def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, float], path: Path) -> None:
@@ -220,7 +223,7 @@ def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, flo
     present = [(k, name) for k, name in enumerate(map_per_class) if (curves[:, k] > -1).all()]
     named = {k for k, _ in sorted(present, key=lambda one: -map_per_class[one[1]])[:10]}
     for k, name in present:
-        text = f"{name}  AP₅₀ {curves[:, k].mean():.3f}" if k in named else None
+        text = f"{plotted(name)}  AP₅₀ {curves[:, k].mean():.3f}" if k in named else None
         axis.plot(recall, curves[:, k], color=_hex(class_color(k)), linewidth=1.4, alpha=0.85, label=text)
     if present:
         mean = curves[:, [k for k, _ in present]].mean(1)
@@ -228,7 +231,8 @@ def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, flo
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.set(title="precision and recall at IoU 0.50", xlabel="recall", ylabel="precision")
     axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    figure.savefig(path)
+    with atomically(path) as part:
+        figure.savefig(part)
 
 
 def _figure(columns: int) -> tuple[Any, Any]:

@@ -45,7 +45,9 @@ def test_training_with_federated_loss_and_ap(tmp_path: Path, monkeypatch: pytest
 
     annotations = json.loads((data / "train.json").read_text())["annotations"]
     images = [len({a["image_id"] for a in annotations if a["category_id"] == k}) for k in (1, 2, 3)]
-    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["codetr"]["category_ids"] == [1, 2, 3]
+    state = checkpoint["state_dict"]
     torch.testing.assert_close(state["criterion.fed_loss.weights"], torch.tensor(images).sqrt())
 
     with (run / "csv" / "metrics.csv").open(newline="") as file:

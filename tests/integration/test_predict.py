@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import open_dict
 from PIL import Image
 
 from codetr.application import compose
+from codetr.data.numbering import category_ids, image_ids
 from codetr.errors import UserError
+from codetr.eval import evaluate
 from codetr.predict import predict
 
 if TYPE_CHECKING:
@@ -73,3 +78,142 @@ def test_a_mistake_ends_the_command_with_one_line(tmp_path: Path) -> None:
     result = run(tmp_path, "checkpoint=absent.ckpt", "images=photos")
     assert result.returncode == 2
     assert result.stderr == "error: absent.ckpt: no such checkpoint\n"
+
+
+def load(path: Path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+def options(trained: "Trained", out: Path, *more: str) -> list[str]:
+    return [f"checkpoint={trained.checkpoint}", "score_threshold=0", "num_workers=0", "device=cpu", f"out={out}", *more]
+
+
+@pytest.fixture
+def knowing(trained: "Trained", tmp_path: Path) -> Path:
+    """The checkpoint as codetr.train writes it: with the category ids of its data set."""
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["codetr"]["category_ids"] = [9, 8, 7]
+    torch.save(content, tmp_path / "knowing.ckpt")
+    return tmp_path / "knowing.ckpt"
+
+
+def test_pycocotools_finds_what_the_evaluation_reports(
+    trained: "Trained", knowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Truth of which the model finds a part, with category ids in reverse order and images from 100 on."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = load(trained.images.parent / "truth.json")
+    for annotation in truth["annotations"][::2]:
+        annotation["bbox"] = [side + 3 for side in annotation["bbox"]]
+    for annotation in truth["annotations"][::3]:
+        annotation["category_id"] = 7 + (annotation["category_id"] - 6) % 3
+    file = tmp_path / "moved.json"
+    file.write_text(json.dumps(truth))
+    monkeypatch.chdir(tmp_path)
+    evaluated = compose(
+        "eval", [f"checkpoint={knowing}", f"+data.val_annotations={file}", "trainer=cpu", "run_dir=eval"]
+    )
+    with open_dict(evaluated):
+        evaluated.callbacks, evaluated.trainer.default_root_dir = {}, "eval"
+    expected = evaluate(evaluated)
+    assert 0.05 < expected < 0.95
+    capsys.readouterr()
+    where = [f"images={trained.images}", "pictures=false"]
+    with_file = predict(compose("predict", options(trained, tmp_path / "a", *where, f"annotations={file}")))
+    by_itself = predict(compose("predict", options(trained, tmp_path / "b", *where, f"checkpoint={knowing}")))
+    assert "category ids" not in capsys.readouterr().out
+    assert {r["image_id"] for r in load(with_file)} == {i["id"] for i in truth["images"]}
+    numbers = {i["file_name"]: i["id"] for i in truth["images"]}
+    renumbered = [{**r, "image_id": numbers[r["file_name"]]} for r in load(by_itself)]
+    coco = COCO(str(file))
+    for results in (load(with_file), renumbered):
+        judge = COCOeval(coco, coco.loadRes(results), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        assert judge.stats[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_checkpoint_without_category_ids_says_so(
+    trained: "Trained", tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images = f"images=[{trained.images}/0.png,{trained.images}/1.png]"
+    results = load(predict(compose("predict", options(trained, tmp_path / "out", images, "pictures=false"))))
+    assert "does not tell the category ids of its data set" in capsys.readouterr().out
+    assert {r["category_id"] for r in results} <= {0, 1, 2}
+    assert {r["file_name"] for r in results} == {"0.png", "1.png"}
+
+
+def test_what_was_found_before_an_error_is_kept(trained: "Trained", tmp_path: Path) -> None:
+    images, out = tmp_path / "photos", tmp_path / "out"
+    images.mkdir()
+    out.mkdir()
+    for path in trained.images.iterdir():
+        (images / path.name).symlink_to(path)
+    (images / "3.jpg").write_bytes(b"broken")
+    (out / "predictions.json").write_text("an older run")
+    more = [f"images={images}", "batch_size=2", "pictures=false"]
+    with pytest.raises(UserError, match=r"3\.jpg cannot be decoded.*on_error=skip.*; 3 of 6 images were done before"):
+        predict(compose("predict", options(trained, out, *more)))
+    assert {r["file_name"] for r in load(out / "predictions.json")} == {"0.png", "1.png", "2.png"}
+    assert [p.name for p in out.iterdir()] == ["predictions.json"]
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_results(trained: "Trained", tmp_path: Path) -> None:
+    """As on a full disk: the kernel refuses files above some bytes, which is more than the results of two images."""
+    more = [f"images={trained.images}", "batch_size=1", "pictures=false"]
+    whole = load(predict(compose("predict", options(trained, tmp_path / "whole", *more))))
+    size = (tmp_path / "whole" / "predictions.json").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: File too large; \d of 5 images were done before"):
+            predict(compose("predict", options(trained, tmp_path / "out", *more)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = load(tmp_path / "out" / "predictions.json")
+    assert 0 < len(found) < len(whole)
+    assert found == whole[: len(found)]
+
+
+def test_the_thinnest_images_go_through_the_detector(trained: "Trained", tmp_path: Path) -> None:
+    sizes = ((10, 20000), (200, 1), (1, 1), (20000, 10))
+    for width, height in sizes:
+        Image.new("RGB", (width, height), (200, 30, 30)).save(tmp_path / f"{width}.png")
+    results = load(
+        predict(compose("predict", options(trained, tmp_path / "out", f"images={tmp_path}", "pictures=false")))
+    )
+    for width, height in sizes:
+        boxes = np.array([r["bbox"] for r in results if r["file_name"] == f"{width}.png"])
+        assert len(boxes)
+        assert (boxes >= 0).all()
+        assert (boxes[:, :2] + boxes[:, 2:] <= [width + 1e-3, height + 1e-2]).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "words"),
+    [
+        (["0.png"], ["a/0.png", "b/0.png"], r"a/0\.png and .*b/0\.png are both image 1"),
+        (["b/0.png", "a/0.png"], ["b/0.png", "c.png"], r"no image with the file_name of .*c\.png"),
+        (["0.png", "0.png"], ["0.png"], r"two images have the file_name '0\.png'"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused(
+    tmp_path: Path, names: list[str], given: list[str], words: str
+) -> None:
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names, start=1)]
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 5, "name": "cat"}]}))
+    with pytest.raises(UserError, match=words):
+        image_ids(file, [tmp_path / name for name in given])
+    with pytest.raises(UserError, match=r"no category of the names \['dog'\]"):
+        category_ids(file, ["cat", "dog"])
+
+
+def test_annotations_name_images_by_the_longest_end_of_their_path(tmp_path: Path) -> None:
+    images = [{"id": 8, "file_name": "0.png"}, {"id": 9, "file_name": "b/0.png"}]
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    assert image_ids(file, [tmp_path / "b" / "0.png", tmp_path / "a" / "0.png"]) == [9, 8]

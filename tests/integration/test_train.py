@@ -34,12 +34,56 @@ def make_run(directory: str, seconds: int) -> Path:
     return path
 
 
-def test_a_fresh_run_names_its_directory_once() -> None:
+def test_a_fresh_run_names_its_directory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = settle("name=mine")
     assert first[0] == "name=mine"
     assert first[1].startswith("run_dir='outputs/mine/20")
     assert settle("name=mine", "--config-dir", ".")[2:] == ["--config-dir", "."]
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert settle(*first) == first  # what a process launched by Lightning sees
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_runs_that_start_in_one_second_have_directories_of_their_own(name: str) -> None:
+    """From many processes' point of view: whoever makes it has it, the others get numbers."""
+    given = ["checkpoint=x"] if name == "eval" else []
+    directories = [application.settle([*given, "name=n"], name)[-1] for _ in range(6)]
+    assert len(set(directories)) == 6
+    assert len(list(Path("outputs/n").iterdir())) == 6
+    application.settle([*given, "run_dir=fixed"], name)
+    with pytest.raises(UserError, match="run_dir=fixed: there is a run in it already"):
+        application.settle([*given, "run_dir=fixed"], name)
+
+
+def test_sweeps_that_start_in_one_second_have_directories_of_their_own() -> None:
+    first, second = (settle("-m", "name=n", "seed=1,2")[-1] for _ in range(2))
+    assert first.startswith("hydra.sweep.dir='outputs/n/multirun/20")
+    assert first != second
+
+
+def test_the_demo_does_not_touch_another_run() -> None:
+    make_run("outputs/demo", 1), make_run("outputs/other", 900), make_run("outputs/longer/2", 300)
+    assert settle("experiment=demo", "name=longer")[-1].startswith("run_dir='outputs/longer/20")
+    assert settle("experiment=demo", "name=longer", "resume=auto")[-1] == "run_dir='outputs/longer/2'"
+    assert settle("experiment=demo", "resume=auto")[-1].startswith("run_dir='outputs/demo/20")
+    assert len(list(Path().rglob("last.ckpt"))) == 3
+
+
+def test_a_configuration_file_neither_overwrites_nor_resumes_what_it_does_not_name(tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "fixed.yaml").write_text("# @package _global_\nrun_dir: outputs/mine[1]\n")
+    (folder / "destroys.yaml").write_text("# @package _global_\nrun_dir: outputs/mine[1]\noverwrite: true\n")
+    make_run("outputs/mine1", 900)
+    own = ("--config-dir", str(folder.parent))
+    assert settle("experiment=fixed", "resume=auto", *own)[2] == "run_dir='outputs/mine[1]'"
+    run = make_run("outputs/mine[1]", 1)
+    assert settle("experiment=fixed", "resume=auto", *own)[2] == "run_dir='outputs/mine[1]'"
+    with pytest.raises(UserError, match=r"there is a run in it already"):
+        settle("experiment=fixed", *own)
+    with pytest.raises(UserError, match="overwrite=true stands in a configuration file"):
+        settle("experiment=destroys", *own)
+    assert (run / "checkpoints/last.ckpt").exists()
 
 
 def test_resume_auto_takes_the_newest_run_of_that_name() -> None:
@@ -67,7 +111,8 @@ def test_a_run_is_not_overwritten_by_accident() -> None:
     settle("run_dir=fixed", "resume=auto")
     assert (run / "checkpoints/last.ckpt").exists()
     settle("run_dir=fixed", "overwrite=true")
-    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    left = [path for path in run.rglob("*") if path.is_file()]
+    assert left == [run / "notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,14 @@ def test_more_objects_than_queries() -> None:
     assert (known.labels >= 0).all()
 
 
-def test_predictions_that_are_not_finite_name_the_image() -> None:
-    p = prediction(1, 3, 4)
-    p.boxes[0, 2, 1, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="image 2 of the batch"):
-        match([Problem(p)], targets((1, 1, 1), 1), COST)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_predictions_that_are_not_finite_change_no_other_image(value: str) -> None:
+    p, goal = prediction(1, 3, 4), targets((1, 1, 1), 1)
+    (before,) = match([Problem(p)], goal, COST)
+    p.boxes[0, 2], p.logits[0, 2] = float(value), float("nan")
+    (after,) = match([Problem(p)], goal, COST)
+    assert torch.equal(after.labels[:, :2], before.labels[:, :2])
+    assert (after.labels[0, 2] >= 0).sum() == 1
 
 
 def test_every_problem_equals_scipy_on_its_own() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from toy_model import detector
 
 from codetr.callbacks.report import branch_numbers, branches_table
+from codetr.errors import UserError
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.models.detector import Detector
 from codetr.postprocess import PostProcess
@@ -75,6 +76,15 @@ def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector
     assert task.metrics.evaluation is not None
     table = branches_table(task.metrics.evaluation, numbers)
     assert list(table.columns[0].cells) == ["decoder", *task.branch_metrics]
+
+
+@pytest.mark.parametrize(
+    ("kept", "branches", "key"), [(100, False, "postprocess"), (300, True, "model.detector.heads.")]
+)
+def test_what_is_counted_must_be_kept(model: Detector, kept: int, branches: bool, key: str) -> None:
+    metrics = DetectionMetrics(CLASSES, max_detections=300)
+    with pytest.raises(UserError, match=rf"metrics\.max_detections=300 counts more .* {key}.*max_detections=\d+ keeps"):
+        DetectionTask(model, None, PostProcess(kept, None), metrics, branches, partial(print), None, {})
 
 
 def test_off_by_default(model: Detector) -> None:

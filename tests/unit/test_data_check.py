@@ -185,3 +185,57 @@ def test_wrong_use_is_one_line_without_a_stack_trace(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ")
     assert "Did you mean custom?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def roboflow(data: Path) -> list[str]:
+    """_annotations.coco.json of each split among its images."""
+    for split in ("train", "val"):
+        (data / f"{split}.json").rename(data / split / "_annotations.coco.json")
+    own = [f"data.{s}_{k}" for s in ("train", "val") for k in ("annotations", "images")]
+    values = [v for s in ("train", "val") for v in (f"{s}/_annotations.coco.json", s)]
+    return ["data=custom", *(f"{k}={v}" for k, v in zip(own, values, strict=True))]
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(data: Path) -> None:
+    own = roboflow(data)
+    originals = [(data / s / "_annotations.coco.json").read_bytes() for s in ("train", "val")]
+    assert check.main([*own, "fix=true", "output=clean"]) == 0
+    written = [data / f"clean/_annotations.coco.{s}.clean.json" for s in ("train", "val")]
+    assert [json.loads(p.read_bytes()) for p in written] == [json.loads(o) for o in originals]
+    assert [(data / s / "_annotations.coco.json").read_bytes() for s in ("train", "val")] == originals
+    written[0].write_text("mine")
+    assert check.main([*own, "fix=true", "output=clean"]) == 0
+    assert (data / "clean" / f"{written[0].name}.old").read_text() == "mine"
+    assert json.loads(written[0].read_bytes()) == json.loads(originals[0])
+
+
+def test_a_fix_never_writes_to_an_original(data: Path) -> None:
+    (data / "val.json").rename(data / "train.clean.json")
+    before = (data / "train.clean.json").read_bytes()
+    own = [a.replace("val.json", "train.clean.json") for a in arguments("fix=true")]
+    with pytest.raises(UserError, match=r"train\.clean\.json is an original"):
+        check.main(own)
+    assert (data / "train.clean.json").read_bytes() == before
+
+
+def test_a_fix_mends_before_it_removes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cleaned file is the one that was spoilt, number for number."""
+    pristine, spoilt = (json.loads((data / "train.json").read_bytes()) for _ in range(2))
+    for image in spoilt["images"]:
+        image.update(id=str(image["id"]), width=float(image["width"]), height=f"{image['height']}.0")
+        image["file_name"] = image["file_name"].upper()
+    for record in spoilt["annotations"]:
+        record.update({k: str(record[k]) for k in ("iscrowd", "image_id", "category_id", "area")})
+        record["bbox"] = [str(v) for v in record["bbox"]]
+    (data / "train.json").write_text(json.dumps(spoilt))
+    assert check.main(arguments("fix=true")) == 0
+    assert f"{len(spoilt['images'])} images mended, {len(spoilt['annotations'])} annot" in capsys.readouterr().out
+    assert json.loads((data / "train.clean.json").read_bytes()) == pristine
+
+
+def test_a_fix_that_would_leave_nothing_is_refused(data: Path) -> None:
+    for picture in (data / "train").iterdir():
+        picture.unlink()
+    with pytest.raises(UserError, match=r"train\.json: nothing is written, for none of its 6 images would be left"):
+        check.main(arguments("fix=true"))
+    assert not (data / "train.clean.json").exists()

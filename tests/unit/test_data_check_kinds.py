@@ -18,7 +18,7 @@ from PIL import Image
 
 from codetr import application
 from codetr.data.commands.check import inspect
-from codetr.data.inspection.clean import write_clean
+from codetr.data.inspection.clean import targets, write_clean
 from codetr.data.inspection.findings import KINDS
 from codetr.data.inspection.split import Split
 from codetr.errors import UserError
@@ -217,9 +217,31 @@ def only_crowds(planted: Planted) -> None:
         record["iscrowd"] = 1
 
 
+def mostly_crowds(planted: Planted) -> None:
+    """As CVAT and others write every mask of run lengths."""
+    for record in planted.train["annotations"][:6]:
+        record.update(category_id=7, iscrowd=1)
+
+
 def extra_category(split: str, name: str = "blob") -> Callable[[Planted], None]:
     def plant(planted: Planted) -> None:
         getattr(planted, split)["categories"].append({"id": 90, "name": name})
+
+    return plant
+
+
+def objects_of_another(planted: Planted) -> None:
+    extra_category("val")(planted)
+    planted.val["annotations"][0]["category_id"] = 90
+
+
+def root(name: str) -> Callable[[Planted], None]:
+    """As Roboflow writes its categories, in both files."""
+
+    def plant(planted: Planted) -> None:
+        for doc in (planted.train, planted.val):
+            doc["categories"] = [dict(c, supercategory=name) for c in doc["categories"]]
+            doc["categories"].insert(0, {"id": 0, "name": name, "supercategory": "none"})
 
     return plant
 
@@ -282,6 +304,9 @@ NO_MASK = "object without a usable mask"
 BAD_IMAGE = "bad image record"
 UNREADABLE = "unreadable image file"
 NO_IMAGE = "annotation of an unknown image"
+WRITTEN = "value of another type"
+SPELLING = "image file of another spelling"
+NO_FLAG = "flag that is not 0 or 1"
 NO_FILE = "unusable annotation file"
 
 CASES: dict[str, Case] = {
@@ -316,13 +341,16 @@ CASES: dict[str, Case] = {
         extra_category("train", "Disc "),
         "category names that are nearly the same",
         r"category 90 \(Disc \) and disc",
-        "stops",
+        "reads",
     ),
     "val lacks a category": Case(
-        extra_category("train"), "category that a split lacks", r"blob: .*val\.json has no", "stops", "val"
+        extra_category("train"), "category that a split lacks", r"blob: .*val\.json has no", "reads", "val"
     ),
     "train lacks a category": Case(
-        extra_category("val"), "category that a split lacks", r"blob: .*train\.json has no", "stops"
+        extra_category("val"), "category that a split lacks", r"blob: .*train\.json has no", "reads"
+    ),
+    "objects of a category that train lacks": Case(
+        objects_of_another, "category that training lacks", r"blob: .*train\.json has no", "stops"
     ),
     "another id in val": Case(
         other_id, "category with another id in the other split", "square: 33 in val, 3 in train", "reads", "val"
@@ -331,11 +359,15 @@ CASES: dict[str, Case] = {
         only_in_val, "class to evaluate without training objects", "star: 2 objects in val", "reads", "val"
     ),
     "category without objects": Case(only_in_val, "unused category", r"category 12 \(star\) has no object", "reads"),
+    "root of another name": Case(root("things"), "root of the categories", r"category 0 \(things\)", "reads"),
+    "root of a class's name": Case(root("disc"), "root of the categories", r"category 0 \(disc\)", "reads"),
     # Image records
     "image without id": Case(
         forget("image", "id"), BAD_IMAGE, r"image number 1 \(001\.jpg\): has no id", "drops", lost=3
     ),
-    "image id as text": Case(image(id="103"), BAD_IMAGE, rf"{I}: id is '103'", "drops", lost=3),
+    "image id as text": Case(image(id="103"), WRITTEN, rf"{I}: id '103'", "reads"),
+    "image id as a word": Case(image(id="a3"), BAD_IMAGE, r"image a3 \(001\.jpg\): id is 'a3'", "drops", lost=3),
+    "width with a point": Case(image(width=60.0, height="50"), WRITTEN, rf"{I}: width 60\.0, height '50'", "reads"),
     "image without width": Case(forget("image", "width"), BAD_IMAGE, rf"{I}: has no width", "drops"),
     "width 0": Case(image(width=0), BAD_IMAGE, rf"{I}: width is 0", "drops"),
     "negative height": Case(image(height=-50), BAD_IMAGE, rf"{I}: height is -50", "drops"),
@@ -350,7 +382,8 @@ CASES: dict[str, Case] = {
     # Image files
     "missing file": Case(lambda p: p.file.unlink(), "missing image file", rf"{I}: .*001\.jpg does not exist", "drops"),
     "missing folder": Case(image(file_name="a/1.jpg"), "missing image file", r"no folder .*train/a", "drops"),
-    "file name in capitals": Case(moved("001.JPG"), "missing image file", rf"{I}: .* there is 001\.JPG", "drops"),
+    "file name in capitals": Case(moved("001.JPG"), SPELLING, rf"{I} is 001\.JPG", "reads"),
+    "file of another suffix": Case(moved("001.png"), "missing image file", rf"{I}: .* there is 001\.png", "drops"),
     "empty image": Case(content(lambda b: b""), "empty image file", rf"{I}: .*has 0 bytes", "drops"),
     "cut off image": Case(content(lambda b: b[:-300]), UNREADABLE, rf"{I}: .*cannot be decoded", "drops"),
     "text as image": Case(content(lambda b: b"<html>404</html>"), UNREADABLE, rf"{I}: .*is not an image", "drops"),
@@ -382,18 +415,24 @@ CASES: dict[str, Case] = {
     "annotation without id": Case(forget("annotation", "id"), "annotation without id", "annotation number 2 ", "reads"),
     "repeated annotation id": Case(annotation(id=1), "duplicate annotation id", "annotation 1 of image 103", "drops"),
     "unknown image": Case(annotation(image_id=5), NO_IMAGE, r"annotation 3 \(image 5\)", "drops"),
-    "image id as text here": Case(annotation(image_id="103"), NO_IMAGE, r"annotation 3 \(image '103'\)", "drops"),
+    "image id as text here": Case(annotation(image_id="103"), WRITTEN, rf"{A}: image_id '103'", "reads"),
+    "image id as a word here": Case(annotation(image_id="a3"), NO_IMAGE, r"annotation 3 \(image 'a3'\)", "drops"),
     "image id as list": Case(annotation(image_id=[103]), NO_IMAGE, r"annotation 3 \(image \[103\]\)", "drops"),
     "no image id": Case(forget("annotation", "image_id"), NO_IMAGE, r"annotation 3 \(image None\)", "drops"),
     "unknown category": Case(annotation(category_id=5), "unknown category id", rf"{A} \(category 5\)", "drops"),
-    "category id as text here": Case(
-        annotation(category_id="7"), "unknown category id", rf"{A} \(category '7'\)", "drops"
+    "category id as text here": Case(annotation(category_id="12"), WRITTEN, rf"{A}: category_id '12'", "reads"),
+    "category as a word here": Case(
+        annotation(category_id="disc"), "unknown category id", rf"{A} \(category 'disc'\)", "drops"
     ),
     "no category id": Case(
         forget("annotation", "category_id"), "unknown category id", rf"{A} \(category None\)", "drops"
     ),
-    "crowd as text": Case(annotation(iscrowd="0"), "flag that is not 0 or 1", rf"{A}: iscrowd '0'", "reads"),
-    "ignore as text": Case(annotation(ignore="no"), "flag that is not 0 or 1", rf"{A}: ignore 'no'", "reads"),
+    "crowd as text": Case(annotation(iscrowd="0"), WRITTEN, rf"{A}: iscrowd '0'", "reads"),
+    "crowd as a number above 1": Case(annotation(iscrowd=2), NO_FLAG, rf"{A}: iscrowd 2", "drops"),
+    "ignore as a word": Case(annotation(ignore="no"), NO_FLAG, rf"{A}: ignore 'no'", "drops"),
+    "box of texts": Case(annotation(bbox=["5", "6", "20", "10.0"]), WRITTEN, rf"{A}: bbox \['5', '6'", "reads"),
+    "area in text": Case(annotation(area="200"), WRITTEN, rf"{A}: area '200'", "reads"),
+    "crowds throughout a class": Case(mostly_crowds, "mostly crowds", "6 of 7 objects of disc", "reads"),
     "area as text": Case(annotation(area="big"), "area that is not a number above 0", rf"{A}: area 'big'", "reads"),
     "area NaN": Case(annotation(area=NAN), "area that is not a number above 0", rf"{A}: area nan", "reads"),
     "area above the box's": Case(annotation(area=999), "area larger than the box", rf"{A}: area 999", "reads"),
@@ -450,10 +489,10 @@ CASES: dict[str, Case] = {
         each(lambda a: a.update(bbox=[a["bbox"][0] + 20, a["bbox"][1] + 20, 59, 49])),
         "boxes that look like corners",
         "of 8 boxes reach out",
-        "reads",
+        "stops",
     ),
     "fractions": Case(
-        each(lambda a: a.update(bbox=[0.1, 0.2, 0.3, 0.4])), "boxes that look like fractions", "all 8 boxes", "reads"
+        each(lambda a: a.update(bbox=[0.1, 0.2, 0.3, 0.4])), "boxes that look like fractions", "all 8 boxes", "stops"
     ),
     # Masks
     "no mask": Case(forget("annotation", "segmentation"), NO_MASK, rf"{A}: no segmentation", "drops"),
@@ -513,7 +552,7 @@ def test_check_finds_it_and_names_the_record(planted: Planted, composed: DictCon
 # What `fix=true` does not decide for the user.
 NOT_MENDED = {
     *("unusable annotation file", "no image folder", "no images", "no objects", "unknown class in data.classes"),
-    *("bad category record", "duplicate category id", "duplicate category name", "category that a split lacks"),
+    *("bad category record", "duplicate category id", "duplicate category name", "category that training lacks"),
     *("boxes that look like corners", "boxes that look like fractions"),
 }
 
@@ -533,8 +572,8 @@ def test_a_mended_file_passes_and_keeps_the_rest(planted: Planted, composed: Dic
     if case.kind in NOT_MENDED:
         return
     original = (planted.folder / "train.json").read_bytes()
-    for split in splits:
-        target, words = write_clean(split, None)
+    for split, target in zip(splits, targets(splits, None), strict=True):
+        words = write_clean(split, target)
         config.data[f"{split.name}_annotations"] = target.name
         assert ("nothing" in words) == (split.name != case.split)
     assert (planted.folder / "train.json").read_bytes() == original
@@ -587,6 +626,7 @@ def test_training_reads_what_it_can_make_sense_of(planted: Planted, composed: Di
     data = module(written(planted, composed), "stop")
     for dataset in (data.train_set, data.val_set):
         assert not dataset.report.counts
+        assert dataset.class_names == ("disc", "square", "star") or "near" in name or "lacks" in name
         for index in range(len(dataset)):
             sample = dataset[index]
             assert sample.boxes.isfinite().all()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from coco_files import document, write
 
-from codetr.data.checks import check_same_classes, check_trainable
+from codetr.data.checks import check_trainable, check_val_classes
 from codetr.data.coco import CocoDetection
 from codetr.data.images import UnreadableImage, looks_complete
 from codetr.errors import UserError
@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Doc, Path], None], str, int, int]] = {
     "inf": (break_annotation(bbox=[1, 2, float("inf"), 4]), "4 finite numbers: annotation 2 of image 103", 4, 3),
     "three": (break_annotation(bbox=[1, 2, 3]), r"4 finite numbers: .*bbox \[1, 2, 3\]", 4, 3),
     "no box": (forget_box, "4 finite numbers: annotation 2 of image 103: bbox None", 4, 3),
-    "inverted": (break_annotation(bbox=[9, 9, -3, 4]), r"without area: annotation 2 of image 103: bbox \[9", 4, 3),
+    "inverted": (break_annotation(bbox=[9, 9, -3, 4]), r"inverted box: annotation 2 of image 103: bbox \[9", 4, 3),
     "no area": (break_annotation(bbox=[9, 9, 3, 0]), "without area: annotation 2 of image 103", 4, 3),
     "outside": (break_annotation(bbox=[60, 9, 3, 4]), "box outside its image: annotation 2 of image 103", 4, 3),
     "above": (break_annotation(bbox=[9, -4, 3, 4]), "box outside its image: annotation 2 of image 103", 4, 3),
@@ -178,10 +178,10 @@ def test_class_lists(tmp_path: Path) -> None:
         check_trainable(CocoDetection(*files, classes=["star", "square"]).label_counts, files[1])
 
 
-def test_the_difference_between_class_lists_is_named() -> None:
-    check_same_classes(["a", "b"], ["b", "a"], Path("val.json"))
-    with pytest.raises(UserError, match=r"val\.json .*it lacks \['b'\] and adds \['c', 'd'\]"):
-        check_same_classes(["a", "b"], ["d", "a", "c"], Path("val.json"))
+def test_only_objects_of_classes_that_are_not_trained_stop() -> None:
+    check_val_classes(["a", "b"], {"a": 3}, {"root": 0}, Path("val.json"))
+    with pytest.raises(UserError, match=r"val\.json has objects of \['c'\], .*none of \['b'\]:.*data\.classes=\[a,b\]"):
+        check_val_classes(["a", "b"], {"a": 3}, {"c": 1, "d": 0}, Path("val.json"))
 
 
 def test_what_each_verification_finds(tmp_path: Path) -> None:
@@ -219,3 +219,22 @@ def test_files_in_subfolders_are_found(tmp_path: Path) -> None:
     (root / "a/b/002.jpg").unlink()
     dataset = CocoDetection(root, source, on_error="skip")
     assert dataset.image_ids.tolist() == [100, 103, 109]
+
+
+def test_numbers_as_text_train_what_they_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every column of the same file with numbers and with texts; `bool("0")` is true."""
+    doc = document(6)
+    plain = CocoDetection(*write(tmp_path, doc, "plain"))
+    for record in doc["annotations"]:
+        record.update({k: str(record[k]) for k in ("iscrowd", "image_id", "category_id", "area")})
+        record["bbox"] = [str(v) for v in record["bbox"]]
+    for image in doc["images"]:
+        image["width"] = float(image["width"])
+    (tmp_path / "text.json").write_text(json.dumps(doc))
+    with caplog.at_level(logging.WARNING):
+        text = CocoDetection(tmp_path / "plain", tmp_path / "text.json")
+    assert "value of another type" in caplog.text
+    for i in range(len(plain)):
+        expected, found = plain.truth(i), text.truth(i)
+        assert all(found[key].tolist() == expected[key].tolist() for key in expected)
+    assert any(plain.truth(i)["iscrowd"].any() for i in range(len(plain)))

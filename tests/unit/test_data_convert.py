@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from torchvision.datasets import VOCDetection
 
 from codetr.data.__main__ import run
-from codetr.data.readers.folder import seen_size
+from codetr.data.images import seen_size
 from codetr.errors import UserError
 
 SPLITS = ("train", "val")

@@ -149,10 +149,10 @@ def test_a_checkpoint_in_mid_epoch_refuses_another_order(folder: Path) -> None:
     data.setup("fit")
     loader = data.train_dataloader()
     state = torch.load(folder / "ckpt" / "step=3.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
-    assert (state["epoch"], state["batch"]) == (0, 3)
+    assert (state["epoch"], state["images"]) == (0, 6)
     with pytest.raises(UserError, match=r"middle of epoch 0.*changed: seed 11 -> 12; resume with the former"):
         loader.load_state_dict(state)
-    loader.load_state_dict(state | {"batch": BATCHES})
+    loader.load_state_dict(state | {"images": 2 * BATCHES})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -178,11 +178,40 @@ def test_labels_follow_the_training_set(folder: Path) -> None:
     assert both.val_set.category_ids == (7, 3, 12)
 
 
+def test_classes_are_those_of_the_training_file(folder: Path) -> None:
+    """Truth and labels of a class that the validation file does not list, or lists elsewhere, by brute force."""
+    doc = document(5, seed=1)
+    doc["annotations"] = [a for a in doc["annotations"] if a["category_id"] != 7]
+    doc["categories"] = [{"id": 99, "name": "moon"}, {"id": 1, "name": "star"}, {"id": 3, "name": "square"}]
+    for record in doc["annotations"]:
+        record["category_id"] = {12: 1}.get(record["category_id"], record["category_id"])
+    (folder / "fewer.json").write_text(json.dumps(doc))
+    data = module(folder, val_annotations="fewer.json")
+    data.setup("fit")
+    assert data.class_names == data.val_set.class_names == ("disc", "square", "star")
+    assert data.val_set.category_ids == (-1, 3, 1)
+    kept = [a for a in doc["annotations"] if not a["iscrowd"]]
+    expected = {"disc": 0, "square": 0, "star": 0}
+    for record in kept:
+        expected[{3: "square", 1: "star"}[record["category_id"]]] += 1
+    assert data.val_set.label_counts == expected
+    found = [data.val_set.class_names[i] for n in range(len(data.val_set)) for i in data.val_set[n].labels.tolist()]
+    assert sorted(found) == sorted(name for name, count in expected.items() for _ in range(count))
+    alone = module(folder, val_annotations="fewer.json", classes=["disc", "square", "star"])
+    alone.setup("validate")  # as `eval` does, with the classes of a checkpoint
+    assert alone.val_set.label_counts == expected
+    with pytest.raises(UserError, match=r"fewer\.json has none of the classes \['cat', 'dog'\], only \['moon', 's"):
+        module(folder, val_annotations="fewer.json", classes=["cat", "dog"]).setup("validate")
+
+
 def test_unusable_settings_are_named(folder: Path) -> None:
     doc = document(5, seed=1)
     doc["categories"] = [*doc["categories"], {"id": 99, "name": "moon"}]
     (folder / "more.json").write_text(json.dumps(doc))
-    with pytest.raises(UserError, match=r"more\.json must have the categories .* lacks \[\] and adds \['moon'\]"):
+    module(folder, val_annotations="more.json").setup("fit")  # it has no object
+    doc["annotations"].append({**doc["annotations"][0], "id": 1, "category_id": 99, "iscrowd": 0})
+    (folder / "more.json").write_text(json.dumps(doc))
+    with pytest.raises(UserError, match=r"more\.json has objects of \['moon'\], which the training file does not name"):
         module(folder, val_annotations="more.json").setup("fit")
     module(folder, val_annotations="more.json", classes=["disc", "star"]).setup("fit")
     doc["annotations"] = [a for a in doc["annotations"] if a["category_id"] != 3]

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from codetr.data import tabulate
 from codetr.data.coco import CocoDetection
-from codetr.data.readers import coco
+from codetr.data.readers import coco, json_stream
 from codetr.data.segmentations import fault
 from codetr.errors import UserError
 from lvis_api import LVIS
@@ -223,3 +223,17 @@ def test_compressed_runs_that_pycocotools_would_trust_are_counted() -> None:
         assert fault({"size": list(size), "counts": counts}, size) is None
         for wrong in (counts[:-1], counts + "1", counts + "\x10", ""):
             assert "do not add up" in (fault({"size": list(size), "counts": wrong}, size) or "")
+
+
+def test_large_files_are_read_where_nothing_can_be_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba has no folder to write to on a read-only installation without a home."""
+    from numba.core.caching import CacheImpl
+
+    source = tmp_path / "a.json"
+    doc = {"images": [{"id": i} for i in range(50)], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    source.write_text(json.dumps(doc))
+    for implementation in CacheImpl.__subclasses__():
+        monkeypatch.setattr(implementation, "_locator_classes", [])
+    json_stream._scanner.cache_clear()
+    assert list(coco.read(source, whole=0, piece=64)["images"]) == doc["images"]
+    json_stream._scanner.cache_clear()

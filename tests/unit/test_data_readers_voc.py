@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coco_files import write_image
+from PIL import Image
 from torchvision.datasets import VOCDetection
 
 from codetr.data.coco import CocoDetection
@@ -154,7 +155,7 @@ def test_bad_files_stop_or_are_skipped(tmp_path: Path) -> None:
         "2 x bad image record: Annotations/b.xml: cannot be read as XML",
         "Annotations/d.xml: no such file",
         "1 x unknown category id: Annotations/a.xml, object 2: no <name>",
-        "1 x box without area: Annotations/a.xml, object 3",
+        "1 x inverted box: Annotations/a.xml, object 3",
         "1 x box outside its image: Annotations/c.xml, object 1",
         "1 x box that is not 4 finite numbers: Annotations/c.xml, object 2: no number as xmax",
     ):
@@ -178,6 +179,13 @@ BROKEN_IMAGES = {
 def test_a_broken_file_is_an_image_without_a_size(tmp_path: Path, case: str) -> None:
     text, message = BROKEN_IMAGES[case]
     lists = voc_set(tmp_path, {"a": text, "b": xml(thing())}, train="a\nb\n")
+    image = next((tmp_path / "JPEGImages").glob("a.*"))
+    if message == SIZE:
+        images, _, _ = parts(voc.read(lists / "train.txt"))
+        with Image.open(image) as picture:
+            assert (images[0]["width"], images[0]["height"]) == picture.size
+        assert images[0]["where"] == "Annotations/a.xml"
+        image.unlink()
     images, _, _ = parts(voc.read(lists / "train.txt"))
     assert "width" not in images[0]
     assert re.search(message, images[0]["where"])

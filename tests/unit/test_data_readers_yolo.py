@@ -273,3 +273,93 @@ def test_a_folder_of_images_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image in this folder"):
         folder.read(tmp_path / "empty")
+
+
+BOX, OTHER = "0 0.5 0.5 0.5 0.5\n", "1 0.25 0.25 0.25 0.25\n"
+# Of two images, the path of each and of its labels.
+PLACES = {
+    "other letters": ["images/train/A.JPG labels/train/a.TXT", "images/train/b.jpg labels/train/B.txt"],
+    "a folder in other letters": ["Images/Train/a.jpg Labels/train/a.txt", "Images/Train/b.jpg Labels/train/b.txt"],
+    "beside the images": ["images/train/a.jpg images/train/a.txt", "images/train/b.jpg images/train/b.TXT"],
+    "a folder beside the images": ["train/a.jpg train/labels/a.txt", "train/b.jpg train/labels/b.txt"],
+    "beside the folder of images": ["photos/a.jpg labels/a.txt", "photos/b.jpg labels/b.txt"],
+    "names that differ in letters": ["images/train/a.jpg labels/train/a.txt", "images/train/A.jpg labels/train/A.txt"],
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_no_label_file_is_overlooked(tmp_path: Path, case: str) -> None:
+    pairs = [pair.split() for pair in PLACES[case]]
+    for (image, label), text in zip(pairs, (BOX, OTHER), strict=True):
+        write_image(tmp_path / image, 80, 64, format="JPEG")
+        (tmp_path / label).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / label).write_text(text)
+    (tmp_path / "data.yaml").write_text(f"train: {pairs[0][0].rpartition('/')[0]}\n{NAMES}")
+    images, objects, _ = parts(yolo.read(tmp_path / "data.yaml/train"))
+    found = {i["file_name"]: [o["category_id"] for o in objects if o.get("image_id") == i["id"]] for i in images}
+    assert found == {image: [label] for label, (image, _) in enumerate(pairs)}
+    assert len(objects) == 2
+
+
+def test_labels_without_an_image_are_named(tmp_path: Path) -> None:
+    source = yolo_set(tmp_path, "train: images/train\n" + NAMES, {"a": BOX, "b": None})
+    for name, text in (("lost.txt", OTHER), ("empty.txt", ""), ("classes.txt", "cat"), ("A.txt", OTHER)):
+        (tmp_path / "labels/train" / name).write_text(text)
+    with pytest.raises(UserError, match=r"2 x annotation of an unknown image: .*train/(A|lost)\.txt: no image has"):
+        CocoDetection(tmp_path, source / "train", reader=yolo.read)
+    found = CocoDetection(tmp_path, source / "train", reader=yolo.read, on_error="skip")
+    assert found.label_counts == {"cat": 1, "dog": 0}
+
+
+def cvat(root: Path) -> None:
+    """YOLO 1.1: lists count from a folder that the archive lacks."""
+    for stem, text in (("a", BOX), ("b", OTHER)):
+        write_image(root / f"obj_train_data/{stem}.jpg", 80, 64)
+        (root / f"obj_train_data/{stem}.txt").write_text(text)
+    (root / "obj.names").write_text("cat\ndog\n")
+    (root / "train.txt").write_text("data/obj_train_data/a.jpg\ndata/obj_train_data/b.jpg\n")
+    (root / "obj.data").write_text("classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
+
+
+def label_studio(root: Path) -> None:
+    for stem, text in (("a", BOX), ("b", OTHER)):
+        write_image(root / f"images/{stem}.jpg", 80, 64)
+        (root / "labels").mkdir(exist_ok=True)
+        (root / f"labels/{stem}.txt").write_text(text)
+    (root / "classes.txt").write_text("cat\ndog\n")
+
+
+def notes_alone(root: Path) -> None:
+    label_studio(root)
+    (root / "classes.txt").unlink()
+    (root / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]}')
+
+
+def windows(root: Path) -> None:
+    label_studio(root)
+    (root / "data.yaml").write_text("path: C:\\Users\\me\\mine\ntrain: images\nnames: [cat, dog]\n")
+
+
+def windows_list(root: Path) -> None:
+    label_studio(root)
+    (root / "all.txt").write_text("".join(f"C:\\Users\\me\\mine\\images\\{name}.jpg\n" for name in "ab"))
+    (root / "data.yaml").write_text("train: .\\all.txt\nnames: [cat, dog]\n")
+
+
+@pytest.mark.parametrize("export", [cvat, label_studio, notes_alone, windows, windows_list])
+def test_exports_are_read_as_they_are(tmp_path: Path, export: Any) -> None:
+    export(tmp_path)
+    found = CocoDetection(tmp_path, tmp_path / "data.yaml/train", reader=yolo.read)
+    assert found.class_names == ("cat", "dog")
+    assert [found.truth(i)["labels"].tolist() for i in range(2)] == [[0], [1]]
+    assert [found.path(i).name for i in range(2)] == ["a.jpg", "b.jpg"]
+
+
+def test_a_split_that_an_export_lacks(tmp_path: Path) -> None:
+    """The error shows a data.yaml that mends it."""
+    label_studio(tmp_path)
+    with pytest.raises(UserError, match=r"no data\.yaml, and no valid\.txt") as raised:
+        yolo.read(tmp_path / "data.yaml/val")
+    advised = str(raised.value).partition("such as\n")[2].replace("FOLDER", "images")
+    (tmp_path / "data.yaml").write_text(advised)
+    assert parts(yolo.read(tmp_path / "data.yaml/val"))[2] == [(0, "cat"), (1, "dog")]

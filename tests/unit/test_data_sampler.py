@@ -60,16 +60,20 @@ def test_a_resumed_epoch_is_the_rest_and_the_next_is_whole(batch: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12])
 @pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 5), (3, 2), (4, 3)])
-def test_evaluation_visits_each_image_exactly_once(length: int, world: int, batch: int) -> None:
+def test_evaluation_visits_every_image_in_equally_many_batches(length: int, world: int, batch: int) -> None:
+    """Each exactly once, but for the first one, with which processes fill up that have too few images."""
+    samplers = [EvalSampler(length, batch, rank, world) for rank in range(world)]
+    expected = -(-length // (world * batch))
     seen = []
-    for rank in range(world):
-        sampler = EvalSampler(length, batch, rank, world)
-        batches = list(sampler)
-        assert len(batches) == len(sampler)
+    for rank, sampler in enumerate(samplers):
+        batches = [[i for _, i in keys] for keys in sampler]
+        assert len(batches) == len(sampler) == expected
         assert all(0 < len(b) <= batch for b in batches)
-        indices = [i for b in batches for _, i in b]
-        assert indices == sorted(indices)
-        seen += indices
+        fillers = [b for b in batches if rank and b == [0]]
+        assert batches[len(batches) - len(fillers) :] == fillers
+        own = [i for b in batches[: len(batches) - len(fillers)] for i in b]
+        assert own == sorted(own)
+        seen += own
     assert sorted(seen) == list(range(length))
 
 

@@ -320,12 +320,39 @@ def loader(order: Order, groups: np.ndarray | None = None) -> TrainLoader:
             (RepeatFactor(DATA, threshold=0.41, round_up=False), None),
             r"threshold 0\.4 -> 0\.41",
         ),
-        ((Uniform(DATA), None), (Uniform(DATA), GROUPS), "grouped False -> True"),
+        ((Uniform(DATA), None), (Uniform(DATA), GROUPS), "batches_of_one_group None -> 4"),
     ],
 )
 def test_another_order_in_mid_epoch_is_refused(before: Any, after: Any, message: str) -> None:
-    state = {**loader(*before).state_dict(), "batch": 3}
+    state = {**loader(*before).state_dict(), "images": 12}
     loader(*before).load_state_dict(state)
     with pytest.raises(UserError, match=f"in the middle of epoch 0.*{message}"):
         loader(*after).load_state_dict(state)
-    loader(*after).load_state_dict({**state, "batch": 10**6})
+    loader(*after).load_state_dict({**state, "images": 10**6})
+
+
+@pytest.mark.parametrize("rule", ORDERS)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_other_processes_and_batches_see_the_rest_in_the_same_order(rule: str, grouped: bool) -> None:
+    """Twelve images seen by 3 processes with batches of 2; every other split of the steps goes on with the 13th."""
+    groups = GROUPS if grouped else None
+
+    def loaders(batch_size: int, world: int) -> list[TrainLoader]:
+        samplers = [TrainSampler(ORDERS[rule](DATA), batch_size, 7, rank, world, groups) for rank in range(world)]
+        return [TrainLoader(DATA, s, size_divisor=1, num_workers=0, pin_memory=False) for s in samplers]  # type: ignore
+
+    state = {**loaders(2, 3)[0].state_dict(), "images": 12}
+    whole = [
+        key for keys in epoch_of(TrainSampler(ORDERS[rule](DATA), 1 + grouped, 7, groups=groups), 0) for key in keys
+    ]
+    for batch_size, world in [(2, 1), (2, 2), (2, 6), *([] if grouped else [(1, 1), (4, 1), (1, 4), (6, 2), (3, 4)])]:
+        parts = loaders(batch_size, world)
+        for part in parts:
+            part.load_state_dict(state)
+        steps = zip(*(list(part.batch_sampler) for part in parts), strict=True)
+        rest = [key for step in steps for keys in step for key in keys]
+        assert rest == whole[12 : 12 + len(rest)]
+        assert 12 + len(rest) == len(parts[0].batch_sampler) * batch_size * world
+    if grouped:
+        with pytest.raises(UserError, match="batches_of_one_group 2 -> 4"):
+            loaders(4, 1)[0].load_state_dict(state)

@@ -279,7 +279,7 @@ def test_batches_do_not_show(source: Path, tmp_path: Path, batch: int, monkeypat
     for a in doc["annotations"][3:12:4]:
         a["id"] = doc["annotations"][0]["id"]
     doc["annotations"][1]["image_id"] = 5.5
-    doc["annotations"][2]["category_id"] = "7"
+    doc["annotations"][2]["category_id"] = "seven"
     del doc["annotations"][4]["id"], doc["annotations"][5]["id"]
     source.write_text(json.dumps(doc))
     images = [i for i in doc["images"][:-1] if i["width"]]

@@ -194,6 +194,60 @@ def test_an_unreadable_image_is_replaced_by_the_next_or_named(tmp_path: Path) ->
         replaced[0, 1]
 
 
+@pytest.fixture
+def thin(tmp_path: Path) -> CocoDetection:
+    """Images of 10 x 20,000, 1 x 200 and 64 x 64 pixels; a white object fills the second quarter of each."""
+    doc: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
+    (tmp_path / "thin").mkdir()
+    for i, (height, width) in enumerate(((20000, 10), (1, 200), (64, 64))):
+        long = (height, width).index(max(height, width))
+        box = [0, 0, width, height]
+        box[1 - long], box[3 - long] = max(height, width) // 4, max(height, width) // 4
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = 255
+        Image.fromarray(pixels).save(tmp_path / "thin" / f"{i}.png")
+        doc["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        doc["annotations"].append({"image_id": i, "category_id": CATEGORIES[0]["id"], "bbox": box})
+    return CocoDetection(*write(tmp_path, doc, "thin"))
+
+
+@pytest.mark.parametrize(
+    "recipe", [v2.Resize(64, max_size=100), v2.Resize(None, max_size=64), RECIPE, fit_canvas(96, 0)]
+)
+def test_the_thinnest_images_keep_a_pixel_and_their_objects(thin: CocoDetection, recipe: v2.Transform) -> None:
+    dataset = TransformedDataset(thin, recipe, 1, unreadable="stop")
+    for i, (epoch, file_size) in enumerate(((1, (20000, 10)), (2, (1, 200)), (3, (64, 64)))):
+        sample = dataset[epoch, i]
+        assert min(sample.image.shape) >= 1
+        assert sample.file_size == file_size
+        for box in sample.boxes.round().int().tolist():
+            inside = sample.image[:, box[1] : box[3], box[0] : box[2]]
+            assert inside.float().mean() > 150
+        if not isinstance(recipe, v2.Compose):
+            assert sample.original_size == file_size
+            assert len(sample.boxes) == 1
+            share = sample.boxes.as_subclass(Tensor)[0] / torch.tensor(sample.image.shape[:0:-1] * 2)
+            truth = thin[i].boxes.as_subclass(Tensor)[0] / torch.tensor(file_size[::-1] * 2)
+            torch.testing.assert_close(share, truth.float(), rtol=0, atol=1e-6)
+
+
+def test_an_image_on_which_the_transform_fails_stops_or_is_replaced(thin: CocoDetection) -> None:
+    def strict(parts: dict[str, Any]) -> dict[str, Any]:
+        assert parts["image"].shape[1:] == (64, 64), "not my size"
+        return parts
+
+    with pytest.raises(UnreadableImage, match=r"0\.png \(10x20000 pixels\) cannot be transformed: .*not my size"):
+        TransformedDataset(thin, strict, 1, unreadable="stop")[0, 0]
+    following = TransformedDataset(thin, strict, 1, unreadable="next")
+    assert [following[0, i].image_id for i in range(3)] == [2, 2, 2]
+    assert len(following.unreadable_files) == 2
+    blank = TransformedDataset(thin, strict, 1, unreadable="blank")[0, 0]
+    assert (blank.image_id, blank.file_size, blank.original_size) == (0, (20000, 10), (20000, 10))
+    assert len(blank.boxes) == 0
+    assert len(blank.truth["boxes"]) == 1
+    assert blank.image.max() == 0
+
+
 def rectangle(image: Tensor) -> tuple[int, int]:
     """Height and width of what is not grey; it begins in the upper left corner, and all else is grey. The blue channel
     of a painted image is full."""

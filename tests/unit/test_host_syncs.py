@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 from toy_model import compose
 
+from codetr.callbacks.non_finite import not_finite
 from codetr.types import Targets
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -144,3 +145,21 @@ def test_the_pretended_device_refuses_tensors_of_another() -> None:
         x * torch.tensor(2.0)  # a number may be anywhere
         with pytest.raises(RuntimeError, match="same device"):
             x + X
+
+
+def test_whether_a_gradient_is_finite_is_decided_on_the_device() -> None:
+    """And the optimizer's kernels take the verdict: nothing of theirs moves where a single number is not finite."""
+    for value, moves in ((1.0, True), (float("inf"), False), (float("nan"), False)):
+        weights = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+        optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.1, fused=True)
+        weights[0].grad, weights[1].grad = torch.ones(3), torch.tensor([1.0, value])
+        optimizer.found_inf = not_finite([w.grad for w in weights if w.grad is not None]).float()
+        optimizer.step()
+        assert all(bool((w != 1).all()) == moves for w in weights)
+        assert all(
+            bool(state["exp_avg"].any()) == moves and state["step"] == moves for state in optimizer.state.values()
+        )
+    with Pretended() as device:
+        verdict = not_finite([torch.ones(3).to(ELSEWHERE, non_blocking=True)] * 2)
+        assert verdict.device.type != "cpu"
+        assert not device.places

@@ -1,6 +1,10 @@
 """Files in, boxes in their pixels out: with a detector that sees one bright rectangle and nothing else."""
 
 import json
+import resource
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from torchvision.transforms.v2 import Resize
 from codetr.data.readers.folder import find_images
 from codetr.errors import UserError
 from codetr.inference import Found, ImageFiles, Unreadable, Writer, detect
+from codetr.outputs import PICTURE_SUFFIXES, Results, picture_names
 from codetr.postprocess import PostProcess
 from codetr.types import Batch, Detections, Prediction
 
@@ -51,6 +56,10 @@ def run(paths: list[Path], num_workers: int = 0) -> list[Found | Unreadable]:
     return list(detect(find, files, **options))
 
 
+def writer_of(out: Path, paths: list[Path], pictures: bool = True, inputs: Sequence[Path] = ()) -> Writer:
+    return Writer(out, paths, range(len(paths)), ["cat", "dog"], [3, 7], 0.5, pictures, inputs)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     paint(tmp_path / "in" / "a.png", (128, 128), (32, 16, 64, 96))
@@ -85,15 +94,15 @@ def test_a_batch_without_a_readable_image_is_no_batch(folder: Path) -> None:
 def test_results_are_coco_results_with_names(folder: Path, tmp_path: Path) -> None:
     paths = find_images(str(folder))
     out = tmp_path / "out"
-    writer = Writer(out, paths, ["cat", "dog"], score_threshold=0.5, pictures=True)
-    for one in run(paths):
-        if isinstance(one, Found):
-            writer.add(one)
-    records = json.loads(writer.close().read_text())
+    with writer_of(out, paths) as writer:
+        for one in run(paths):
+            if isinstance(one, Found):
+                writer.add(one)
+    records = json.loads((out / "predictions.json").read_text())
     assert [(r["file_name"], r["image_id"], r["category_id"], r["category_name"]) for r in records] == [
-        ("a.png", 0, 1, "dog"),
-        ("b.JPG", 1, 1, "dog"),
-        ("c.jpg", 2, 1, "dog"),
+        ("a.png", 0, 7, "dog"),
+        ("b.JPG", 1, 7, "dog"),
+        ("c.jpg", 2, 7, "dog"),
     ]
     for record in records:
         x0, y0, x1, y1 = TRUTH[record["file_name"]]
@@ -107,27 +116,221 @@ def test_the_threshold_holds_for_files_and_pictures(tmp_path: Path) -> None:
     path = paint(tmp_path / "in" / "a.png", (512, 512), (0, 0, 1, 1))
     boxes = torch.tensor([[10.0, 10.0, 60.0, 60.0]]).repeat(2, 1)
     found = Detections(torch.tensor([0.9, 0.2]), torch.tensor([0, 1]), boxes)
-    writer = Writer(tmp_path / "out", [path], ["cat", "dog"], score_threshold=0.5, pictures=False)
-    writer.add(Found(path, torch.zeros(3, 512, 512, dtype=torch.uint8), found))
-    assert [r["category_name"] for r in json.loads(writer.close().read_text())] == ["cat"]
+    with writer_of(tmp_path / "out", [path], pictures=False) as writer:
+        writer.add(Found(path, torch.zeros(3, 512, 512, dtype=torch.uint8), found))
+    assert [r["category_name"] for r in json.loads(writer.results.path.read_text())] == ["cat"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
 
 
 def test_equal_names_in_two_folders_do_not_meet(tmp_path: Path) -> None:
     paths = [paint(tmp_path / "in" / side / "a.png", (64, 64), (8, 8, 56, 56)) for side in ("left", "right")]
-    writer = Writer(tmp_path / "out", paths, ["cat", "dog"], score_threshold=0.5, pictures=True)
-    for one in run(paths):
-        assert isinstance(one, Found)
-        writer.add(one)
+    with writer_of(tmp_path / "out", paths) as writer:
+        for one in run(paths):
+            assert isinstance(one, Found)
+            writer.add(one)
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
         "left/a.png",
         "right/a.png",
     ]
 
 
-def test_inputs_are_not_overwritten(folder: Path) -> None:
-    with pytest.raises(UserError, match="would be overwritten"):
-        Writer(folder, find_images(str(folder)), [], score_threshold=0.5, pictures=True)
+def everything_below(folder: Path) -> dict[str, bytes | str]:
+    """Of every entry: where a link leads, or what a file holds."""
+    entries = [p for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
+    return {str(p): str(p.readlink()) if p.is_symlink() else p.read_bytes() for p in entries}
+
+
+def layouts(root: Path) -> dict[str, tuple[str, str]]:
+    """images and out of each layout, below root; `store/hash*.png` are what links lead to."""
+    store, links = root / "store", root / "links"
+    for i, name in enumerate(("hash1", "hash2")):
+        paint(store / f"{name}.png", (64, 64), (8, 8, 40 + i, 56))
+    links.mkdir()
+    for name, target in (("a.png", "hash1.png"), ("b.png", "hash1.png"), ("c.png", "hash2.png")):
+        (links / name).symlink_to(Path("..") / "store" / target)
+    (root / "folder").symlink_to(store, target_is_directory=True)
+    (root / "chain").mkdir()
+    (root / "chain" / "hash1.png").symlink_to(links / "a.png")
+    (root / "middle").mkdir()
+    (root / "middle" / "a.png").symlink_to(links / "a.png")
+    (root / "hard").mkdir()
+    (root / "hard" / "hash1.png").hardlink_to(store / "hash1.png")
+    paint(root / "deep" / "in" / "x.png", (64, 64), (8, 8, 56, 56))
+    (root / "deep" / "x.png").symlink_to(root / "deep" / "in" / "x.png")
+    (root / "sub").mkdir()
+    (root / "sub" / "left").symlink_to(root / "deep" / "in", target_is_directory=True)
+    return {
+        "into the folder of the targets": ("chain", "store"),
+        "into the folder of the links": ("links", "links"),
+        "into the same folder by a link": ("store", "folder"),
+        "from a folder by a link": ("folder", "store"),
+        "onto a link in the middle": ("middle", "links"),
+        "onto a hard link": ("store", "hard"),
+        "onto a link beside": ("deep/in", "deep"),
+        "into a new folder": ("links", "new"),
+        "into a folder in it": ("store", "store/found"),
+        "into the folder above": ("links", "."),
+        "by a way around": ("store", "store/../store/."),
+    }
+
+
+REFUSED = {
+    "into the folder of the targets",
+    "into the folder of the links",
+    "into the same folder by a link",
+    "from a folder by a link",
+    "onto a link in the middle",
+    "onto a hard link",
+    "by a way around",
+}
+OTHERS = ("onto a link beside", "into a new folder", "into a folder in it", "into the folder above")
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+@pytest.mark.parametrize("layout", [*sorted(REFUSED), *OTHERS])
+def test_no_input_is_ever_written_to(tmp_path: Path, layout: str, pictures: bool) -> None:
+    images, out = layouts(tmp_path)[layout]
+    paths = find_images(str(tmp_path / images))
+    before, contents = everything_below(tmp_path), [p.read_bytes() for p in paths]
+    if layout in REFUSED and pictures:
+        with pytest.raises(UserError, match="would be overwritten"):
+            writer_of(tmp_path / out, paths)
+        assert everything_below(tmp_path) == before
+        return
+    with writer_of(tmp_path / out, paths, pictures=pictures) as writer:
+        for one in run(paths):
+            writer.add(one)
+    after = everything_below(tmp_path)
+    assert [p.read_bytes() for p in paths] == contents
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == ({str(tmp_path / "deep" / "x.png")} if layout == "onto a link beside" and pictures else set())
+    if pictures:
+        assert {p.name for p in paths} == {p.name for p in (tmp_path / out).glob("*.png")}, "names that the user gave"
+
+
+def test_a_link_in_the_place_of_an_output_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    path = paint(tmp_path / "in" / "a.png", (64, 64), (8, 8, 56, 56))
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "out").mkdir()
+    for name in ("a.png", "predictions.json"):
+        (tmp_path / "out" / name).symlink_to(precious)
+    with writer_of(tmp_path / "out", [path]) as writer:
+        writer.add(run([path])[0])
+    assert precious.read_text() == "mine"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.is_symlink()) == ["a.png", "predictions.json"]
+
+
+def test_annotations_and_checkpoint_are_inputs_too(tmp_path: Path) -> None:
+    path = paint(tmp_path / "in" / "a.png", (64, 64), (8, 8, 56, 56))
+    precious = tmp_path / "out" / "predictions.json"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(UserError, match=r"predictions\.json is an input and would be overwritten"):
+        writer_of(tmp_path / "out", [path], inputs=[precious])
+    assert precious.read_text() == "mine"
+
+
+def test_no_two_pictures_share_a_file() -> None:
+    given = [
+        "a.bmp",
+        "a.png",
+        "a.bmp.png",
+        "A.PNG",
+        "a_2.png",
+        "e\u0301.jpg",
+        "\xe9.jpg",
+        "x/a.bmp",
+        "x/a.tif",
+        "a.jpg",
+    ]
+    names = picture_names([Path(name) for name in given])
+    folded = {unicodedata.normalize("NFC", str(n)).casefold() for n in names}
+    assert len(folded) == len(given)
+    kept = {"a.png", "a_2.png", "x/a.bmp.png", "x/a.tif.png", "a.jpg"}
+    assert kept <= set(map(str, names))
+    assert all(n.suffix.lower() in PICTURE_SUFFIXES for n in names)
+    assert [n.parent for n in names] == [Path(name).parent for name in given]
+
+
+def test_what_lies_before_a_damaged_file_in_its_batch_is_found(folder: Path) -> None:
+    results = run([folder / "a.png", folder / "d.jpg", folder / "b.JPG", folder / "c.jpg"])
+    assert [one.path.name for one in results] == ["a.png", "b.JPG", "d.jpg", "c.jpg"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk: the kernel takes a part of a write and refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("limit", range(150, 400, 7))
+def test_a_full_disk_leaves_whole_results(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "predictions.json"
+    path.write_text("an older run")
+    results, records = Results(path), [{"image_id": i, "score": 1 / (i + 1)} for i in range(40)]
+    refused = pytest.raises(UserError, match=r"cannot write .*predictions\.json: File too large")
+    with files_of_at_most(limit), refused:
+        list(map(results.add, (records[i : i + 2] for i in range(0, 40, 2))))
+    assert not path.exists()
+    results.close()
+    assert json.loads(path.read_text()) == records[: results.count]
+    assert 0 < results.count < 40
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_without_space_is_not_there_at_all(tmp_path: Path) -> None:
+    paths = [paint(tmp_path / "in" / f"{i}.png", (64, 64), (8, 8, 56, 56)) for i in range(2)]
+    found = [
+        Found(p, torch.randint(0, 256, (3, 600, 600), dtype=torch.uint8), one.detections)
+        for p, one in zip(paths, run(paths), strict=True)
+    ]
+    writer = writer_of(tmp_path / "out", paths)
+    with (
+        writer,
+        files_of_at_most(100_000),
+        pytest.raises(UserError, match=r"cannot write .*out/0\.png: File too large"),
+    ):
+        writer.add(found[0])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert [r["file_name"] for r in json.loads(writer.results.path.read_text())] == ["0.png"]
+
+
+@pytest.mark.parametrize(("size", "box"), [((10, 20000), (0, 4000, 10, 12000)), ((200, 1), (50, 0, 150, 1))])
+def test_the_thinnest_images_keep_a_pixel(
+    tmp_path: Path, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    (one,) = run([paint(tmp_path / "a.png", size, box)])
+    assert isinstance(one, Found)
+    (found,) = one.detections.boxes_xyxy.tolist()
+    steps = [max(1, side / 100) for side in size] * 2  # a pixel of the network
+    assert all(abs(a - b) <= 2 * step for a, b, step in zip(found, box, steps, strict=True)), found
+
+
+def test_a_transform_that_fails_is_the_files_fault(tmp_path: Path) -> None:
+    paths = [paint(tmp_path / f"{i}.png", (size, 64), (1, 1, 9, 9)) for i, size in enumerate((64, 65))]
+    files = ImageFiles(paths, lambda parts: {**parts, "image": parts["image"].reshape(3, 64, 64)})
+    assert not isinstance(files[0], Unreadable)
+    assert isinstance(files[1], Unreadable)
+    assert files[1].reason.startswith(f"{paths[1]} (65x64 pixels) cannot be transformed: ")
+
+
+def test_files_of_other_kinds_are_named(folder: Path) -> None:
+    for name in ("e.heic", "f.MP4", "g.avif", ".h.heic"):
+        (folder / name).write_bytes(b"\0\0\0\x1cftypheic")
+    Image.new("RGB", (64, 64)).save(folder / "ppm.ppm")
+    files = ImageFiles(find_images(str(folder)), Resize(64, max_size=100))
+    items = {p.name: files[i] for i, p in enumerate(files.paths)}
+    bad = {name: item.reason for name, item in items.items() if isinstance(item, Unreadable)}
+    assert bad.keys() == {"d.jpg", "e.heic", "f.MP4", "g.avif"}
+    for name, reason in bad.items():
+        assert reason.startswith(f"{folder / name} cannot be decoded: not an image of a kind that can be read here")
+    assert "ppm.ppm" in items, "Pillow reads it"
 
 
 def test_images_are_found_by_file_folder_and_pattern(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +339,12 @@ def test_images_are_found_by_file_folder_and_pattern(folder: Path, monkeypatch: 
     assert [p.name for p in find_images(f"{folder}/*.jpg")] == ["c.jpg", "d.jpg"]
     assert [p.name for p in find_images(f"{folder.parent}/**/*.png")] == ["a.png"]
     assert find_images(f"{folder}/a.png") == [folder / "a.png"]
+    mixed = [f"{folder}/*.jpg", f"{folder}/a.png", str(folder), f"{folder}/../in/a.png"]
+    assert [p.name for p in find_images(mixed)] == ["c.jpg", "d.jpg", "a.png", "b.JPG"]
+    with pytest.raises(UserError, match=r"absent\.png: no such file"):
+        find_images([str(folder), f"{folder}/absent.png"])
+    with pytest.raises(UserError, match="names no image"):
+        find_images([])
     for nothing in (f"{folder}/*.webp", f"{folder}/absent.jpg", f"{folder}/absent"):
         with pytest.raises(UserError, match="no such file"):
             find_images(nothing)

@@ -188,7 +188,7 @@ def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: t
     """Truth made of the detector's own masks: mask AP is 1; without masks there is no number."""
     dataset = CocoDetection(*painted, runs=True)
     batch = collate([transformed(dataset[i], PIPELINES["resized"]) for i in range(2)], 32)
-    postprocess, metrics = PostProcess(5, None), DetectionMetrics(CLASSES)
+    postprocess, metrics = PostProcess(5, None), DetectionMetrics(CLASSES, max_detections=5)
     task = DetectionTask(model, None, postprocess, metrics, False, None, None, {})
     with torch.no_grad():
         found = task.validation_step(batch, 0)

@@ -119,7 +119,7 @@ def test_learning_rates_and_decay_of_weights(name: str) -> None:
         factor = 0.1 ** sum(step // steps >= m for m in milestones)
         if "vit" in name and step < 500:
             factor *= 1 - (1 - step / 500) * (1 - 0.01)
-        assert schedule.factor(step, steps, epochs) == pytest.approx(factor, rel=1e-12)
+        assert schedule.factor(step, step / steps, epochs) == pytest.approx(factor, rel=1e-12)
 
 
 def test_the_layers_of_a_vit() -> None:

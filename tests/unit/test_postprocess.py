@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from codetr.application import compose
+from codetr.evaluation.metrics import DetectionMetrics
 from codetr.postprocess import NMS, PostProcess, SoftNMS, Suppression
 from codetr.types import Prediction
 
@@ -103,3 +106,25 @@ def test_detections_equal_the_official_ones(official: Path, variant: str) -> Non
         torch.testing.assert_close(one.scores, expected[key + "scores"], rtol=1e-5, atol=1e-6)
         assert torch.equal(one.labels, expected[key + "labels"].long())
         torch.testing.assert_close(one.boxes_xyxy / scale, expected[key + "boxes"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("postprocess", ["top_k", "nms", "soft_nms"])
+@pytest.mark.parametrize("federated", [False, True])
+def test_three_hundred_perfect_detections_have_a_recall_of_one(postprocess: str, federated: bool) -> None:
+    """LVIS' line of the README: what is counted is also kept."""
+    lvis = [f"postprocess={postprocess}", f"metrics.federated={federated}", "metrics.max_detections=300"]
+    config = compose("train", lvis)
+    columns, rows = (torch.arange(300) % 20 / 20, torch.arange(300) // 20 / 15)
+    boxes = torch.stack([columns + 0.025, rows + 0.03, torch.full((300,), 0.04), torch.full((300,), 0.05)], 1)
+    (found,) = instantiate(config.postprocess)(
+        Prediction(torch.ones(1, 300, 1), boxes[None]), torch.tensor([[900, 1000]])
+    )
+    metrics = instantiate(config.metrics)(["disc"])
+    assert isinstance(metrics, DetectionMetrics)
+    xyxy = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).double() * 1000
+    xyxy[:, 1::2] *= 0.9
+    zeros = torch.zeros(300)
+    truth = {"boxes": xyxy, "labels": zeros.long(), "iscrowd": zeros.bool(), "area": zeros + 1800}
+    truth |= {"neg_labels": torch.zeros(0).long(), "not_exhaustive_labels": torch.zeros(0).long()} if federated else {}
+    metrics.update([1], [found], [truth])
+    assert metrics.compute()["mar_300"] == pytest.approx(1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from codetr.errors import UserError
 from codetr.models.pyramid import PyramidAdapter
 from codetr.types import Memory
 
@@ -72,5 +73,5 @@ def test_made_levels_are_normalised() -> None:
 @pytest.mark.parametrize("strides", [(4,), (12,), (256,), (8, 32), (16, 8)])
 def test_foreign_strides_are_an_error(strides: tuple[int, ...]) -> None:
     """Also a memory with a gap: its levels would be taken for others."""
-    with pytest.raises(ValueError, match=r"model\.pyramid_levels=5 from model\.pyramid_stride=8"):
+    with pytest.raises(UserError, match=r"model\.pyramid_levels=5 from model\.pyramid_stride=8"):
         PyramidAdapter(WIDTH, strides, 8, 5, 4, 1)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from codetr.errors import UserError
 from codetr.queries.two_stage import ProposalEmbedding, TwoStageQueries
 from codetr.types import Matching, Memory, QueryContext, QueryGroup, Targets
 
@@ -140,7 +141,7 @@ def test_fewer_tokens_than_queries(context: QueryContext, mixed: bool) -> None:
 
 
 def test_contents_need_a_source() -> None:
-    with pytest.raises(ValueError, match="embed_position: true"):
+    with pytest.raises(UserError, match=r"model\.embed_position=true"):
         source(mixed=False, embed=False)
 
 

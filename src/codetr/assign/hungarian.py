@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from codetr.types import Known, Prediction, Targets
 
+_WORST = 1e9
 CACHED = 2**17  # costs computed at a time on a CPU
 
 
@@ -84,7 +85,7 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
     Returns, per problem, targets for its queries: labels [L, B, N] (-1 background) and boxes [L, B, N, 4] cxcywh.
     When an image has more (repeated) objects than queries, the cheapest subset is matched.
 
-    Raises FloatingPointError when a prediction is not finite; the message names the image's index in the batch.
+    Costs of predictions that are not finite count as the highest: their losses are not finite, whatever they match.
     """
     if not problems:
         return []
@@ -122,10 +123,7 @@ def _solve(costs: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
     for image, count in enumerate(counts):
         matrices = costs[:, image, :count]
         if not np.isfinite(matrices).all():
-            raise FloatingPointError(
-                f"image {image} of the batch: predicted logits or boxes are not finite, so it cannot be matched; "
-                "lower the learning rate, or train with precision bf16-mixed or 32-true instead of 16-mixed"
-            )
+            matrices = np.nan_to_num(matrices, nan=_WORST, posinf=_WORST, neginf=_WORST)
         for layer, matrix in enumerate(matrices):
             rows, columns = linear_sum_assignment(np.tile(matrix, (repeats, 1)) if repeats > 1 else matrix)
             owner[layer, image, columns] = rows % count if count else rows

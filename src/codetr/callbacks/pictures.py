@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from PIL.Image import Image
 
 from codetr.evaluation.metrics import DetectionMetrics
+from codetr.files import atomically
 from codetr.types import Batch, Detections, box_scale
 from codetr.visualize import compare, grid
 
@@ -48,7 +49,8 @@ class Pictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures:
-            grid(self._pictures).save(Path(trainer.default_root_dir) / FILE)
+            with atomically(Path(trainer.default_root_dir) / FILE) as part:
+                grid(self._pictures).save(part)
             for logger in trainer.loggers:
                 send(logger, self._pictures, trainer.global_step)
             self._pictures = []

@@ -48,12 +48,12 @@ class Meter:
     def due(self) -> bool:
         return self.clock() - self._since >= self.seconds
 
-    def read(self, batches_done: int, batches_total: float) -> dict[str, str]:
+    def read(self, batches_done: int, batches_left: float) -> dict[str, str]:
         """Images per second since the last reading; time left at the mean speed since `start`."""
         now = self.clock()
         speed = self._images / max(now - self._since, 1e-9)
         seconds_per_batch = (now - self._begin) / max(batches_done - self._batches_before, 1)
-        left = seconds_per_batch * (batches_total - batches_done)
+        left = seconds_per_batch * batches_left
         self.pause()
         shown = str(timedelta(seconds=round(left))) if math.isfinite(left) else "?"
         return {"images/s": f"{speed:.1f}", "left": shown}
@@ -62,18 +62,19 @@ class Meter:
 def read_trainer(trainer: Trainer, meter: Meter) -> dict[str, str]:
     """What the task logs for the progress bar, with the meter's reading."""
     logged = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
-    return logged | meter.read(batches_done(trainer), batches_total(trainer))
+    return logged | meter.read(batches_done(trainer), batches_left(trainer))
 
 
 def batches_done(trainer: Trainer) -> int:
     return trainer.fit_loop.total_batch_idx + 1
 
 
-def batches_total(trainer: Trainer) -> float:
-    """Batches of the whole fit on one process; infinite when nothing limits it."""
+def batches_left(trainer: Trainer) -> float:
+    """Of the fit on one process, from its epoch, batch and step on; infinite when nothing limits it."""
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
     steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-    return min(epochs * trainer.num_training_batches, steps * trainer.accumulate_grad_batches)
+    by_epochs = (epochs - trainer.current_epoch) * trainer.num_training_batches - (trainer.fit_loop.batch_idx + 1)
+    return max(0, min(by_epochs, (steps - trainer.global_step) * trainer.accumulate_grad_batches))
 
 
 class BarProgress(RichProgressBar):
@@ -152,7 +153,7 @@ class LineProgress(ProgressBar):
         done, total = batch_idx + 1, self.total_val_batches_current_dataloader
         if self.meter.due or done == total:
             where = "sanity check" if trainer.sanity_checking else "validation"
-            speed = self.meter.read(done, total)["images/s"]
+            speed = self.meter.read(done, total - done)["images/s"]
             self._line(where, done, total, {"images/s": speed})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

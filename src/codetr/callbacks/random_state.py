@@ -16,7 +16,7 @@ State = dict[str, Any]
 class RandomState(Callback):
     """Saves the generators of every process, restores them when training starts.
 
-    In a fresh run, and after a resume with another number of processes, each process draws from a seed of its own.
+    In a fresh run each process draws from a seed of its own, and so do processes that a resume adds.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class RandomState(Callback):
         self._states = checkpoint.get("random_states", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if len(self._states) == trainer.world_size:
+        if trainer.global_rank < len(self._states):
             restore(self._states[trainer.global_rank])
         elif trainer.global_rank:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)

@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from codetr.evaluation.metrics import ABSENT, DetectionMetrics, Evaluation
+from codetr.files import atomically
+from codetr.names import shown
 from codetr.visualize import save_learning_curves, save_precision_recall
 
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
@@ -95,7 +97,8 @@ def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) 
         "confused": evaluation.confused(SHOWN_CLASSES),
         **about,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    with atomically(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def tables(evaluation: Evaluation, masks: Evaluation | None = None) -> RenderableType:
@@ -141,7 +144,7 @@ def _classes(evaluation: Evaluation) -> Table:
     head = SHOWN_CLASSES // 2 if hidden else len(ranked)
     for i, (name, ap) in enumerate(ranked):
         if i < head or i >= len(ranked) - head:
-            table.add_row(name, str(evaluation.objects_per_class[name]), _number(ap), _bar(ap))
+            table.add_row(Text(shown(name)), str(evaluation.objects_per_class[name]), _number(ap), _bar(ap))
         if hidden and i == head:
             table.add_row("…", "", "", "")
     return table

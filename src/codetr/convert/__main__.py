@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from codetr import application
 from codetr.errors import UserError
+from codetr.files import atomically
 
 if TYPE_CHECKING:
     from codetr.convert.names import NameTable
@@ -30,7 +31,7 @@ def convert(config: DictConfig) -> Path:
     if out.exists() and not config.overwrite:
         raise UserError(f"out={out}: is there already; overwrite=true writes over it")
     content = read(source)
-    made = _to_official(content, source) if "codetr" in content else _to_ours(content, source, config)
+    made = _to_official(source, config) if "codetr" in content else _to_ours(content, source, config)
     _save(made, out)
     print(f"wrote {out}")
     return out
@@ -76,7 +77,9 @@ def _from_huggingface(state: Weights, model: str, source: Path, config: DictConf
     file = source.with_name("config.json")
     try:
         about = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        if not isinstance(about, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: is no JSON ({error}); move it away, or take the one that belongs to {source.name}"
         ) from error
@@ -90,7 +93,8 @@ def _from_huggingface(state: Weights, model: str, source: Path, config: DictConf
         result.weights = huggingface.without_gaps(result.weights, names)
         full.model.num_classes = len(names) - names.count(None)
         print(f"{names.count(None)} of {len(names)} labels are gaps without a name: left out")
-    known = {"CLASSES": tuple(name for name in names if name is not None)}
+    labels = [label for label, name in enumerate(names) if name is not None]  # there they are the data set's ids
+    known = {"CLASSES": tuple(names[label] for label in labels), "CATEGORY_IDS": labels}
     return _checkpoint(result, full, known, source, config)
 
 
@@ -117,32 +121,35 @@ def _checkpoint(
     """about: what the source says of its classes."""
     from rich import print
 
-    from codetr.convert.classes import class_names
+    from codetr.convert.classes import category_ids, class_names
 
     print(result.table())
     result.settle(str(source))
     names = class_names(config.class_names, about, full.model.num_classes)
-    return {
-        "state_dict": _prefixed(result.weights),
-        "codetr": {"config": application.plain(full), "class_names": list(names)},
-    }
+    ids = category_ids(config.class_names, about, names)
+    known = {"class_names": list(names), "category_ids": None if ids is None else list(ids)}
+    return {"state_dict": _prefixed(result.weights), "codetr": {"config": application.plain(full), **known}}
 
 
 def _prefixed(weights: Weights) -> Weights:
     return {f"detector.{name}": tensor for name, tensor in weights.items()}
 
 
-def _to_official(content: dict[str, Any], source: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
+def _to_official(source: Path, config: DictConfig) -> dict[str, Any]:
+    import torch
     from rich import print
 
     from codetr.checkpoint import load_weights
     from codetr.convert import weights
+    from codetr.trust import parts
 
     checkpoint = load_weights(source)
     if checkpoint.config is None:
         raise UserError(f"{source}: does not say which detector it belongs to; give a checkpoint of codetr.train")
-    result = weights.to_official(checkpoint.weights, build(OmegaConf.create(checkpoint.config)))
+    known = parts(checkpoint.config, source, application.as_names(config.trust))
+    with torch.device("meta"):
+        detector = application.build(known["model"].get("detector"), source)
+    result = weights.to_official(checkpoint.weights, detector)
     print(result.table())
     result.settle(str(source))
     return {"state_dict": result.weights, "meta": {"CLASSES": tuple(checkpoint.class_names or ())}}
@@ -170,9 +177,8 @@ def _save(content: dict[str, Any], out: Path) -> None:
     import torch
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    torch.save(content, partial)
-    partial.replace(out)
+    with atomically(out) as part, part.open("wb") as file:
+        torch.save(content, file)
 
 
 def main() -> None:

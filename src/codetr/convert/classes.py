@@ -19,6 +19,10 @@ dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|oven|to
 vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n", "").split("|")
 )
 
+# COCO numbers its 80 classes from 1 to 90, with gaps.
+COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+LVIS = 1203  # classes, numbered from 1
+
 
 def class_names(given: str | Sequence[str] | None, about: dict[str, Any], number: int) -> tuple[str, ...]:
     """What the user gives, the checkpoint's own account `about` itself says, or COCO's for 80 classes.
@@ -39,11 +43,30 @@ def class_names(given: str | Sequence[str] | None, about: dict[str, Any], number
     return names
 
 
+def category_ids(
+    given: str | Sequence[str] | None, about: dict[str, Any], names: Sequence[str]
+) -> tuple[int, ...] | None:
+    """The ids of `names` in the data set, as the annotation file `given` or the account `about` says; COCO's; LVIS'.
+
+    None where nothing tells them.
+    """
+    if isinstance(given, str):
+        return tuple(_categories(Path(given)))
+    if given is None and "CATEGORY_IDS" in about:
+        return tuple(about["CATEGORY_IDS"])
+    if tuple(names) == COCO:
+        return COCO_IDS
+    return tuple(range(1, LVIS + 1)) if len(names) == LVIS else None
+
+
 def _given(given: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(given, str):
         return tuple(given)
-    path = Path(given)
-    return tuple(select_classes(list(coco.read(path)["categories"]), None, path).values())
+    return tuple(_categories(Path(given)).values())
+
+
+def _categories(file: Path) -> dict[int, str]:
+    return select_classes(list(coco.read(file)["categories"]), None, file)
 
 
 def _told(about: dict[str, Any]) -> tuple[str, ...] | None:

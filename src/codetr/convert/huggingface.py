@@ -53,7 +53,7 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
         "model.num_classes": _rows(own, "decoder.class_heads.0.bias"),
         "model.width": _rows(own, "decoder.layers.0.norm1.weight"),
         "model.ffn_width": _rows(own, "decoder.layers.0.ffn.linear1.weight"),
-        "model.num_heads": about.get("decoder_attention_heads"),
+        "model.num_heads": _number(about, "decoder_attention_heads"),
         "model.eps": 1e-5,
         "model.detector.encoder.num_layers": _count(weights, "encoder"),
         "model.detector.decoder.num_layers": _count(weights, "decoder"),
@@ -68,7 +68,7 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
         given["model.activation"] = "prelu" if prelu else "relu"
     else:
         given["model.num_levels"] = levels = _rows(own, "encoder.level_embedding")
-        given["model.num_points"] = about.get("decoder_n_points")
+        given["model.num_points"] = _number(about, "decoder_n_points")
         if levels == 1:
             given["model/backbone"] = "resnet50_c5"
     settings = [f"experiment={experiment}_r50", f"model={name}"]
@@ -82,7 +82,10 @@ def to_ours(weights: Weights, name: str, detector: Detector) -> Conversion:
 
 def class_names(about: Mapping[str, Any]) -> tuple[str | None, ...]:
     """Of config.json's `id2label`; None for its gaps, the numbers that COCO has no category for."""
-    given = {int(label): str(text) for label, text in (about.get("id2label") or {}).items()}
+    texts = about.get("id2label") or {}
+    if not isinstance(texts, Mapping) or not all(re.fullmatch(r"\d{1,5}", str(label)) for label in texts):
+        raise UserError("config.json: id2label is not a mapping of labels, up to 99999, to names")
+    given = {int(label): str(text) for label, text in texts.items()}
     names = (given.get(label, GAP) for label in range(max(given, default=-1) + 1))
     return tuple(None if name == GAP else name for name in names)
 
@@ -126,6 +129,14 @@ def _refuse(about: Mapping[str, Any]) -> None:
             )
 
 
+def _number(about: Mapping[str, Any], key: str) -> int | None:
+    """It becomes part of an override, whose text could say more than a number does."""
+    value = about.get(key)
+    if value is not None and (type(value) is not int or value < 1):
+        raise UserError(f"config.json: {key} is {str(value)[:80]}, not a whole number above 0")
+    return value
+
+
 def _rows(own: Weights, name: str) -> int:
     if name not in own:
         raise UserError(f"a tensor is missing, and with it the size of the model: {name} by our name")
@@ -134,7 +145,7 @@ def _rows(own: Weights, name: str) -> int:
 
 def _queries(own: Weights, name: str, about: Mapping[str, Any]) -> int | None:
     if name == TWO_STAGE:
-        return about.get("two_stage_num_proposals")
+        return _number(about, "two_stage_num_proposals")
     return _rows(own, f"queries.main.{'anchors' if name == DAB else 'position'}.weight")
 
 

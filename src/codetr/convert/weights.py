@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from codetr.convert import instance, official, resnet, swin, vit
@@ -14,6 +15,7 @@ from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.models.swin import Swin
 from codetr.models.vit import ViT
+from codetr.names import shown
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,10 +38,10 @@ class Conversion:
         table = Table("what became of the tensors", "number", "names")
         table.add_row("mapped", str(len(self.weights) - len(self.misshapen)), "")
         for reason, names in self.ignored.items():
-            table.add_row(f"left out: {reason}", str(len(names)), _abridged(names))
+            table.add_row(f"left out: {reason}", str(len(names)), Text(shown(_abridged(names))))
         for label in ("missing", "unexpected", "misshapen"):
             if names := getattr(self, label):
-                table.add_row(f"[red]{label}", str(len(names)), _abridged(names))
+                table.add_row(f"[red]{label}", str(len(names)), Text(shown(_abridged(names))))
         return table
 
     def settle(self, source: str) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from codetr.data import commands
 from codetr.errors import UserError
+from codetr.names import shown_lines
 
 _HELP = ("-h", "--help", "help")
 
@@ -47,7 +48,7 @@ def main() -> None:
     try:
         status = run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {shown_lines(error)}", file=sys.stderr, flush=True)
         status = 2
     raise SystemExit(status)
 

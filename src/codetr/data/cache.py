@@ -29,7 +29,7 @@ from codetr.data.tabulate import Tabulated, tabulate
 from codetr.errors import UserError
 
 # Changes with what a table holds, or what the checks let pass.
-_VERSION = 3
+_VERSION = 4
 _log = logging.getLogger(__name__)
 _TICK = 2 * 10**9  # nanoseconds, of the coarsest file systems' clocks
 _PATIENCE = 2.0  # seconds without a progress bar
@@ -58,9 +58,9 @@ def open_table(
 
 def _folder(annotations: Path, cache: Path | None) -> Path:
     """The first folder that can be written to."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codetr"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "codetr"  # "~" where none has one
     beside = next(parent for parent in annotations.absolute().parents if parent.is_dir())
-    choices = [cache] if cache else [beside / ".codetr_cache", user]
+    choices = [cache] if cache else [beside / ".codetr_cache", *[user] * user.is_absolute()]
     for folder in choices:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from codetr.data.images import UnreadableImage, looks_complete, read_image
+from codetr.data.names import advice_on, find_misspelt
+from codetr.data.rules import BOX_KINDS, KINDS, REFUSED_BOXES, box_kinds
 from codetr.data.table import Table, texts
 from codetr.errors import UserError
 
@@ -27,38 +29,24 @@ Verify = Literal["exists", "complete", "decode"]
 _log = logging.getLogger(__name__)
 _SHOWN = 3
 _NAMES = 1 << 18  # at once
-_ADVICE = {
-    "bad image record": "each image needs integer `id`, `width` and `height` above 0, and a `file_name`",
-    "duplicate image id": "give each image its own id",
-    "missing image file": "put the file there, or remove the image from the annotations",
-    "unreadable image file": "restore the file from its source",
-    "duplicate annotation id": "give each annotation its own id",
-    "annotation of an unknown image": "add the image or remove the annotation",
-    "unknown category id": "add the category or remove the annotation",
-    "box that is not 4 finite numbers": "write bbox as [x, y, width, height] in pixels",
-    "box without area": "bbox is [x, y, width, height]; width and height must be above 0",
-    "box outside its image": "check the box, and the image's width and height",
-    "object without a usable mask": "mend its `segmentation`, or train without masks: data.masks=false",
-}
 
 
 @dataclass
 class Report:
     """Problems found in one annotation file. counts: kind -> number; examples: kind -> the first few records.
 
-    clipped: number of boxes that reach out of their image and were clipped for training.
+    told: of kinds that cost no record, what is read instead or what to know. clipped: number of boxes that reach out of
+    their image and were clipped for training. All kinds are those of `codetr.data.rules`.
     """
 
     source: Path
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
     clipped: int = 0
 
     def add(self, kind: str, record: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        shown = self.examples.setdefault(kind, [])
-        if len(shown) < _SHOWN:
-            shown.append(record)
+        self.add_all(kind, np.ones(1, bool), lambda _: record)
 
     def add_all(self, kind: str, bad: np.ndarray, name: Callable[[int], str]) -> None:
         """Add every record i where bad[i]; name(i) is asked for those that are shown."""
@@ -67,20 +55,24 @@ class Report:
             return
         shown = self.examples.setdefault(kind, [])
         shown += [name(int(i)) for i in rows[: _SHOWN - len(shown)]]
-        self.counts[kind] = self.counts.get(kind, 0) + len(rows)
+        counts = self.counts if KINDS[kind].severity == "error" else self.told
+        counts[kind] = counts.get(kind, 0) + len(rows)
 
     def __str__(self) -> str:
         lines = []
-        for kind, count in self.counts.items():
+        for kind, count in (self.counts | self.told).items():
             more = "" if count <= _SHOWN else ", ..."
-            lines.append(f"  {count} x {kind}: {', '.join(self.examples[kind])}{more} ({_ADVICE[kind]})")
+            lines.append(f"  {count} x {kind}: {', '.join(self.examples[kind])}{more} ({KINDS[kind].advice})")
         if self.clipped:
             lines.append(f"  {self.clipped} x box partly outside its image: clipped for training")
         return "\n".join(lines)
 
     def settle(self, on_error: OnError) -> None:
-        """Raise UserError on problems when `on_error` is "stop"; log what is dropped when it is "skip"."""
+        """Raise UserError on problems when `on_error` is "stop", and on those of the whole file; log what is dropped
+        when it is "skip", and what is told."""
         total = sum(self.counts.values())
+        if any(KINDS[kind].whole for kind in self.counts):
+            raise UserError(f"{self.source}: nothing can be learned from this file as it is\n{self}")
         if total and on_error == "stop":
             raise UserError(
                 f"{self.source}: {total} bad record{'s' * (total > 1)}\n{self}\n"
@@ -88,7 +80,9 @@ class Report:
             )
         if total:
             _log.warning("%s: %d bad records dropped\n%s", self.source, total, self)
-        elif self.clipped:
+        elif any(KINDS[kind].severity == "warning" for kind in self.told):
+            _log.warning("%s:\n%s", self.source, self)
+        elif self.told or self.clipped:
             _log.info("%s:\n%s", self.source, self)
 
 
@@ -116,13 +110,32 @@ def select_classes(
     return {ids[names.index(c)]: c for c in classes}
 
 
+def root_category(categories: Sequence[Mapping[str, Any]]) -> int | None:
+    """The position of the category that only holds the others, as Roboflow writes: its own `supercategory` is "none",
+    and that of all others, or the name of one of them, is its name. It is none of the classes while it has no object.
+    """
+    for position, root in enumerate(categories):
+        others = [*categories[:position], *categories[position + 1 :]]
+        if root.get("supercategory") != "none" or not others or type(root.get("id")) is not int:
+            continue
+        holds = all(c.get("supercategory") == root.get("name") for c in others)
+        if (holds or root.get("name") in [c.get("name") for c in others]) and root["id"] not in _ids(others):
+            return position
+    return None
+
+
+def _ids(categories: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [c.get("id") for c in categories]
+
+
 def _repeated(values: Iterable[Any]) -> list[Any]:
     seen: set[Any] = set()
     return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
 
 
-def check_files(table: Table, root: Path, verify: Verify, report: Report) -> np.ndarray:
-    """[n] bool, which image files of `table` can be used; they lie below `root`.
+def check_files(table: Table, root: Path, verify: Verify, report: Report) -> tuple[np.ndarray, dict[int, str]]:
+    """[n] bool, which image files of `table` can be used; they lie below `root`. Image -> name of those that are found
+    under another name than the table's.
 
     verify: "exists" asks for the file, "complete" also for a header and an end of file that fit (suspicious files are
     decoded), "decode" decodes every file. Raises UserError when `root` is not a folder.
@@ -130,21 +143,30 @@ def check_files(table: Table, root: Path, verify: Verify, report: Report) -> np.
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist: check the paths under `data`")
     present = _present(root, table)
+    missing = {i: table.name(i) for i in (~present).nonzero()[0].tolist()}
+    others = chain.from_iterable(table.names_from(i, _NAMES) for i in range(0, len(table), _NAMES))
+    found = find_misspelt(root, missing, (name for name, there in zip(others, present, strict=True) if there))
+    present[list(found)] = True
+    for i, name in found.items():
+        report.add("image file of another spelling", f"image {table.image_ids[i]} ({missing[i]}) is {name}")
 
-    def name(i: int) -> str:
-        return f"image {table.image_ids[i]} ({root / table.name(i)})"
+    def place(i: int) -> Path:
+        return root / found.get(i, table.name(i))
 
-    report.add_all("missing image file", ~present, name)
+    def named(i: int) -> str:
+        return f"image {table.image_ids[i]} ({place(i)}{advice_on(table.name(i))})"
+
+    report.add_all("missing image file", ~present, named)
     if verify == "exists":
-        return present
+        return present, found
     with ThreadPoolExecutor(16) as pool:
-        found = present.nonzero()[0].tolist()
-        faults = pool.map(lambda i: _fault(root / table.name(i), tuple(table.sizes[i].tolist()), verify), found)
-        for i, fault in zip(found, faults, strict=True):
+        rows = present.nonzero()[0].tolist()
+        faults = pool.map(lambda i: _fault(place(i), tuple(table.sizes[i].tolist()), verify), rows)
+        for i, fault in zip(rows, faults, strict=True):
             if fault:
                 report.add("unreadable image file", f"image {table.image_ids[i]} ({fault})")
                 present[i] = False
-    return present
+    return present, found
 
 
 def _present(root: Path, table: Table) -> np.ndarray:
@@ -174,16 +196,13 @@ def check_boxes(boxes: np.ndarray, extent: np.ndarray, report: Report, name: Cal
 
     extent: [n, 2] (width, height) of their images. name: what messages call box i.
     """
-    finite = np.isfinite(boxes).all(1)
-    solid = (boxes[:, 2:] > 0).all(1)
-    with np.errstate(invalid="ignore"):
-        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    inside = ((low < extent) & (high > 0)).all(1)
-    report.add_all("box that is not 4 finite numbers", ~finite, name)
-    report.add_all("box without area", finite & ~solid, name)
-    report.add_all("box outside its image", finite & solid & ~inside, name)
-    good = finite & solid & inside
-    report.clipped += int((((low < 0) | (high > extent)).any(1) & good).sum())
+    kinds = box_kinds(boxes, extent)
+    for position, kind in enumerate(BOX_KINDS[:REFUSED_BOXES]):
+        report.add_all(kind, kinds == position, name)
+    good = (kinds < 0) | (kinds >= REFUSED_BOXES)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach_out = (boxes[:, :2] < 0) | (boxes[:, :2] + boxes[:, 2:] > extent)
+    report.clipped += int((reach_out.any(1) & good).sum())
     return good
 
 
@@ -195,15 +214,24 @@ def check_trainable(counts: Mapping[str, int], source: Path) -> None:
     if not sum(counts.values()):
         raise UserError(
             f"no training label is left in {source}: none of the classes {list(counts)} has an object "
-            "(crowds do not count); check data.classes and the annotation file"
+            "(crowds, `iscrowd` 1, do not count); check data.classes and the annotation file"
         )
 
 
-def check_same_classes(train: Sequence[str], val: Sequence[str], source: Path) -> None:
-    """Raise UserError when the validation set's classes are not those of the training set, in any order."""
-    lacks, adds = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if lacks or adds:
+def check_val_classes(train: Sequence[str], val: Mapping[str, int], others: Mapping[str, int], source: Path) -> None:
+    """Raise UserError when the validation file has objects of categories that the training file lacks.
+
+    val: name -> number of objects of the classes trained; others: of the other categories. Classes of `train` without
+    objects there are trained all the same, and said.
+    """
+    foreign = [name for name, count in others.items() if count]
+    empty = [name for name in train if not val.get(name)]
+    if foreign:
+        names = f"[{','.join(train)}]"
         raise UserError(
-            f"{source} must have the categories of the training set: it lacks {lacks} and adds {adds}; "
-            "use matching annotation files, or name the common classes in data.classes"
+            f"{source} has objects of {foreign}, which the training file does not name"
+            f"{f', and none of {empty}' if empty else ''}: spell classes alike in both files, or leave them out with "
+            f"'data.classes={names}'"
         )
+    if empty:
+        _log.info("%s has no objects of %s: they are trained, and not evaluated", source, empty)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from codetr.data.readers import Reader, coco
 from codetr.data.sampling import Objects
 from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
+
+_CHUNK = 1 << 20  # objects
 
 
 @dataclass
@@ -50,7 +54,8 @@ class CocoDetection(Dataset[Sample]):
 
     reader: turns the file into COCO's records (see `codetr.data.readers`). Labels are 0, 1, ... in the order of
     `class_names`: all categories in the order of the file, or `classes`. `category_ids` holds the file's id of each
-    label. `report` tells what was dropped (see `codetr.data.checks`). masks, runs: also read the objects'
+    label, -1 where it has none. absent: classes of which the file knows nothing may be among `classes`, if not all.
+    `report` tells what was dropped (see `codetr.data.checks`). masks, runs: also read the objects'
     segmentations, for `masks` to train with, or for `runs` of the truth. cache: where tables are kept (see
     `codetr.data.cache`).
 
@@ -67,6 +72,7 @@ class CocoDetection(Dataset[Sample]):
         *,
         reader: Reader = coco.read,
         classes: Sequence[str] | None = None,
+        absent: bool = False,
         on_error: OnError = "stop",
         verify: Verify = "complete",
         masks: bool = False,
@@ -77,23 +83,29 @@ class CocoDetection(Dataset[Sample]):
         folder = Path(cache) if cache else None
         self._table, self.report = open_table(source, reader, masks=masks or runs, cache=folder)
         self._masks, self._runs = masks, runs
-        self._select(classes, source)
-        usable = check_files(self._table, self.root, verify, self.report)
+        self._select(classes, source, absent)
+        usable, found = check_files(self._table, self.root, verify, self.report)
+        self._misspelt = np.array(sorted(found), np.int64)
+        self._spellings = np.array([os.fsencode(found[row]) for row in sorted(found)], np.bytes_)
         self.report.settle(on_error)
         if not usable.any():
             raise UserError(f"{source} names no usable image in {self.root}")
         self._images = None if usable.all() else usable.nonzero()[0]
 
-    def _select(self, classes: Sequence[str] | None, source: Path) -> None:
+    def _select(self, classes: Sequence[str] | None, source: Path, absent: bool) -> None:
         """The classes are a view: label_of[position of a category] is its label, or -1."""
         table = self._table
         ids = table.category_ids.tolist()
         categories = [{"id": i, "name": n} for i, n in zip(ids, table.category_names, strict=True)]
-        names = select_classes(categories, classes, source)
-        self.class_names, self.category_ids = tuple(names.values()), tuple(names)
-        self._positions = np.array([ids.index(i) for i in names], np.int64)
+        there = [c for c in classes if c in table.category_names] if classes is not None and absent else classes
+        if classes and not there:
+            raise UserError(f"{source} has none of the classes {list(classes)}, only {list(table.category_names)}")
+        id_of = {name: i for i, name in select_classes(categories, there, source).items()}
+        self.class_names = tuple(id_of if classes is None else classes)
+        self.category_ids = tuple(id_of.get(name, -1) for name in self.class_names)
+        self._positions = np.array([ids.index(i) if i in ids else -1 for i in self.category_ids], np.int64)
         self._label_of = np.full(len(ids), -1, np.int64)
-        self._label_of[self._positions] = np.arange(len(names))
+        self._label_of[self._positions[self._positions >= 0]] = (self._positions >= 0).nonzero()[0]
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -116,27 +128,48 @@ class CocoDetection(Dataset[Sample]):
     def frequencies(self) -> tuple[str, ...] | None:
         """r, c or f (rare, common, frequent) of each class, where the file tells, as LVIS does."""
         letters = self._table.frequencies
-        return letters and tuple(letters[i] for i in self._positions)
+        return letters and tuple(letters[i] if i >= 0 else "f" for i in self._positions)
 
     @property
     def label_counts(self) -> dict[str, int]:
         """Class name -> number of objects to train on (no crowds, none ignored)."""
         if self._images is None:
-            counts = self._table.counts[self._positions]
+            counts = self._counts_of_classes(self._table.counts)
         else:
             counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def _counts_of_classes(self, counts: np.ndarray) -> np.ndarray:
+        return np.where(self._positions >= 0, counts[self._positions], 0)
+
+    @property
+    def others(self) -> dict[str, int]:
+        """Name -> number of objects of the categories that are none of the classes."""
+        rest = (self._label_of < 0).nonzero()[0].tolist()
+        return {self._table.category_names[i]: int(self._table.counts[i]) for i in rest}
 
     @property
     def image_counts(self) -> dict[str, int]:
         """Class name -> number of images with such an object; LVIS' `image_count`."""
         if self._images is None:
-            counts = self._table.image_counts[self._positions]
+            counts = self._counts_of_classes(self._table.image_counts)
         else:
             offsets, labels = self.objects()
             pairs = np.repeat(np.arange(len(self)), np.diff(offsets)) * len(self.class_names) + labels
             counts = np.bincount(np.unique(pairs) % len(self.class_names), minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images and objects, in their order: the same only for the same set. Neither pixels nor masks count."""
+        table, digest = self._table, hashlib.blake2b(digest_size=16)
+        columns = [table.image_ids, table.sizes, table.names, table.offsets, table.boxes, table.crowd, table.ignore]
+        columns += [] if self._images is None else [self._images]
+        chunks = range(0, len(table.categories), _CHUNK)
+        for column in (*columns, *(self._label_of[table.categories[i : i + _CHUNK]] for i in chunks)):
+            digest.update(f"{column.shape}".encode())
+            digest.update(np.ascontiguousarray(column).view(np.uint8).data)
+        return digest.hexdigest()
 
     def objects(self) -> Objects:
         """The labels to train on (no crowds, none ignored) of all images, for `codetr.data.sampling`."""
@@ -154,7 +187,11 @@ class CocoDetection(Dataset[Sample]):
 
     def path(self, index: int) -> Path:
         """The image file of one sample."""
-        return self.root / self._table.name(self._row(index))
+        row = self._row(index)
+        place = int(np.searchsorted(self._misspelt, row))
+        if place < len(self._misspelt) and self._misspelt[place] == row:
+            return self.root / os.fsdecode(self._spellings[place])
+        return self.root / self._table.name(row)
 
     def truth(self, index: int) -> dict[str, Any]:
         """What the evaluator needs to know of one image (see `Sample`), without reading the image."""

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torchvision.tv_tensors import Image
 
-from codetr.data.checks import OnError, Verify, check_same_classes, check_trainable
+from codetr.data.checks import OnError, Verify, check_trainable, check_val_classes
 from codetr.data.coco import CocoDetection
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.loader import BatchLoader, TrainLoader
@@ -160,23 +160,28 @@ class DetectionDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _read_val(self) -> CocoDetection:
-        """Labels follow the training set when that is known, even if this file lists its categories otherwise."""
-        val = self._read(*self.val_paths, self.classes, masks=False, runs=self.val_masks)
-        if self.train_set is None:
-            return val
-        check_same_classes(self.class_names, val.class_names, val.report.source)
-        if val.class_names == self.class_names:
-            return val
-        return self._read(*self.val_paths, self.class_names, masks=False, runs=self.val_masks)
+        """Labels are those of the training set when that is known, whatever this file lists, and in which order."""
+        classes = self.classes if self.train_set is None else self.train_set.class_names
+        val = self._read(*self.val_paths, classes, masks=False, runs=self.val_masks, absent=True)
+        if self.train_set is not None and self.classes is None:
+            check_val_classes(self.train_set.class_names, val.label_counts, val.others, val.report.source)
+        return val
 
     def _read(
-        self, images: Path, annotations: Path, classes: Sequence[str] | None, masks: bool, runs: bool
+        self,
+        images: Path,
+        annotations: Path,
+        classes: Sequence[str] | None,
+        masks: bool,
+        runs: bool,
+        absent: bool = False,
     ) -> CocoDetection:
         return CocoDetection(
             images,
             annotations,
             reader=self.reader,
             classes=classes,
+            absent=absent,
             on_error=self.on_error,
             verify=self.verify,
             masks=masks,

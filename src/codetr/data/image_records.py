@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from codetr.data.checks import Report
+from codetr.data.values import mended_image
 
 
 def image_columns(
@@ -22,7 +23,12 @@ def image_columns(
     ids, sizes, names, ends, broken = array("q"), array("i"), bytearray(), array("q", [0]), set()
     folders: dict[str, None] = {}
     lists = {key: _Lists(categories) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
-    for position, record in enumerate(records):
+    for position, written in enumerate(records):
+        changes = mended_image(written)
+        record = written | changes
+        if changes:
+            was = ", ".join(f"{key} {written[key]!r}" for key in changes)
+            report.add("value of another type", f"image {record.get('id', f'number {position}')}: {was}")
         if not _is_image(record):
             report.add("bad image record", record.get("where") or f"image {record.get('id', f'number {position}')}")
             broken.add(repr(record.get("id")))

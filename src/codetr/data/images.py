@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from codetr.errors import UserError
@@ -22,6 +22,18 @@ _SCAN = b"\xff\xda"  # where the pixels begin
 # Segments of metadata that may tell an orientation, or hold another JPEG whose scan comes before such a segment.
 _METADATA = re.compile(rb"\xff[\xe1-\xed\xef]|JFXX")
 _COLORS = ("YCbCr", "RGB", "Gray")  # others are inks, or cannot be shown
+# What shows an image of each EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_RANGES = {"I": "0..65535", "F": "0..1 or 0..255"}  # of what has no depth
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
 class UnreadableImage(UserError):
@@ -29,7 +41,8 @@ class UnreadableImage(UserError):
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """[3, H, W] uint8 RGB with channels-last strides, whatever the file holds (grey, palette, CMYK, alpha, 16 bit).
+    """[3, H, W] uint8 RGB with channels-last strides, whatever the file holds (grey, palette, CMYK, alpha, 16 bit,
+    floats: see `_to_rgb`).
 
     `size` is (height, width) as the annotations say. The EXIF orientation is applied, unless only the raster as
     stored has that size: then it is what was annotated.
@@ -42,13 +55,20 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
         pixels = _decode_jpeg(path, size)
         if pixels is None:
             pixels = _decode(path, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path} cannot be decoded: {error}") from error
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble on
+        raise unreadable(path, error) from error
     if pixels.shape[:2] != size:
         raise UnreadableImage(
             f"{path} holds {pixels.shape[1]}x{pixels.shape[0]} pixels, but the annotations say {size[1]}x{size[0]}"
         )
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def unreadable(path: Path, error: Exception) -> UnreadableImage:
+    """The error that names the file, which Pillow's own messages seldom do."""
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "not an image of a kind that can be read here; convert it to JPEG or PNG" if unknown else str(error)
+    return UnreadableImage(f"{path} cannot be decoded: {reason or type(error).__name__}")
 
 
 def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
@@ -58,7 +78,7 @@ def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
         return None
     if _METADATA.search(data, 0, data.find(_SCAN)):
         with Image.open(path) as image:
-            if _orientation(image) != 1:
+            if orientation(image) != 1:
                 return None
     try:
         *found, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -70,19 +90,72 @@ def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
 def _decode(path: Path, size: tuple[int, int]) -> np.ndarray:
     """[H, W, 3] uint8, the right way up."""
     with Image.open(path) as image:
-        turned = _orientation(image) != 1 and ImageOps.exif_transpose(image)
-        return _to_rgb(turned if turned and turned.size == size[::-1] else image)
+        turn = _TURNS.get(orientation(image))
+        rgb = _to_rgb(image)
+        turned = rgb if turn is None else rgb.transpose(turn)
+        return np.array(turned if turned.size == size[::-1] else rgb)
 
 
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(_ORIENTATION, 1)
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 2 to 8 for what has to be turned to be seen upright, else 1.
+
+    Text, numbers out of range and damaged EXIF count as 1: viewers show such files as they are stored.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except OSError:  # of the pixels, which Pillow decodes to find the EXIF of a PNG
+        raise
+    except Exception:
+        return 1
+    return next((turn for turn in _TURNS if value == turn), 1)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """[H, W, 3] uint8; 16 bit grey is scaled, which Pillow would clip."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+def seen_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image file as a viewer shows it: after the EXIF orientation, without decoding.
+
+    Raises FileNotFoundError, and UnreadableImage for what does not open.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            on_its_side = orientation(image) >= 5
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise unreadable(path, error) from error
+    return (width, height) if on_its_side else (height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB. Alpha is dropped, and 16 bit colour keeps its high bytes, as Pillow does it. Grey of more than 8 bits,
+    which Pillow would clip, is scaled by its depth (see `_to_grey`)."""
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_to_grey(image))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    """[H, W] uint8 of integers of more than 8 bits, or of floats.
+
+    Integers of 9 to 16 bits (a TIFF says how many) keep their 8 highest. Integers of 32 bits and floats say no range:
+    integers up to 65,535 count as of 16 bits; floats up to 1 as from 0 to 1, up to 255 as from 0 to 255. Raises
+    ValueError for other values, and for integers that are all so small that nothing but black would be left.
+    """
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    top = {"F": 1 if high <= 1 else 255}.get(image.mode, 65535)
+    if image.mode.startswith("I;16"):
+        bits = tags.get(_BITS_PER_SAMPLE, 16)
+        top = 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
+    if not 0 <= low <= high <= top:  # also of what is not a number
+        raise ValueError(f"it holds values from {low:g} to {high:g}; rescale them to {_RANGES[image.mode[0]]}")
+    if image.mode != "F" and 0 < high <= top >> 8:
+        raise ValueError(f"its values reach from {low} to {high} of {top}, which is black; rescale them to 0..{top}")
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        values = top - values
+    if image.mode == "F":
+        return np.rint(values * (255 / top)).astype(np.uint8)
+    return (values.astype(np.int64) >> (top.bit_length() - 8)).astype(np.uint8)
 
 
 def looks_complete(path: Path, size: tuple[int, int]) -> bool:
@@ -93,10 +166,10 @@ def looks_complete(path: Path, size: tuple[int, int]) -> bool:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             kind, (width, height) = image.format, image.size
-            turned = size == (width, height) != (height, width) and _orientation(image) >= 5
+            turned = size == (width, height) != (height, width) and orientation(image) >= 5
             file.seek(0, 2)
             file.seek(max(0, file.tell() - _TAIL))
             tail = file.read()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # as in `read_image`, which says what it is
         return False
     return (turned or size == (height, width)) and kind in _END and _END[kind] in tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -42,15 +43,16 @@ class BatchLoader(DataLoader[Sample]):
             persistent_workers=num_workers > 0,
             # Its own generator: each new iterator draws a number, which would move the global random state on.
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
 
 
 class TrainLoader(BatchLoader):
     """A BatchLoader over a TrainSampler that goes on in the middle of an epoch.
 
-    `state_dict` tells the epoch and the number of batches handed out, however far the workers have read ahead;
-    after `load_state_dict` that epoch begins with the next batch. Lightning stores both in its checkpoints, for
-    every loader that has these methods.
+    `state_dict` tells the epoch and the number of images handed out to all processes, however far the workers have
+    read ahead; after `load_state_dict` that epoch goes on with the next image, also in other batches. Lightning
+    stores both in its checkpoints, for every loader that has these methods.
     """
 
     batch_sampler: TrainSampler
@@ -65,19 +67,31 @@ class TrainLoader(BatchLoader):
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self.batch_sampler
-        return {"epoch": sampler.epoch, "batch": self._position, "order": sampler.order_key}
+        return {"epoch": sampler.epoch, "images": self._position * self._images_per_batch, "order": sampler.order_key}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when the rest of the epoch would not be the rest: other data, batch size or seed."""
+        """Raises UserError when the rest of the epoch would not be the rest: other data or another seed."""
         sampler, order = self.batch_sampler, state["order"]
+        batch = state["images"] // self._images_per_batch
         changed = [f"{k} {order.get(k)} -> {v}" for k, v in sampler.order_key.items() if order.get(k) != v]
-        if changed and state["batch"] < len(sampler):
+        if changed and batch < len(sampler):
             raise UserError(
                 f"the checkpoint lies in the middle of epoch {state['epoch']}, but what decides its order has "
                 f"changed: {', '.join(changed)}; resume with the former values or from the end of an epoch"
             )
-        sampler.resume(state["epoch"], state["batch"])
-        self._position = state["batch"]
+        sampler.resume(state["epoch"], batch)
+        self._position = batch
+
+    @property
+    def _images_per_batch(self) -> int:
+        """Of all processes together."""
+        return self.batch_sampler.batch_size * self.batch_sampler.world_size
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal and SLURM send them to all processes, and a run that lost its workers cannot finish its step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch | _Parcel:

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from codetr.data import segmentations
 from codetr.data.checks import Report, check_boxes
+from codetr.data.rules import Habits
+from codetr.data.values import flag, mended_object, number
 
 Columns = dict[str, np.ndarray]
 _NO_INTEGER = -(2**63)
 _UNKNOWN = -1
+# Key of a record, what it is where left out, and how numpy sees a column of proper ones. COCO's own default: an object
+# is no crowd, and covers its box.
+_FORMS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("image_id", None, ("i",)),
+    ("category_id", None, ("i",)),
+    ("bbox", None, ("if", 4)),
+    ("iscrowd", 0, ("ib",)),
+    ("ignore", 0, ("ib",)),
+    ("area", np.nan, ("if",)),
+)
+
+
+class Batch(NamedTuple):
+    """The good ones of some records.
+
+    columns: id [n] int64, unique numbers below -2^62 where a record has none; owner [n] int32, the position of the
+    image; the others as in `Table`. packed: their segmentations if masks are wanted. positions: [n] among all records
+    so far.
+    """
+
+    columns: Columns
+    packed: list[bytes]
+    positions: np.ndarray
 
 
 class ObjectRecords:
@@ -25,42 +50,83 @@ class ObjectRecords:
     def __init__(self, images: Columns, broken: set[str], categories: np.ndarray, masks: bool, report: Report) -> None:
         self._images, self._categories = _Places(images["image_ids"]), _Places(categories)
         self._sizes, self._broken, self._masks, self._report = images["sizes"], broken, masks, report
+        self.habits = Habits(len(categories))
         self._done = 0
         self._odd_ids: set[str] = set()
 
-    def columns(self, records: Sequence[dict[str, Any]]) -> tuple[Columns, list[bytes]]:
-        """The good ones of `records`; their packed segmentations if masks are wanted.
-
-        id [n] int64, unique numbers below -2^62 where a record has none; owner [n] int32, the position of the image;
-        the others as in `Table`.
-        """
+    def columns(self, records: Sequence[dict[str, Any]]) -> Batch:
+        """What is good of the next `records`."""
+        raw, records = self._read(records)
         ids, repeated = self._ids(records)
-        owner, category = self._owners(records, repeated)
+        owner, category = self._owners(records, raw, repeated)
         rows = ((owner >= 0) & (category >= 0) & ~repeated).nonzero()[0]
-        kept = [records[i] for i in rows]
-        ids, owner, category = ids[rows], owner[rows], category[rows]
+        kept, owner, category = [records[i] for i in rows], owner[rows], category[rows]
 
         def where(i: int) -> str:
             return f"{self._name(kept[i], rows[i])} of image {kept[i]['image_id']}"
 
-        boxes = _boxes(kept)
-        extent = self._sizes[owner, ::-1]
+        boxes, extent = raw["bbox"][rows].astype(np.float64), self._sizes[owner, ::-1]
+        self.habits.count(boxes, extent, category, raw["iscrowd"][rows] == 1)
         good = check_boxes(boxes, extent, self._report, lambda i: f"{where(i)}: bbox {kept[i].get('bbox')}")
+        for key in ("iscrowd", "ignore"):
+            strange = good & ~np.isin(raw[key][rows], (0, 1))
+            self._report.add_all("flag that is not 0 or 1", strange, lambda i: f"{where(i)}: {key} {kept[i][key]!r}")  # noqa: B023
+            good &= ~strange
         boxes[:, 2:] += boxes[:, :2]
         packed = self._pack(kept, owner, boxes, good, where) if self._masks else []
-        self._done += len(records)
-        area = _numbers([r.get("area") for r in kept])
         columns = {
-            "id": ids,
+            "id": ids[rows],
             "owner": owner.astype(np.int32),
             "boxes": boxes,
             "categories": category.astype(np.int32),
-            # COCO's own default: an object is no crowd, and covers its box.
-            "crowd": np.array([bool(r.get("iscrowd")) for r in kept], bool),
-            "ignore": np.array([bool(r.get("ignore")) for r in kept], bool),
-            "areas": np.where(np.isnan(area), np.prod(boxes[:, 2:] - boxes[:, :2], 1), area),
+            "crowd": raw["iscrowd"][rows] == 1,
+            "ignore": raw["ignore"][rows] == 1,
+            "areas": self._areas(kept, raw["area"][rows], boxes, good, where),
         }
-        return {name: column[good] for name, column in columns.items()}, packed
+        first, self._done = self._done, self._done + len(records)
+        return Batch({name: column[good] for name, column in columns.items()}, packed, first + rows[good])
+
+    def _read(self, records: Sequence[dict[str, Any]]) -> tuple[Columns, Sequence[dict[str, Any]]]:
+        """Numbers of the records as they are written; where some are not, what they mean, and the records with it."""
+        columns = {key: _plain([r.get(key, default) for r in records], *form) for key, default, form in _FORMS}
+        if all(column is not None for column in columns.values()):
+            return columns, records  # type: ignore[return-value]
+        changes = [mended_object(r) for r in records]
+        written = np.array([bool(c) for c in changes], bool)
+
+        def name(i: int) -> str:
+            was = ", ".join(f"{key} {records[i][key]!r}" for key in changes[i])
+            return f"{self._name(records[i], i)}: {was}"
+
+        self._report.add_all("value of another type", written, name)
+        meant = [r | c if c else r for r, c in zip(records, changes, strict=True)]
+        return {
+            "image_id": _integers(meant, "image_id"),
+            "category_id": _integers(meant, "category_id"),
+            "bbox": np.array([_four(r.get("bbox")) for r in meant], np.float64).reshape(-1, 4),
+            "iscrowd": _numbers([flag(r.get("iscrowd")) for r in meant]),
+            "ignore": _numbers([flag(r.get("ignore")) for r in meant]),
+            "area": _numbers([number(r.get("area")) for r in meant]),
+        }, meant
+
+    def _areas(
+        self,
+        records: Sequence[dict[str, Any]],
+        areas: np.ndarray,
+        boxes: np.ndarray,
+        good: np.ndarray,
+        where: Callable[[int], str],
+    ) -> np.ndarray:
+        """Those of the boxes where a record has none above 0."""
+        wrong = ~(np.isfinite(areas) & (areas > 0))
+        if not wrong.any():
+            return areas
+        told = wrong & good
+        told[told] = ["area" in records[i] for i in told.nonzero()[0]]
+        self._report.add_all(
+            "area that is not a number above 0", told, lambda i: f"{where(i)}: area {records[i]['area']!r}"
+        )
+        return np.where(wrong, np.prod(boxes[:, 2:] - boxes[:, :2], 1), areas)
 
     def _name(self, record: dict[str, Any], position: int) -> str:
         return record.get("where") or f"annotation {record.get('id', f'number {self._done + position}')}"
@@ -76,10 +142,11 @@ class ObjectRecords:
         self._report.add_all("duplicate annotation id", repeated, lambda i: self._name(records[i], i))
         return ids, repeated
 
-    def _owners(self, records: Sequence[dict[str, Any]], repeated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _owners(
+        self, records: Sequence[dict[str, Any]], raw: Columns, repeated: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the image and of the category of each record, negative where there is none."""
-        owner = self._images.find(_integers(records, "image_id"))
-        category = self._categories.find(_integers(records, "category_id"))
+        owner, category = self._images.find(raw["image_id"]), self._categories.find(raw["category_id"])
         lost = (owner == _UNKNOWN) & ~repeated
         if self._broken:
             lost &= np.array([repr(r.get("image_id")) not in self._broken for r in records], bool)
@@ -105,7 +172,7 @@ class ObjectRecords:
         for i in good.nonzero()[0].tolist():
             segmentation, (height, width) = records[i].get("segmentation"), self._sizes[owner[i]].tolist()
             if wrong := segmentations.fault(segmentation, (height, width)):
-                if not records[i].get("iscrowd"):
+                if not flag(records[i].get("iscrowd")):
                     self._report.add("object without a usable mask", f"{where(i)}: {wrong}")
                     good[i] = False
                     continue
@@ -143,29 +210,21 @@ def _integers(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([v if fit else _NO_INTEGER for v, fit in zip(values, fits, strict=True)], np.int64)
 
 
-def _boxes(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """[n, 4] of `bbox`, NaN where that is not four numbers."""
-    values = [r.get("bbox") for r in records]
+def _plain(values: Sequence[Any], kinds: str, *shape: int) -> np.ndarray | None:
+    """[n, *shape] of values that are all numbers of these kinds of numpy; None if one is not."""
     try:
-        boxes = np.array(values, np.float64)
-    except (TypeError, ValueError):
-        boxes = np.empty(0)
-    if boxes.shape == (len(values), 4):
-        return boxes
-    return np.array([_four(v) for v in values], np.float64).reshape(-1, 4)
+        column = np.array(values)
+    except ValueError:  # lists of different lengths
+        return None
+    return column if column.dtype.kind in kinds and column.shape == (len(values), *shape) else None
 
 
 def _four(value: Any) -> tuple[float, ...]:
-    try:
-        x, y, w, h = map(float, value)
-    except (TypeError, ValueError, OverflowError):
+    if not isinstance(value, (list, tuple)) or len(value) != 4 or any(type(v) not in (int, float) for v in value):
         return (np.nan,) * 4
-    return x, y, w, h
+    return tuple(map(float, value))
 
 
-def _numbers(values: Sequence[Any]) -> np.ndarray:
-    """[n] float64, NaN where a value is no number."""
-    try:
-        return np.array(values, np.float64).reshape(len(values))
-    except (TypeError, ValueError, OverflowError):
-        return np.array([v if type(v) in (int, float) else np.nan for v in values], np.float64)
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    """[n] float64, NaN for None."""
+    return np.array([np.nan if v is None else v for v in values], np.float64)

@@ -60,13 +60,11 @@ class TrainSampler(Sampler[Keys]):
 
     @property
     def order_key(self) -> dict[str, Any]:
-        """Everything but the epoch that decides which images a batch of a process holds."""
+        """Everything but the epoch that decides in which order all processes together see the images."""
         return {
             "images": self.order.length,
             "seed": self.seed,
-            "batch_size": self.batch_size,
-            "processes": self.world_size,
-            "grouped": self.groups is not None,
+            "batches_of_one_group": None if self.groups is None else self.batch_size,
             **self.order.key,
         }
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codetr.data.checks import Report, select_classes
+from codetr.data.checks import Report, root_category, select_classes
 from codetr.data.image_records import image_columns
 from codetr.data.object_records import ObjectRecords
 from codetr.data.readers import Document
@@ -46,23 +46,33 @@ def tabulate(document: Document, folder: Path, masks: bool, report: Report) -> T
     a usable one; crowds need none. Raises UserError where the categories make no sense.
     """
     categories = list(document["categories"])
-    names = select_classes(categories, None, report.source)
-    ids = np.array(list(names), np.int64)
+    root = root_category(categories)
+    select_classes([c for i, c in enumerate(categories) if i != root], None, report.source)
+    ids, names = np.array([c["id"] for c in categories], np.int64), [c["name"] for c in categories]
     columns, broken = image_columns(document["images"], ids, report)
     objects = ObjectRecords(columns, broken, ids, masks, report)
     read, sorted_ = _Files(folder / "read"), _Files(folder / "sorted")
     for records in _batches(document["annotations"]):
-        good, packed = objects.columns(records)
-        read.append(good | _joined(packed, masks))
+        batch = objects.columns(records)
+        read.append(batch.columns | _joined(batch.packed, masks))
+    for kind, why in objects.habits.found(names).items():
+        report.add(kind, why)
+    chosen = np.ones(len(ids), bool)
+    if root is not None and not objects.habits.objects[root]:
+        chosen[root] = False
+        report.add("root of the categories", f"category {ids[root]} ({names[root]})")
+    classes = select_classes([c for c, stays in zip(categories, chosen, strict=True) if stays], None, report.source)
     rows, columns["offsets"] = _by_image(read, columns["image_ids"], report)
     _copy(read, sorted_, rows, masks)
-    columns |= {"category_ids": ids} | {
+    columns |= {"category_ids": ids[chosen]} | {
         name: sorted_.column(name) for name in ("boxes", "categories", "crowd", "ignore", "areas", "segmentations")
     }
     columns["segmentation_offsets"] = _ends(sorted_.column("lengths")) if masks else np.empty(0, np.int64)
-    columns["counts"], columns["image_counts"] = count(columns, len(ids))
+    if not chosen.all():
+        columns["categories"] = (np.cumsum(chosen, dtype=np.int32) - 1)[columns["categories"]]
+    columns["counts"], columns["image_counts"] = count(columns, len(classes))
     letters = [str(c.get("frequency")) for c in categories]
-    return Tabulated(columns, list(names.values()), letters if letters and {*letters} <= {"r", "c", "f"} else None)
+    return Tabulated(columns, list(classes.values()), letters if letters and {*letters} <= {"r", "c", "f"} else None)
 
 
 def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 Unreadable = Literal["stop", "next", "blank"]
 
+# The long side in short sides, at most: a resize to a long side of as many pixels leaves one of the short side.
+_THINNEST = 64
+_BLANK = 64, 64  # height and width of what takes the place of an image
+
 
 class RandomSizeCrop(v2.Transform):
     """Crop a window whose height and width are drawn, each on its own, from min_size..max_size pixels.
@@ -108,6 +112,9 @@ def transformed(sample: Sample, transform: Transform) -> Sample:
     """`sample` behind `transform`; boxes are clipped to the image, and those that kept less than a pixel of height or
     width are removed with their labels and masks.
 
+    An image that is more than 64 times as long as wide is first made shorter, or resizing would leave nothing of its
+    width (torchvision: int(0.67) pixels), or make a long side of any size.
+
     original_size becomes the size of the new image in pixels of the file: larger than the file where the transform
     pads, smaller where it crops. So a normalised box times original_size has the size that it has in the file.
     """
@@ -118,6 +125,9 @@ def transformed(sample: Sample, transform: Transform) -> Sample:
     # They go through the transform with the image and tell how it was scaled. Nothing clips or drops points.
     corners = torch.tensor([[0, 0], [width, height]], dtype=torch.float64)
     parts["corners"] = KeyPoints(corners, canvas_size=(height, width))
+    if max(height, width) > _THINNEST * min(height, width):
+        most = _THINNEST * min(height, width)
+        parts = v2.Resize([min(height, most), min(width, most)])(parts)
     parts = transform(parts)
     scaled_width, scaled_height = parts.pop("corners").diff(dim=0)[0].abs().tolist()
     new_height, new_width = parts["image"].shape[-2:]
@@ -142,11 +152,11 @@ class TransformedDataset(Dataset[Sample]):
     """`dataset` behind `transform`, indexed by (epoch, index) as the samplers of `codetr.data.sampler` yield.
 
     transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks` (see
-    `transformed`). unreadable: what takes the place of an image that does not decode; "next": the next readable one in
-    the order of the data set; "blank": a black image of its size, in which nothing of its truth can be found; "stop":
-    nothing, UnreadableImage names the file. colour: applied to the image as in the file, before `transform`.
-    copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
-    needs masks. masks: whether samples keep them.
+    `transformed`). unreadable: what takes the place of an image that does not decode, or that the transform fails on;
+    "next": the next readable one in the order of the data set; "blank": a black image, in which nothing of its truth
+    can be found; "stop": nothing, UnreadableImage names the file. colour: applied to the image as in the file, before
+    `transform`. copy_paste: with another image of the data set behind the same transform, which must make all images of
+    one size; needs masks. masks: whether samples keep them.
     """
 
     def __init__(
@@ -178,24 +188,30 @@ class TransformedDataset(Dataset[Sample]):
         before = generator.get_state()
         generator.manual_seed(mix_seed(self.seed, epoch, index))
         try:
-            sample = self._augmented(index)
+            sample = self._sample(index)
             if self.copy_paste is not None:
-                sample = self.copy_paste(sample, self._augmented(_draw(0, len(self) - 1)))
+                sample = self.copy_paste(sample, self._sample(_draw(0, len(self) - 1)))
+        except Exception as error:
+            error.add_note(f"while reading and augmenting {self.dataset.path(index)}")
+            raise
         finally:
             generator.set_state(before)
         return sample if self.masks else replace(sample, masks=None)
 
     def _augmented(self, index: int) -> Sample:
-        sample = self._read(index)
-        if self.colour is not None:
-            sample = replace(sample, image=_packed(self.colour(sample.image)))
-        return transformed(sample, self.transform)
+        sample = self.dataset[index]
+        try:
+            if self.colour is not None:
+                sample = replace(sample, image=_packed(self.colour(sample.image)))
+            return transformed(sample, self.transform)
+        except Exception as error:
+            raise failed(self.dataset.path(index), sample.file_size, error) from error
 
-    def _read(self, index: int) -> Sample:
+    def _sample(self, index: int) -> Sample:
         for step in range(len(self)):
             position = (index + step) % len(self)
             try:
-                return self.dataset[position]
+                return self._augmented(position)
             except UnreadableImage as error:
                 if self.unreadable == "stop":
                     raise
@@ -205,17 +221,27 @@ class TransformedDataset(Dataset[Sample]):
                 self._unreadable[position] = True
                 if self.unreadable == "blank":
                     return self._blank(position)
-        raise UnreadableImage(f"none of the {len(self)} images in {self.dataset.root} can be decoded")
+        raise UnreadableImage(f"none of the {len(self)} images in {self.dataset.root} can be used")
 
     def _blank(self, index: int) -> Sample:
+        """Drawn small, whatever size the file claims to have, and then said to be of that size."""
         height, width = map(int, self.dataset.sizes[index])
-        image = torch.zeros(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
-        return Sample(
-            image=Image(image),
-            boxes=BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
-            labels=torch.zeros(0, dtype=torch.int64),
-            image_id=int(self.dataset.image_ids[index]),
-            original_size=(height, width),
-            file_size=(height, width),
-            truth=self.dataset.truth(index),
-        )
+        image_id, truth = int(self.dataset.image_ids[index]), self.dataset.truth(index)
+        black = torch.zeros(*_BLANK, 3, dtype=torch.uint8).permute(2, 0, 1)
+        sample = transformed(without_objects(black, image_id, truth), self.transform)
+        rows, columns = sample.original_size
+        original = rows * height / _BLANK[0], columns * width / _BLANK[1]
+        return replace(sample, original_size=original, file_size=(height, width))
+
+
+def without_objects(image: Tensor, image_id: int, truth: dict[str, Any]) -> Sample:
+    """`image`, [3, H, W] uint8, as a sample without an object to train on."""
+    height, width = image.shape[-2:]
+    no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
+    no_labels = torch.zeros(0, dtype=torch.int64)
+    return Sample(Image(image), no_boxes, no_labels, image_id, (height, width), (height, width), truth)
+
+
+def failed(path: Path, size: tuple[int, int], error: Exception) -> UnreadableImage:
+    """The error of a transform that fails on the image file `path` of (height, width) `size`."""
+    return UnreadableImage(f"{path} ({size[1]}x{size[0]} pixels) cannot be transformed: {error}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codetr.evaluation.columns import OUTSIDE, Columns, columns_of, on_first_process
 from codetr.evaluation.engines import ABSENT, AREAS, Backend, Rules, confusion, curves
+from codetr.ops.distributed import cpu_group, several
 from codetr.types import Detections
 
 FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
@@ -160,13 +161,12 @@ def _by_frequency(precision: np.ndarray, frequency: Sequence[str] | None) -> dic
 def together(columns: Columns, evaluate: Any) -> Any:
     """evaluate(the columns of all processes) on process 0; its result on every process.
 
-    Over gloo, because the columns live on the CPU.
+    In the group of CPU tensors, because the columns live there.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several():
         return evaluate(columns)
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[assignment]
+    group = cpu_group()
     every = on_first_process(columns, group)
     result = [None if every is None else evaluate(every)]
-    dist.broadcast_object_list(result, src=0, group=group)
-    dist.destroy_process_group(group)
+    dist.broadcast_object_list(result, src=0, group=group, device=torch.device("cpu"))
     return result[0]

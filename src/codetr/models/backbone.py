@@ -3,15 +3,62 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import EntryNotFoundError
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from codetr.errors import UserError
 from codetr.types import NormKind
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # how the hub names them
+SECONDS = 5  # until the hub must have answered
+
+
+def pretrained_weights(name: str, pretrained: bool | str) -> dict[str, Any]:
+    """Keywords of `timm.create_model` for the weights of model `name`: none (False), those of a file in timm's names
+    (.safetensors, .pth, .bin), or timm's own (True), from the hub's cache if they lie there.
+
+    Raises UserError for a file that is absent, and for weights that are not here when the hub does not answer.
+    """
+    if not pretrained:
+        return {"pretrained": False}
+    cfg = timm.get_pretrained_cfg(name)
+    path = pretrained if isinstance(pretrained, str) else _cached(cfg.hf_hub_id if cfg else None)
+    if path is None:
+        return {"pretrained": True}
+    if not Path(path).is_file():
+        raise UserError(f"model.detector.backbone.pretrained={path}: there is no such file")
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
+
+
+def _cached(hub_id: str | None) -> str | None:
+    """The file in the hub's cache, or None when it can be fetched. Without this question timm tries for minutes."""
+    if not hub_id:
+        return None
+    for file in WEIGHTS:
+        found = try_to_load_from_cache(hub_id, file)
+        if isinstance(found, str):
+            return found
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, WEIGHTS[0]), timeout=SECONDS)
+    except EntryNotFoundError:
+        return None  # under another name
+    except Exception as error:  # of whichever library the hub's client is built on
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"model.detector.backbone.pretrained=true: the weights {hub_id} are not in {HF_HUB_CACHE}, and the hub "
+            f"does not give them ({type(error).__name__}: {reason}). Start from random weights with "
+            f"model.detector.backbone.pretrained=false, or fetch {WEIGHTS[0]} of {hub_id} elsewhere and name the file: "
+            "model.detector.backbone.pretrained=FILE"
+        ) from error
+    return None
 
 
 class Backbone(nn.Module):
@@ -19,12 +66,13 @@ class Backbone(nn.Module):
 
     Normalises colours on the device, so that workers ship uint8 and the constants travel with the weights.
 
-    name: timm model. out_indices: timm's feature levels (a ResNet's 1..4 are C2..C5). norm: "frozen" replaces
+    name: timm model. out_indices: timm's feature levels (a ResNet's 1..4 are C2..C5). pretrained: see
+    `pretrained_weights`. norm: "frozen" replaces
     batch norms by their frozen form (the papers'), "batch" trains them, "group" builds the network with group
     norm (training from scratch on small batches). frozen_stages: the first n stages are not trained, the stem
     counts as the first. arguments: further keywords for `timm.create_model`.
 
-    Raises UserError when timm does not know the name.
+    Raises UserError when timm does not know the name, and for weights that cannot be had.
     """
 
     mean: Tensor
@@ -34,7 +82,7 @@ class Backbone(nn.Module):
         self,
         name: str,
         out_indices: tuple[int, ...],
-        pretrained: bool,
+        pretrained: bool | str,
         norm: NormKind,
         frozen_stages: int,
         mean: tuple[float, float, float],
@@ -47,9 +95,8 @@ class Backbone(nn.Module):
             raise UserError(f"model.backbone.name={name}: timm has no such model (near: {near})")
         if norm == "group":
             arguments = {**arguments, "norm_layer": partial(nn.GroupNorm, 8)}
-        body: Any = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **arguments
-        )
+        weights = pretrained_weights(name, pretrained)
+        body: Any = timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **weights, **arguments)
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(body.feature_info.reduction())
         body = freeze_batch_norm_2d(body) if norm == "frozen" else body

@@ -15,6 +15,8 @@ from codetr.types import Memory
 class DeformableCrossAttention(nn.Module):
     """Deformable attention around the references (Deformable DETR, sec. 4.1)."""
 
+    wants_location = False
+
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         self.attention = DeformableAttention(width, num_heads, num_levels, num_points)
@@ -32,6 +34,8 @@ class ConditionalCrossAttention(nn.Module):
 
     dropout: of the attention weights.
     """
+
+    wants_location = True
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()

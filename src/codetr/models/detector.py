@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from codetr.heads.refine_mask import Masks, RefineMaskHead
+from codetr.models.agreement import check_agreement
 from codetr.models.backbone import Backbone
 from codetr.types import MAIN, Detections, Memory, Output, Prediction, QueryContext, Targets, box_scale
 
@@ -132,14 +133,18 @@ def build_detector(
     main: makes the main query source. query_groups: K of Group DETR: so many sources of this kind, with parameters of
     their own, each matched on its own; all but the first only train. Their losses are averaged, as in the authors'
     code.
+
+    Raises UserError when the parts do not fit together.
     """
     levels: Any = neck(in_channels=backbone.channels)
+    strides = levels.strides(backbone.strides)
     replicas = {MAIN if k == 1 else f"group_{k}": main(weight=1 / query_groups) for k in range(1, query_groups + 1)}
+    check_agreement(len(strides), encoder, heads, {**replicas, **queries}, decoder)
     return Detector(
         backbone=backbone,
         neck=levels,
         encoder=encoder,
-        adapter=adapter(strides=levels.strides(backbone.strides)) if heads or mask_head else None,
+        adapter=adapter(strides=strides) if heads or mask_head else None,
         heads=heads,
         queries={**replicas, **queries},
         decoder=decoder,

@@ -57,6 +57,7 @@ class DeformableEncoder(nn.Module):
         super().__init__()
         self.temperature, self.position_offset = temperature, position_offset
         self.checkpointed_layers = checkpointed_layers
+        self.num_levels = num_levels
         self.level_embedding = nn.Parameter(torch.randn(num_levels, width))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(width, num_heads, num_levels, num_points, ffn_width, dropout)
@@ -107,6 +108,8 @@ class DenseEncoder(nn.Module):
     scaled_position: positions are multiplied by a function of the content in every layer (DAB-DETR). temperature,
     position_offset, checkpointed_layers: as in DeformableEncoder.
     """
+
+    num_levels = 1
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from codetr.errors import UserError
+
 
 class ChannelMapper(nn.Module):
     """A 1x1 convolution per feature map, and further levels by strided 3x3 convolutions (Deformable DETR, fig. 4).
@@ -9,6 +11,8 @@ class ChannelMapper(nn.Module):
     The first extra level reads the last backbone feature, the next ones read the level before.
 
     num_groups: of the group norm behind every convolution; None: no norm (DETR). bias: of the convolutions.
+
+    Raises UserError for more feature maps than levels.
     """
 
     def __init__(
@@ -17,7 +21,10 @@ class ChannelMapper(nn.Module):
         super().__init__()
         extra = num_levels - len(in_channels)
         if extra < 0:
-            raise ValueError(f"{len(in_channels)} feature maps do not fit into num_levels={num_levels}")
+            raise UserError(
+                f"model.num_levels={num_levels}: model.detector.backbone.out_indices gives {len(in_channels)} feature "
+                "maps; raise the one or shorten the other"
+            )
 
         def block(channels: int, kernel: int, stride: int) -> nn.Sequential:
             conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=bias)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from codetr.errors import UserError
 from codetr.types import Memory, Pyramid
 
 
@@ -14,7 +15,7 @@ class PyramidAdapter(nn.Module):
 
     strides: of the memory's levels, in network pixels per cell. pad_divisor: see `Pyramid`.
 
-    Raises ValueError when the memory's strides are no consecutive ones of the pyramid's.
+    Raises UserError when the memory's strides are no consecutive ones of the pyramid's.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class PyramidAdapter(nn.Module):
         self.pad_divisor = pad_divisor
         self.strides = tuple(finest_stride * 2**i for i in range(num_levels))
         if strides not in [self.strides[i : i + len(strides)] for i in range(num_levels)]:
-            raise ValueError(
+            raise UserError(
                 f"the memory has strides {strides}, a pyramid of model.pyramid_levels={num_levels} from "
                 f"model.pyramid_stride={finest_stride} has {self.strides}: the first must be a run of the second"
             )

@@ -27,6 +27,8 @@ class Placement:
 class GivenPosition(nn.Module):
     """The groups bring their positions, the same for every layer (Deformable DETR)."""
 
+    wants_position, wants_boxes, gives_location = True, False, False
+
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, given: Tensor | None, memory: Memory
     ) -> Placement:
@@ -39,6 +41,8 @@ class ReferencePosition(nn.Module):
 
     scaled: from the second layer on, multiplied by a function of the content (DAB-Deformable-DETR).
     """
+
+    wants_position, wants_boxes, gives_location = False, True, False
 
     def __init__(self, width: int, temperature: float, scaled: bool) -> None:
         super().__init__()
@@ -62,6 +66,8 @@ class ConditionalPosition(nn.Module):
     """The groups bring their positions; the location is the reference point, scaled by the content
     (Conditional DETR, sec. 3.3, eq. 2-5)."""
 
+    wants_position, wants_boxes, gives_location = True, False, True
+
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()
         self.features_per_coordinate, self.temperature = width // 2, temperature
@@ -82,6 +88,8 @@ class ConditionalPosition(nn.Module):
 class ModulatedPosition(nn.Module):
     """Position and location from the reference box, anew in every layer; the spread of the location follows the box
     (DAB-DETR, eq. 3-6)."""
+
+    wants_position, wants_boxes, gives_location = False, True, True
 
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class Swin(Backbone):
         self,
         name: str,
         out_indices: tuple[int, ...],
-        pretrained: bool,
+        pretrained: bool | str,
         frozen_stages: int,
         checkpointing: bool,
         mean: tuple[float, float, float],

@@ -39,7 +39,7 @@ class ViT(Backbone):
     def __init__(
         self,
         name: str,
-        pretrained: bool,
+        pretrained: bool | str,
         window: int,
         global_blocks: tuple[int, ...],
         rotary_canvas: int | None,

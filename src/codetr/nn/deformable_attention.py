@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from codetr.errors import UserError
 from codetr.ops.msda import deformable_attention
 from codetr.types import Memory
 
@@ -15,7 +16,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+            raise UserError(f"model.width={width} must be divisible by model.num_heads={num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.sampling_offsets = nn.Linear(width, num_heads * num_levels * num_points * 2)
         self.attention_weights = nn.Linear(width, num_heads * num_levels * num_points)

@@ -45,6 +45,7 @@ class DenoisingQueries(nn.Module):
         self.num_classes, self.num_queries, self.contrastive = num_classes, num_queries, contrastive
         self.label_noise, self.box_noise, self.weight = label_noise, box_noise, weight
         self.indicator, self.unused, self.eps = indicator, unused, eps
+        self.brings_position, self.brings_reference = False, True
         self.label_embedding = nn.Embedding(num_classes, width - indicator)
 
     def forward(self, context: QueryContext) -> QueryGroup:

@@ -38,6 +38,7 @@ class LearnedQueries(nn.Module):
         self.content = nn.Embedding(rows, width - indicator) if rows else None
         self.position = nn.Embedding(num_queries, width) if places == "position" else None
         self.anchors = nn.Embedding(num_queries, 4) if places == "box" else None
+        self.brings_position, self.brings_reference = places == "position", places == "box"
 
     def forward(self, context: QueryContext) -> QueryGroup:
         batch = len(context.memory.tokens)

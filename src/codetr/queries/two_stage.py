@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from codetr.errors import UserError
 from codetr.nn.boxes import inverse_sigmoid
 from codetr.nn.mlp import box_head, class_head
 from codetr.nn.position import cell_centres, sine_reference
@@ -41,6 +42,8 @@ class TwoStageQueries(nn.Module):
     otherwise they come from the proposals, which needs embed_position. embed_position: positions from the proposals,
     computed once (Deformable DETR); otherwise the decoder derives them in every layer (DINO). repeats: every object is
     matched so many times. weight: of the group's losses.
+
+    Raises UserError when the contents would come from nowhere.
     """
 
     def __init__(
@@ -58,7 +61,10 @@ class TwoStageQueries(nn.Module):
     ) -> None:
         super().__init__()
         if not (mixed_selection or embed_position):
-            raise ValueError("without mixed_selection the contents come from the proposals: set embed_position: true")
+            raise UserError(
+                "model.detector.main.mixed_selection=false: the contents then come from the proposals, which needs "
+                "model.embed_position=true"
+            )
         self.num_queries, self.class_agnostic, self.eps = num_queries, class_agnostic, eps
         self.repeats, self.weight = repeats, weight
         self.projection = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
@@ -66,6 +72,7 @@ class TwoStageQueries(nn.Module):
         self.box_head = box_head(width)
         self.content = nn.Embedding(num_queries, width) if mixed_selection else None
         self.embedding = ProposalEmbedding(width, temperature) if embed_position else None
+        self.brings_position, self.brings_reference = embed_position, True
 
     def forward(self, context: QueryContext) -> QueryGroup:
         memory = context.memory

@@ -11,8 +11,8 @@ images are there twice, or in both splits. Exit status: 0 clean, 1 errors, 2 wro
   report=null       a file for the findings as JSON
   decode=false      true: read every image to its end, and find copies by their pixels; takes longer
   strict=false      true: warnings too make the exit status 1
-  fix=false         true: write NAME.clean.json (COCO files); what is bad is removed or clipped, all else stays as it
-                    is, the original too. Exit status 0 if that mends all errors
+  fix=false         true: write NAME.clean.json (COCO files); what is bad is mended or clipped, what cannot be is
+                    removed, all else stays as it is, the original too. Exit status 0 if that mends all errors
   output=null       the folder for it; null: beside the original
   examples=50       records that page and report list of each kind; all are counted
   pictures=6        of each kind on the page
@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from codetr.names import shown_lines
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,7 +59,7 @@ def main(overrides: list[str]) -> int:
         ) from error
     mended = _fix(splits, config.output) if config.fix else {}
     for source, line in mended.items():
-        console.print(f"{source}: {line}", soft_wrap=True, highlight=False)
+        console.print(shown_lines(f"{source}: {line}"), soft_wrap=True, highlight=False, markup=False)
     console.print(f"{summary.verdict(splits)}{f'; pictures in {config.page}' if config.page else ''}", highlight=False)
     grave: list[Severity] = ["error", "warning"] if config.strict else ["error"]
     counts = [s.findings.left(g) if config.fix else s.findings.total(g) for s in splits for g in grave]
@@ -110,8 +112,10 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     except UserError as error:
         split.add("unusable annotation file", str(error))
         return split
-    records.inspect_categories(split, classes)
+    records.mend_images(split)
+    records.inspect_categories(split, classes if name == "train" else None)
     records.inspect_images(split, config.decode, _progress(name))
+    records.mend_annotations(split)
     boxes.inspect_boxes(split)
     records.inspect_annotations(split)
     masks.inspect_masks(split)
@@ -147,18 +151,19 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _fix(splits: Sequence[Split], output: str | None) -> dict[Path, str]:
     """Original -> what was done about it. Raises UserError for files that are not COCO's."""
-    from codetr.data.inspection.clean import write_clean
+    from codetr.data.inspection.clean import targets, write_clean
     from codetr.errors import UserError
 
+    readable = [s for s in splits if "unusable annotation file" not in s.findings.counts]
+    for split in readable:
+        if split.findings.source.suffix != ".json":
+            raise UserError(
+                f"{split.findings.source}: fix=true writes COCO files; see python -m codetr.data convert --help"
+            )
     done = {}
-    for split in splits:
-        source = split.findings.source
-        if "unusable annotation file" in split.findings.counts:
-            continue
-        if source.suffix != ".json":
-            raise UserError(f"{source}: fix=true writes COCO files; see python -m codetr.data convert --help")
-        target, words = write_clean(split, Path(output) if output else None)
+    for split, target in zip(readable, targets(readable, Path(output) if output else None), strict=True):
+        words = write_clean(split, target)
         left = {k: n for k, n in split.findings.unmended.items() if n and split.findings.severity(k) == "error"}
         rest = "".join(f"\n  not mended: {n} x {kind}" for kind, n in left.items())
-        done[source] = f"{words}; written to {target}{rest}"
+        done[split.findings.source] = f"{words}; written to {target}{rest}"
     return done

@@ -33,8 +33,7 @@ from codetr.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from codetr.data.checks import Report
-    from codetr.data.writers import Record, Split
+    from codetr.data.writers import Split
 
 _OWN = {"from": None, "to": None, "source": None, "target": None}
 _DEFAULTS = {"images": "link", "splits": ["train", "val"], "overwrite": False}
@@ -126,6 +125,7 @@ def _read(config: DictConfig, name: str) -> Split:
     from omegaconf import OmegaConf
 
     from codetr.data.checks import Report
+    from codetr.data.judged import judged
     from codetr.data.readers import locate
     from codetr.data.writers import Split
 
@@ -135,42 +135,9 @@ def _read(config: DictConfig, name: str) -> Split:
     root, source = (locate(config.root, config[f"{name}_{what}"]) for what in ("images", "annotations"))
     document = instantiate(config.reader)(source)
     report = Report(source)
-    categories = list(document["categories"])
-    images = [i for i in document["images"] if _is_usable(i, root, report)]
-    ids, known = {i["id"] for i in images}, {c["id"] for c in categories}
-    annotations = [a for a in document["annotations"] if _is_object(a, known, report) and a["image_id"] in ids]
+    split = Split(root, *judged(document, root, report), names={})
     report.settle(config.on_error)
-    return Split(root, categories, images, annotations, names={})
-
-
-def _is_usable(image: Record, root: Path, report: Report) -> bool:
-    name = str(image.get("where", f"image {image.get('id')}"))
-    if not all(type(image.get(k)) is int for k in ("id", "width", "height")) or "file_name" not in image:
-        report.add("bad image record", name)
-    elif not (root / image["file_name"]).is_file():
-        report.add("missing image file", f"{name} ({root / image['file_name']})")
-    else:
-        return True
-    return False
-
-
-def _is_object(record: Record, categories: set[Any], report: Report) -> bool:
-    import numpy as np
-
-    name = str(record.get("where", f"annotation {record.get('id')} of image {record.get('image_id')}"))
-    try:
-        box = np.array(record["bbox"], np.float64)
-    except (KeyError, TypeError, ValueError):
-        box = np.zeros(0)
-    if record.get("category_id") not in categories:
-        report.add("unknown category id", f"{name} (category {record.get('category_id')})")
-    elif box.shape != (4,) or not np.isfinite(box).all():
-        report.add("box that is not 4 finite numbers", f"{name}: bbox {record.get('bbox')}")
-    elif (box[2:] <= 0).any():
-        report.add("box without area", f"{name}: bbox {record['bbox']}")
-    else:
-        return True
-    return False
+    return split
 
 
 def _name_images(splits: Mapping[str, Split], form: str, keep: bool) -> None:
@@ -180,7 +147,7 @@ def _name_images(splits: Mapping[str, Split], form: str, keep: bool) -> None:
     images of a folder would share their labels.
     """
     for split in splits.values():
-        files = [PurePosixPath(i["file_name"]) for i in split.images]
+        files = [_below(i["file_name"], split.root) for i in split.images]
         common = "" if keep or not files else os.path.commonpath([f.parent for f in files])
         split.names = {i["id"]: f.relative_to(common).as_posix() for i, f in zip(split.images, files, strict=True)}
     if form == "voc" and not keep and _shared([n for s in splits.values() for n in s.names.values()]):
@@ -189,6 +156,20 @@ def _name_images(splits: Mapping[str, Split], form: str, keep: bool) -> None:
     for split in splits.values():
         if form != "coco" and (shared := _shared(split.names.values())):
             raise UserError(f"{split.root}: {' and '.join(shared)} would share one file of labels: rename one of them")
+
+
+def _below(name: str, root: Path) -> PurePosixPath:
+    """The place of an image below the folder of the images.
+
+    Raises UserError for one that lies elsewhere: its name would lead out of the target, too.
+    """
+    place = os.path.relpath(os.path.join(root, name), root)
+    if place.partition(os.sep)[0] == os.pardir:
+        raise UserError(
+            f"{name} lies outside of {root}, the folder of the images, and so would its copy of the target: name the "
+            "folder that holds all images, data.train_images=... and data.val_images=..."
+        )
+    return PurePosixPath(Path(place).as_posix())
 
 
 def _shared(names: Any) -> list[str]:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from codetr.data.images import UnreadableImage, looks_complete, read_image
+from codetr.data.images import UnreadableImage, looks_complete, orientation, read_image
 
 _THREADS = 16
 _TAIL = 4096
-_ORIENTATION = 0x0112  # the EXIF tag
 _SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp",), "WEBP": (".webp",)}
 SUFFIXES = frozenset({s for names in _SUFFIXES.values() for s in names} | {".tif", ".tiff", ".gif"})
 
@@ -59,8 +58,8 @@ def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
         if length == 0:
             return File(path, ("empty image file", "has 0 bytes"), length=0)
         with path.open("rb") as stream, Image.open(stream) as image:
-            orientation = _orientation(image, size)
-            facts = (image.size, image.format or "", image.mode, orientation, getattr(image, "n_frames", 1), length)
+            turn = _orientation(image, size)
+            facts = (image.size, image.format or "", image.mode, turn, getattr(image, "n_frames", 1), length)
             stream.seek(max(0, length - _TAIL))
             ending = _hash(stream.read())
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +68,7 @@ def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
         return File(path, ("unreadable image file", "is not an image"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return File(path, ("unreadable image file", f"cannot be read: {error}"))
-    fault, pixels = _content(path, size, facts[0], orientation, decode)
+    fault, pixels = _content(path, size, facts[0], turn, decode)
     return File(path, fault, *facts, ending, pixels)
 
 
@@ -77,7 +76,7 @@ def _orientation(image: Image.Image, size: tuple[int, int]) -> int:
     """EXIF's; Pillow decodes all of a PNG to look for one behind the pixels, which is done only where it decides."""
     if image.format == "PNG" and "exif" not in image.info and image.size == size:
         return 1
-    return int(image.getexif().get(_ORIENTATION, 1))
+    return orientation(image)
 
 
 def _content(

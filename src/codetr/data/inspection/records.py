@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from codetr.data.checks import root_category
 from codetr.data.inspection.files import File, examine
 from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Record, Split, repeated
+from codetr.data.names import advice_on, find_misspelt
+from codetr.data.values import flag, mended_image, mended_object, whole
 
 Progress = Callable[[Iterable[File], int], Iterable[File]]
 _SMALL_IMAGE = 32  # pixels on the shorter side
+_WRITTEN = "value of another type"
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "1", "LA")
 
 
@@ -22,7 +26,10 @@ def inspect_categories(split: Split, classes: Sequence[str] | None) -> None:
     """classes: those to train; None for all."""
     ids: dict[int, Record] = {}
     names: dict[str, str] = {}
+    root = _root(split)
     for position, record in enumerate(split.categories):
+        if position == root:
+            continue
         key, name = record.get("id"), record.get("name")
         what = f"category {key if 'id' in record else f'number {position}'} ({name})"
         if type(key) is not int:
@@ -40,11 +47,41 @@ def inspect_categories(split: Split, classes: Sequence[str] | None) -> None:
         if type(key) is int and isinstance(name, str):
             ids.setdefault(key, record)
             names.setdefault(name.casefold().strip(), name)
+    split.categories = [c for i, c in enumerate(split.categories) if i != root]
     for name in classes or ():
         if name not in [c.get("name") for c in split.categories]:
             split.add("unknown class in data.classes", f"{name}, not among {sorted(names.values())}")
     for i in repeated(classes or ()):
         split.add("unknown class in data.classes", f"{(classes or ())[i]} is named more than once")
+
+
+def _root(split: Split) -> int | None:
+    """The position of the category that holds the others, if it has no object."""
+    root = root_category(split.categories)
+    if root is None or any(whole(a.get("category_id")) == split.categories[root]["id"] for a in split.annotations):
+        return None
+    split.add("root of the categories", f"category {split.categories[root]['id']} ({split.categories[root]['name']})")
+    return root
+
+
+def mend_images(split: Split) -> None:
+    """Numbers that are written as text, or whole ones with a point, become what they mean."""
+    for i, record in enumerate(split.images):
+        if changes := mended_image(record):
+            split.images[i] = record | changes
+            split.change_image(i, _WRITTEN, f"{split.image_name(i)}: {_was(record, changes)}", **changes)
+
+
+def mend_annotations(split: Split) -> None:
+    """The same; images are inspected before."""
+    for i, record in enumerate(split.annotations):
+        if changes := mended_object(record):
+            split.annotations[i] = record | changes
+            split.change(i, _WRITTEN, f"{split.annotation_name(i)}: {_was(record, changes)}", **changes)
+
+
+def _was(record: Record, changes: Record) -> str:
+    return ", ".join(f"{key} {record[key]!r}" for key in changes)
 
 
 def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
@@ -72,10 +109,21 @@ def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
     if not split.root.is_dir():
         split.add("no image folder", f"{split.root} is no folder")
         return
+    _find_files(split, good)
     wanted = [(split.root / split.images[i]["file_name"], split.size(i)) for i in good]
     for position, file in zip(good, progress(examine(wanted, decode), len(good)), strict=True):
         split.files[position] = file
         _inspect_file(split, position, file)
+
+
+def _find_files(split: Split, good: Sequence[int]) -> None:
+    """Names that mean a file which is spelt otherwise become its name."""
+    names = {i: split.images[i]["file_name"] for i in good}
+    missing = {i: name for i, name in names.items() if not (split.root / name).exists()}
+    for i, file in find_misspelt(split.root, missing, (n for j, n in names.items() if j not in missing)).items():
+        what = f"{split.image_name(i)} is {file}"
+        split.change_image(i, "image file of another spelling", what, file_name=file)
+        split.images[i] = split.images[i] | {"file_name": file}
 
 
 def _record_fault(record: Record) -> str | None:
@@ -96,7 +144,8 @@ def _inspect_file(split: Split, position: int, file: File) -> None:
     if file.fault:
         kind, wrong = file.fault
         readable = kind == "image of another size"
-        hint = _other_spelling(file) if kind == "missing image file" else ""
+        missing = kind == "missing image file"
+        hint = _other_spelling(file) + advice_on(split.images[position]["file_name"]) if missing else ""
         picture = Picture(file.path) if readable else None
         split.drop_image(position, kind, f"{name}: {file.path} {wrong}{hint}", picture)
         return
@@ -140,14 +189,10 @@ def inspect_annotations(split: Split) -> None:
         if type(category) is not int or category not in categories:
             split.drop_annotation(i, "unknown category id", f"{name} (category {category!r})")
         for key in ("iscrowd", "ignore"):
-            if not _is_flag(record.get(key)):
+            if flag(record.get(key)) is None:
                 split.drop_annotation(i, "flag that is not 0 or 1", f"{name}: {key} {record[key]!r}")
         _inspect_area(split, i, name)
     _inspect_image_lists(split, categories)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and value in (0, 1))
 
 
 def _inspect_area(split: Split, position: int, name: str) -> None:

@@ -48,6 +48,10 @@ class Split:
         self.repair.changes.setdefault(position, {}).update(values)
         self.findings.add(kind, record, self.picture(position), mended=True)
 
+    def change_image(self, position: int, kind: str, record: str, **values: Any) -> None:
+        self.repair.image_changes.setdefault(position, {}).update(values)
+        self.findings.add(kind, record, mended=True)
+
     def image_name(self, position: int) -> str:
         record = self.images[position]
         file = record.get("file_name")

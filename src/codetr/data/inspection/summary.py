@@ -13,6 +13,7 @@ from rich.text import Text
 from codetr.data.inspection.findings import KINDS, SEVERITIES
 from codetr.data.inspection.split import Split
 from codetr.data.inspection.statistics import Statistics
+from codetr.names import shown
 
 COLORS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _CLASSES, _BAR = 30, 20
@@ -45,7 +46,7 @@ def _classes(splits: Sequence[Split], numbers: Sequence[Statistics]) -> Table:
     for name in names[:_CLASSES]:
         counts = [n.classes.get(name, 0) for n in numbers]
         bar = "█" * round(_BAR * counts[0] / most) if most else ""
-        table.add_row(Text(name), *(f"{c:,}" for c in counts), bar)
+        table.add_row(Text(shown(name)), *(f"{c:,}" for c in counts), bar)
     if len(names) > _CLASSES:
         table.add_row(f"... {len(names) - _CLASSES} more", *("" for _ in splits), "")
     return table

@@ -43,10 +43,13 @@ def compare(train: Split, val: Split, classes: Sequence[str] | None) -> None:
         {c["name"]: c["id"] for c in s.categories if isinstance(c.get("name"), str) and type(c.get("id")) is int}
         for s in (train, val)
     ]
-    for split, own, other in ((train, ids[0], ids[1]), (val, ids[1], ids[0])):
-        for name in [n for n in other if n not in own and (classes is None or n in classes)]:
-            split.add("category that a split lacks", f"{name}: {split.findings.source} has no such category")
     objects = object_counts(train), object_counts(val)
+    wanted = [{n: i for n, i in own.items() if classes is None or n in classes} for own in ids]
+    for name in [n for n in wanted[0] if n not in ids[1]]:
+        val.add("category that a split lacks", f"{name}: {val.findings.source} has no such category")
+    for name in [n for n in wanted[1] if n not in ids[0]]:
+        kind = "category that training lacks" if objects[1][ids[1][name]] else "category that a split lacks"
+        train.add(kind, f"{name}: {train.findings.source} has no such category")
     for name in [n for n in ids[1] if n in ids[0]]:
         there, here = ids[0][name], ids[1][name]
         if there != here:

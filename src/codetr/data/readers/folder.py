@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import PIL.Image
 from rich.console import Console
 from rich.progress import track
 
+from codetr.data.images import UnreadableImage, seen_size
 from codetr.data.readers import Document
 from codetr.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_ORIENTATION = 0x0112  # the EXIF tag
+# Named, when they lie among images to predict, instead of passed over. Pillow reads some of them.
+_OTHERS = "heic heif avif jp2 j2k jxl jfif jpe tga ppm pgm pbm psd svg exr hdr dcm dng cr2 cr3 nef arw raw"
+_VIDEOS = "mp4 m4v mov avi mkv webm wmv mpg mpeg"
+_OTHER_SUFFIXES = {f".{kind}" for kind in f"{_OTHERS} {_VIDEOS}".split()}
 _THREADS = 16
 _WORTH_A_BAR = 2000
 
@@ -50,14 +54,27 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if is_image(p))
 
 
-def find_images(pattern: str) -> list[Path]:
-    """The files that `pattern` means, sorted: one file, the images of a folder (not of folders in it), or a glob.
+def find_images(patterns: str | Sequence[str]) -> list[Path]:
+    """The files that each of `patterns` means, in their order, none twice: one file, the images of a folder (not of
+    folders in it), sorted, or a glob, sorted. A folder's images that cannot be read, and videos, are among them.
 
-    Raises UserError when there are none.
+    Raises UserError when a pattern means none.
     """
+    every = [patterns] if isinstance(patterns, str) else patterns
+    found = [path for pattern in every for path in _files_of(str(pattern))]
+    if not found:
+        raise UserError("images=[] names no image; give files, folders or patterns, images=[photos,'more/*.jpg']")
+    once: dict[str, Path] = {}
+    for path in found:
+        once.setdefault(os.path.abspath(path), path)
+    return list(once.values())
+
+
+def _files_of(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if is_image(p))
+        suffixes = IMAGE_SUFFIXES | _OTHER_SUFFIXES
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
         if not files:
             kinds = " ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(
@@ -75,22 +92,14 @@ def find_images(pattern: str) -> list[Path]:
     return files
 
 
-def seen_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file as a viewer shows it: after the EXIF orientation, without decoding."""
-    with PIL.Image.open(path) as file:
-        width, height = file.size
-        on_its_side = file.getexif().get(_ORIENTATION, 1) >= 5
-    return (width, height) if on_its_side else (height, width)
-
-
 def header(path: Path) -> dict[str, int | str]:
     """`width` and `height` for an image's record; only `where`, with the reason, if the file does not open."""
     try:
         height, width = seen_size(path)
     except FileNotFoundError:
         return {"where": f"{path}: no such file"}
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        return {"where": f"{path}: {error}"}
+    except UnreadableImage as error:
+        return {"where": str(error)}
     return {"width": width, "height": height}
 
 

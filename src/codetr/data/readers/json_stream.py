@@ -29,9 +29,10 @@ def scan_lists(path: Path, piece: int) -> dict[str, list[tuple[int, int]]]:
 
     Raises UserError when the file is no JSON object or ends too early; what is in the spans is not looked at.
     """
+    scan = _scanner()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         data = np.frombuffer(view, np.uint8)
-        events, depth = _scanner()(data, piece)
+        events, depth = scan(data, piece)
         del data
         start = re.match(rb"(\xef\xbb\xbf)?\s*", view[:1000])
         if start is None or view[start.end() : start.end() + 1] != b"{":
@@ -79,9 +80,8 @@ def _text(key: bytes) -> str:
 @cache
 def _scanner() -> Any:
     """Compiled on first use: files of ordinary size never need it."""
-    import numba
+    from codetr.kernels.msda.compiled import compiled
 
-    @numba.njit(cache=True, nogil=True)
     def scan(data, piece):  # type: ignore[no-untyped-def]
         """Where the values of the top level begin and end, and commas between their elements, `piece` bytes apart."""
         events = []
@@ -112,4 +112,4 @@ def _scanner() -> Any:
                 last = i
         return events, depth + inside
 
-    return scan
+    return compiled(scan, nogil=True)

@@ -21,7 +21,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from codetr.data.readers import Document
-from codetr.data.readers.folder import images_below, progress
+from codetr.data.readers.folder import header, images_below, in_threads, progress
 from codetr.errors import UserError
 
 CLASSES = (
@@ -41,6 +41,8 @@ def read(annotations: Path, *, names: Sequence[str] | None = None) -> Document:
     Categories: `names` and what else the XML files of the folder name; without `names`, VOC's 20 if there are no
     others, else the names found, sorted. All files of the folder count, so that its splits agree. Ids count from 1.
 
+    An XML file without a size takes that of its image.
+
     Raises UserError when there is no such list or folder, or no XML file. Broken files and objects are records
     without sizes or boxes, which say `where`.
     """
@@ -53,11 +55,15 @@ def read(annotations: Path, *, names: Sequence[str] | None = None) -> Document:
     parsed = dict(zip(stems, progress(map(partial(_parse, folder), stems), len(stems), str(folder)), strict=True))
     categories = _categories((o["name"] for _, objects in parsed.values() for o in objects), names)
     files, image_folders = _image_files(folder)
+    unsized = [s for s in stems if parsed[s][0].pop("unsized", False) and s in files]
+    sizes = in_threads(header, [Path(*files[s]) for s in unsized], "image sizes")
+    for stem, size in zip(unsized, sizes, strict=True):
+        parsed[stem][0].update({"where": f"{folder.name}/{stem}.xml", **size})
     images, objects = [], []
     for number, stem in enumerate(stems if wanted is None else wanted, start=1):
         image, found = parsed[stem]
         named = PurePosixPath(stem).with_name(image.pop("filename", f"{PurePosixPath(stem).name}.jpg")).as_posix()
-        images.append({"id": number, "file_name": files.get(stem, named), **image})
+        images.append({"id": number, "file_name": files[stem][1] if stem in files else named, **image})
         objects += [
             {"image_id": number, "category_id": categories.get(o["name"])} | {k: v for k, v in o.items() if k != "name"}
             for o in found
@@ -94,11 +100,11 @@ def _stem(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
-def _image_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
-    """Image names without suffix -> with it, and the folders they were looked for in."""
+def _image_files(folder: Path) -> tuple[dict[str, tuple[Path, str]], list[Path]]:
+    """Image names without suffix -> folder and name with it; the folders they were looked for in."""
     around = [folder, folder.absolute().parent / "images", folder.absolute().parent / "JPEGImages"]
     folders = [f for f in around if f.is_dir()]
-    return {_stem(p, f): p.relative_to(f).as_posix() for f in folders for p in reversed(images_below(f))}, folders
+    return {_stem(p, f): (f, p.relative_to(f).as_posix()) for f in folders for p in reversed(images_below(f))}, folders
 
 
 def _categories(found: Iterable[str | None], names: Sequence[str] | None) -> dict[str, int]:
@@ -130,7 +136,7 @@ def _parse(folder: Path, stem: str) -> Parsed:
     if width >= 1 and height >= 1:
         image |= {"width": int(width), "height": int(height)}
     else:
-        image["where"] = f"{where}: no <size> with a width and a height"
+        image |= {"where": f"{where}: no <size> with a width and a height, and no image file", "unsized": True}
     objects = [_object(node, f"{where}, object {i}") for i, node in enumerate(root.iterfind("object"), start=1)]
     return image, objects
 

@@ -2,7 +2,8 @@
 
 A line is an object: `class cx cy width height`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon of three points or more;
 all coordinates divided by the image's width and height. The label file of an image is found by its path: the last
-folder `images` becomes `labels`, the suffix .txt. An image without a label file has no objects.
+folder `images` becomes `labels`, the suffix .txt (see `codetr.data.readers.yolo_files` for what else is found). An
+image without a label file has no objects; a label file without an image is a broken record.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,13 @@ import yaml
 
 from codetr.data.readers import Document
 from codetr.data.readers.folder import header, images_below, in_threads
+from codetr.data.readers.yolo_files import (
+    described_by,
+    find_labels,
+    listed_images,
+    moved_place,
+    settings_without_yaml,
+)
 from codetr.errors import UserError
 
 _ROUNDING = 0.01  # how far outside of [0, 1] a coordinate may lie
@@ -30,6 +39,8 @@ def read(annotations: Path) -> Document:
     line by line, or a list of these, below `path`. `names` is a list, or a mapping from class numbers, which are the
     category ids. Image ids count from 1; file names are relative to the folder of data.yaml.
 
+    Without a data.yaml, the lists of classes and images that CVAT and Label Studio write take its place.
+
     Raises UserError for a data.yaml that does not say so. Broken images and lines are records without sizes or boxes,
     which say `where`.
     """
@@ -40,7 +51,8 @@ def read(annotations: Path) -> Document:
     paths = [path for place in places for path in _images(place)]
     if not paths:
         raise UserError(f"{source}: no image in {', '.join(map(str, places))}, where `{split}` points to")
-    labels = [label_path(path) for path in paths]
+    labels, label_folders, strays = find_labels(paths)
+    names = _names(source, settings)
     sizes = in_threads(header, paths, "image sizes")
     images = [
         {"id": number, "file_name": _relative(path, home), **size}
@@ -48,25 +60,24 @@ def read(annotations: Path) -> Document:
     ]
     texts = in_threads(_text, labels, "labels")
     written = [path for path, text in zip(labels, texts, strict=True) if text is not None]
-    folders = {_existing(folder) for folder in {path.parent for path in (*paths, *labels)}}
+    folders = {_existing(folder) for folder in {*(path.parent for path in paths), *label_folders}}
     return {
-        "categories": [{"id": number, "name": name} for number, name in _names(source, settings).items()],
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
         "images": images,
-        "annotations": _objects(images, texts, [_relative(path, home) for path in labels]),
-        "sources": [source, *places, *sorted(folders), *written],
+        "annotations": chain(
+            _objects(images, texts, [_relative(path, home) for path in labels]),
+            ({"category_id": min(names), "where": f"{_relative(p, home)}: no image has this name"} for p in strays),
+        ),
+        "sources": [*described_by(source), *places, *sorted(folders), *written],
     }
-
-
-def label_path(image: Path) -> Path:
-    """Of an absolute path of an image, where its labels lie if it has any."""
-    before, folder, after = str(image).rpartition(f"{os.sep}images{os.sep}")
-    return Path(f"{before}{os.sep}labels{os.sep}{after}" if folder else image).with_suffix(".txt")
 
 
 def _settings(source: Path, split: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(source.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if not list(source.parent.glob("*.y*ml")) and (found := settings_without_yaml(source.parent, split)):
+            return found
         others = ", ".join(f"{p.name}/{split}" for p in sorted(source.parent.glob("*.y*ml")))
         advice = f"perhaps {others} is meant" if others else "it names the folders of images and the classes"
         raise UserError(f"{source} does not exist: {advice}") from error
@@ -102,7 +113,8 @@ def _find(source: Path, root: str, place: str) -> Path:
     roots = [source.parent / root, Path(os.path.abspath(root)), source.parent]
     shorter = [place.removeprefix("../")] if place.startswith("../") else []
     tried = [Path(os.path.abspath(r / p)) for p in [place, *shorter] for r in roots]
-    for path in tried:
+    moved = [moved_place(source.parent, path) for path in (place, f"{root}/{place}")]
+    for path in [*tried, *filter(None, moved)]:
         if path.exists():
             return path
     raise UserError(f"{source} points to {place}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}")
@@ -115,7 +127,8 @@ def _images(place: Path) -> list[Path]:
     if place.suffix != ".txt":
         return [place]
     lines = [line.strip() for line in place.read_text(encoding="utf-8").splitlines()]
-    return [_listed_image(place.parent, line) for line in lines if line]
+    lines = [line for line in lines if line]
+    return listed_images(place, lines, [_listed_image(place.parent, line) for line in lines])
 
 
 def _listed_image(folder: Path, line: str) -> Path:

@@ -1,0 +1,146 @@
+"""Files written beside inputs that are never written to: names that do not meet, files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from codetr.errors import UserError
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
+_CLOSING = b"\n]\n"
+
+
+def names_below(paths: Sequence[Path]) -> list[Path]:
+    """Each path, as given and whatever it links to, relative to the deepest common folder of all."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    root = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(root) for path in absolute]
+
+
+def picture_names(names: Sequence[Path]) -> list[Path]:
+    """Names of pictures of the files `names`: the same, with ".png" behind a suffix that no picture has.
+
+    Where two would be one file, also to a file system that does not tell letter cases apart, one gets a number.
+    """
+    wanted = [n if n.suffix.lower() in PICTURE_SUFFIXES else n.with_name(f"{n.name}.png") for n in names]
+    # The names that need no change come first: no number may take one of them away.
+    taken = {_folded(name): i for i, name in reversed(list(enumerate(wanted)))}
+    chosen = []
+    for i, name in enumerate(wanted):
+        own, number = name, 2
+        while taken.setdefault(_folded(own), i) != i:
+            own = name.with_name(f"{name.stem}_{number}{name.suffix}")
+            number += 1
+        chosen.append(own)
+    return chosen
+
+
+def _folded(name: Path) -> str:
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
+
+def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises UserError where a target is an input, or a link on the way to one, by whatever path.
+
+    What is replaced is the entry of a folder (see `write`): another link to the same input may be a target, but other
+    hard links cannot be told from the input's own name, and are refused.
+    """
+    guarded = {identity: path for path in inputs for identity in _identities(path)}
+    for target in targets:
+        try:
+            status = target.lstat()
+        except OSError:
+            continue
+        if path := guarded.get((status.st_dev, status.st_ino)):
+            raise UserError(f"{path} is an input and would be overwritten by {target}: name another folder, out=...")
+
+
+def _identities(path: Path) -> set[tuple[int, int]]:
+    """Of the file, and of every symbolic link that leads to it."""
+    found: set[tuple[int, int]] = set()
+    while True:
+        try:
+            status = path.lstat()
+        except OSError:
+            return found
+        identity = status.st_dev, status.st_ino
+        if identity in found or not stat.S_ISLNK(status.st_mode):
+            return found | {identity}
+        found.add(identity)
+        path = path.parent / path.readlink()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replaces the file `path` as a whole, or leaves it; where it is a link, the link is replaced, not its target.
+
+    Raises UserError for what the file system refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.part")
+        with partial.open("xb") as file:
+            try:
+                file.write(data)
+                file.flush()
+                partial.replace(path)
+            except OSError:
+                partial.unlink()
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+class Results:
+    """A list of records in the JSON file `path`, which is there from `close` on, as a whole.
+
+    Until then it grows beside `path` and is valid JSON after every `add`, whether or not there was space for it; an
+    older file of the same name is deleted. Raises UserError for what the file system refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("xb", buffering=0)
+            self._end = 1
+            self._put(0, b"[" + _CLOSING)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        if not records:
+            return
+        data = (",\n" if self.count else "\n").encode() + ",\n".join(map(json.dumps, records)).encode()
+        try:
+            self._put(self._end, data + _CLOSING)
+        except OSError as error:
+            self._put(self._end, _CLOSING)  # over bytes that are there: a full disk takes them
+            self._file.truncate(self._end + len(_CLOSING))
+            raise cannot_write(self.path, error) from error
+        self._end += len(data)
+        self.count += len(records)
+
+    def _put(self, position: int, data: bytes) -> None:
+        self._file.seek(position)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.close()
+            try:
+                self._partial.replace(self.path)
+            except OSError as error:
+                raise cannot_write(self.path, error) from error

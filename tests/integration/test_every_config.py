@@ -1,0 +1,141 @@
+"""Every file in conf/ is part of something that runs, and so is every value that a comment there offers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from toy import make_coco, overrides
+
+from codetr import application
+from codetr.train import train
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+
+# Trainings of a step or a few, with validation, loggers, pictures and report.
+TRAINED = {
+    "loggers": "logger=many logger.wandb.offline=true debug=limit schedule=cosine optimizer=adamw_dino "
+    "postprocess=soft_nms trainer.deterministic=true trainer.profiler=simple +callbacks@callbacks=[pictures,report]",
+    "rare": "debug=fast_dev_run data/sampling=repeat_factor augment/colour@data.colour=jitter criterion=varifocal "
+    "+criterion/fed_loss=sampled metrics.backend=pycocotools optimizer=adamw_deformable trainer.detect_anomaly=true "
+    "data.verify=decode trainer.deterministic=warn data.on_error=skip postprocess=nms",
+    "overfit": "debug=overfit trainer.max_epochs=1 trainer.check_val_every_n_epoch=1 data/sampling=class_balanced "
+    "augment/colour@data.colour=photometric criterion=quality_focal metrics.backend=faster_coco_eval "
+    "trainer.profiler=advanced data.verify=exists logger=csv data.on_error=stop",
+    "profiler": "debug=profiler trainer.profiler=pytorch trainer.limit_train_batches=1 trainer.limit_val_batches=1 "
+    "postprocess=soft_nms postprocess.suppression.method=gaussian metrics.backend=hotcoco logger=tensorboard "
+    "data.verify=complete criterion=focal",
+}
+
+# What other tests run: their module, and how what it runs begins.
+ELSEWHERE = {
+    "eval": "test_eval.py",
+    "predict": "test_predict.py",
+    "check": "test_check.py",
+    "show": "test_readme.py",
+    "convert": "test_convert_command.py",
+    "data/voc": "test_formats.py",
+    "data/yolo": "test_formats.py",
+    "trainer/ddp": "test_ddp.py",
+    "trainer/fsdp": "test_ddp.py",
+}
+# Built, with every size as it stands there, but not run: they want a data set, weights, and hours.
+BUILT = ("experiment/", "model/", "optimizer/", "schedule/", "augment/", "data/", "trainer/gpu")
+
+
+def files(*given: str, config_name: str = "train") -> set[str]:
+    """The files of conf/ that a composition reads, without their suffix."""
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        found = loader.compute_defaults_list(config_name, list(given), RunMode.RUN).defaults
+    return {one.config_path for one in found if one.config_path and (CONF / f"{one.config_path}.yaml").is_file()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("every_config") / "data"
+    make_coco(folder, train=4, val=2)
+    return folder
+
+
+def given(name: str, data: Path) -> list[str]:
+    base = [o for o in overrides(data) if not (o.startswith("~") or o == "trainer=cpu")]
+    schedule = [o for o in base if o.startswith("schedule")] if "schedule=" in TRAINED[name] else []
+    return [*(o for o in base if o not in schedule), "trainer=cpu", *TRAINED[name].split()]
+
+
+@pytest.mark.filterwarnings("default")  # of the loggers' and the profilers' own code
+@pytest.mark.parametrize("name", TRAINED)
+def test_trainings(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = application.compose("train", [*given(name, data), "run_dir=run"])
+    train(config)
+    if config.trainer.get("fast_dev_run"):
+        return
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
+    assert (tmp_path / "run/predictions.png").is_file()
+    if name == "loggers":
+        seen_by_every_logger(tmp_path)
+        config = application.compose(
+            "train", [*given(name, data), "run_dir=run", "resume=auto", "trainer.max_epochs=4"]
+        )
+        train(config)
+        assert len(list((tmp_path / "outputs/mlruns").glob("*/*/metrics/train/loss"))) >= 1
+
+
+def seen_by_every_logger(folder: Path) -> None:
+    """Numbers and pictures."""
+    (loss,) = (folder / "outputs/mlruns").glob("*/*/metrics/train/loss")
+    assert len(loss.read_text().splitlines()) == 6  # three epochs of two steps
+    assert list((folder / "outputs/mlruns").glob("*/*/artifacts/predictions/*.png"))
+    assert list((folder / "run/wandb").glob("offline-run-*/files/media/images/**/*.png"))
+    assert list((folder / "run/tensorboard").glob("events.out.tfevents.*"))
+    assert (folder / "run/csv/metrics.csv").is_file()
+
+
+def test_every_file_is_run_or_built() -> None:
+    every = {str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml")}
+    run = set().union(*(files(*given(name, Path("x"))) for name in TRAINED)) | set(ELSEWHERE)
+    assert run <= every
+    left = {name for name in every - run if not name.startswith(BUILT)}
+    assert not left, f"nothing runs {sorted(left)}"
+    for name, module in ELSEWHERE.items():
+        text = (Path(__file__).parent / module).read_text()
+        word = name.replace("/", "=")
+        assert word in text or name in text, f"{module} no longer runs {name}"
+
+
+# Of keys whose values are other tests' matter.
+OTHER = {
+    "precision",
+    "device",
+    "on_error",
+    "weights",
+    "split",
+    "update",
+    "fill",
+    "activation",
+    "norm",
+    "places",
+    "content",
+    "unused",
+}
+
+
+def test_every_value_that_a_comment_offers_is_run() -> None:
+    """`key: value  # a | b | c` in the keys of training."""
+    chosen = {o for line in TRAINED.values() for o in line.split()}
+    for path in CONF.rglob("*.yaml"):
+        for key, comment in re.findall(r"^\s*(\w+):[^#\n]*#(.*\|.*)$", path.read_text(), re.MULTILINE):
+            if key in OTHER or "experiment" in path.parts:
+                continue
+            for value in re.findall(r"(?:^|\|)\s*(\w+)", comment):
+                assert any(o.endswith(f"{key}={value}") for o in chosen) or (key, value) == ("method", "linear"), (
+                    f"{path.name}: nothing runs {key}={value}"
+                )
