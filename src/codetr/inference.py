@@ -116,10 +116,10 @@ class Found:
 
 class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
     """Image files behind the evaluation transform, each with its original pixels. What does not decode is an item
-    too, so that the reader decides what to do about it."""
+    too, so that the reader decides what to do about it. max_pixels: of an image; larger ones are not decoded."""
 
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: Sequence[Path], transform: Transform, max_pixels: int | None = None) -> None:
+        self.paths, self.transform, self.max_pixels = paths, transform, max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -128,7 +128,7 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
         path = self.paths[index]
         try:
             size = seen_size(path)
-            image = read_image(path, size)
+            image = read_image(path, size, self.max_pixels)
         except (UnreadableImage, OSError) as error:
             return Unreadable(path, str(error))
         try:

@@ -36,7 +36,9 @@ def predict(config: DictConfig) -> Path:
         inference.finder(
             trained.detector.to(device), build(trained.config["postprocess"], config.checkpoint), config.score_threshold
         ),
-        inference.ImageFiles(paths, build(trained.config["data"].get("val_transform"), config.checkpoint)),
+        inference.ImageFiles(
+            paths, build(trained.config["data"].get("val_transform"), config.checkpoint), config.max_pixels
+        ),
         device=device,
         batch_size=config.batch_size,
         num_workers=config.num_workers,

@@ -18,8 +18,6 @@ NOT_FOUR = "box that is not 4 finite numbers"
 
 VOC: dict[str, tuple[Callable[[str], str], str, str]] = {
     "no XML": (lambda t: t[:40], "bad image record", r"1\.xml: cannot be read as XML"),
-    "no size": (lambda t: t.replace("size", "extent"), "bad image record", r"1\.xml: no <size>"),
-    "width 0": (lambda t: t.replace("<width>60", "<width>0"), "bad image record", r"1\.xml: no <size>"),
     "other size": (
         lambda t: t.replace("<width>60", "<width>61"),
         "image of another size",

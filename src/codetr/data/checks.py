@@ -133,12 +133,15 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
     return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
 
 
-def check_files(table: Table, root: Path, verify: Verify, report: Report) -> tuple[np.ndarray, dict[int, str]]:
+def check_files(
+    table: Table, root: Path, verify: Verify, report: Report, max_pixels: int | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
     """[n] bool, which image files of `table` can be used; they lie below `root`. Image -> name of those that are found
     under another name than the table's.
 
     verify: "exists" asks for the file, "complete" also for a header and an end of file that fit (suspicious files are
-    decoded), "decode" decodes every file. Raises UserError when `root` is not a folder.
+    decoded), "decode" decodes every file. max_pixels: see `images.opened`. Raises UserError when `root` is not a
+    folder.
     """
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist: check the paths under `data`")
@@ -161,7 +164,7 @@ def check_files(table: Table, root: Path, verify: Verify, report: Report) -> tup
         return present, found
     with ThreadPoolExecutor(16) as pool:
         rows = present.nonzero()[0].tolist()
-        faults = pool.map(lambda i: _fault(place(i), tuple(table.sizes[i].tolist()), verify), rows)
+        faults = pool.map(lambda i: _fault(place(i), tuple(table.sizes[i].tolist()), verify, max_pixels), rows)
         for i, fault in zip(rows, faults, strict=True):
             if fault:
                 report.add("unreadable image file", f"image {table.image_ids[i]} ({fault})")
@@ -181,11 +184,12 @@ def _present(root: Path, table: Table) -> np.ndarray:
     return np.fromiter(chain.from_iterable(parts), bool, len(table))
 
 
-def _fault(path: Path, size: tuple[int, int], verify: Verify) -> str:
-    if verify == "complete" and looks_complete(path, size):
+def _fault(path: Path, size: tuple[int, int], verify: Verify, max_pixels: int | None) -> str:
+    small = max_pixels is None or size[0] * size[1] <= max_pixels
+    if verify == "complete" and small and looks_complete(path, size):
         return ""
     try:
-        read_image(path, size)
+        read_image(path, size, max_pixels)
     except UnreadableImage as error:
         return str(error)
     return ""

@@ -57,7 +57,7 @@ class CocoDetection(Dataset[Sample]):
     label, -1 where it has none. absent: classes of which the file knows nothing may be among `classes`, if not all.
     `report` tells what was dropped (see `codetr.data.checks`). masks, runs: also read the objects'
     segmentations, for `masks` to train with, or for `runs` of the truth. cache: where tables are kept (see
-    `codetr.data.cache`).
+    `codetr.data.cache`). max_pixels: of an image; larger ones are not decoded.
 
     It is a view of a `Table`, and holds nothing else that grows with the number of objects: processes share it.
     Whether image files are there is asked anew every time, one listing per folder.
@@ -78,13 +78,15 @@ class CocoDetection(Dataset[Sample]):
         masks: bool = False,
         runs: bool = False,
         cache: str | Path | None = None,
+        max_pixels: int | None = None,
     ) -> None:
+        self.max_pixels = max_pixels
         self.root, source = Path(root), Path(annotations)
         folder = Path(cache) if cache else None
         self._table, self.report = open_table(source, reader, masks=masks or runs, cache=folder)
         self._masks, self._runs = masks, runs
         self._select(classes, source, absent)
-        usable, found = check_files(self._table, self.root, verify, self.report)
+        usable, found = check_files(self._table, self.root, verify, self.report, max_pixels)
         self._misspelt = np.array(sorted(found), np.int64)
         self._spellings = np.array([os.fsencode(found[row]) for row in sorted(found)], np.bytes_)
         self.report.settle(on_error)
@@ -225,7 +227,7 @@ class CocoDetection(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = self._row(index)
         height, width = self._table.sizes[row].tolist()
-        image = read_image(self.path(index), (height, width))
+        image = read_image(self.path(index), (height, width), self.max_pixels)
         truth = self.truth(index)
         objects = ~(truth["iscrowd"] | truth["ignore"])
         boxes = truth["boxes"][objects].float()

@@ -73,6 +73,7 @@ class DetectionDataModule(LightningDataModule):
         prepare: Callable[[], Any] | None,
         copy_paste: CopyPaste | None = None,
         colour: Callable[[Image], Image] | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
@@ -85,6 +86,7 @@ class DetectionDataModule(LightningDataModule):
         self.classes, self.on_error, self.verify = classes, on_error, verify
         self.masks, self.val_masks = masks, val_masks
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
+        self.max_pixels = max_pixels
         self.train_set: CocoDetection | None = None
         self.val_set: CocoDetection | None = None
         self._in_use: dict[str, TransformedDataset] = {}
@@ -187,4 +189,5 @@ class DetectionDataModule(LightningDataModule):
             masks=masks,
             runs=runs,
             cache=self.cache,
+            max_pixels=self.max_pixels,
         )

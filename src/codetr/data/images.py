@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import simplejpeg
@@ -36,11 +40,41 @@ _RANGES = {"I": "0..65535", "F": "0..1 or 0..255"}  # of what has no depth
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
+_LIFTING = Lock()  # Pillow's limit is one for the whole process
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half that limit: `max_pixels` is ours
+
+
 class UnreadableImage(UserError):
     """An image file that cannot be decoded, or is not the image that the annotations describe."""
 
 
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+@contextmanager
+def opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
+    """An image file, of which only the header is read. Raises ValueError for one of more than `max_pixels` pixels."""
+    with _open(path) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(
+                f"it has {image.width}x{image.height} pixels, more than max_pixels={max_pixels}; give a larger one (in "
+                "a data set: data.max_pixels) if such images are meant"
+            )
+        yield image
+
+
+def _open(path: Path) -> Image.Image:
+    """`Image.open` without Pillow's limit on pixels, which one cannot set for one file, and which decodes nothing."""
+    try:
+        return Image.open(path)
+    except Image.DecompressionBombError:
+        pass
+    with _LIFTING:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def read_image(path: Path, size: tuple[int, int], max_pixels: int | None = None) -> Tensor:
     """[3, H, W] uint8 RGB with channels-last strides, whatever the file holds (grey, palette, CMYK, alpha, 16 bit,
     floats: see `_to_rgb`).
 
@@ -49,19 +83,24 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
 
     A JPEG of that size, in grey or RGB and not turned, goes through simplejpeg, libjpeg-turbo's shortest path to an
     array. Everything else, and every JPEG that is not flawless, is Pillow's, which also decides what is an error. Both
-    give the same pixels. Raises UnreadableImage when the file does not decode or has another size.
+    give the same pixels. Raises UnreadableImage when the file does not decode, has another size, or more than
+    `max_pixels` pixels (see `opened`): from its header, before anything is decoded.
     """
     try:
-        pixels = _decode_jpeg(path, size)
+        pixels = _decode_jpeg(path, size) if max_pixels is None or size[0] * size[1] <= max_pixels else None
         if pixels is None:
-            pixels = _decode(path, size)
+            pixels = _decode(path, size, max_pixels)
+    except UnreadableImage:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble on
         raise unreadable(path, error) from error
     if pixels.shape[:2] != size:
-        raise UnreadableImage(
-            f"{path} holds {pixels.shape[1]}x{pixels.shape[0]} pixels, but the annotations say {size[1]}x{size[0]}"
-        )
+        raise _of_another_size(path, pixels.shape[1], pixels.shape[0], size)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _of_another_size(path: Path, width: int, height: int, size: tuple[int, int]) -> UnreadableImage:
+    return UnreadableImage(f"{path} holds {width}x{height} pixels, but the annotations say {size[1]}x{size[0]}")
 
 
 def unreadable(path: Path, error: Exception) -> UnreadableImage:
@@ -77,7 +116,7 @@ def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
     if not data.startswith(_JPEG):
         return None
     if _METADATA.search(data, 0, data.find(_SCAN)):
-        with Image.open(path) as image:
+        with _open(path) as image:
             if orientation(image) != 1:
                 return None
     try:
@@ -87,9 +126,11 @@ def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
         return None
 
 
-def _decode(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3] uint8, the right way up."""
-    with Image.open(path) as image:
+def _decode(path: Path, size: tuple[int, int], max_pixels: int | None) -> np.ndarray:
+    """[H, W, 3] uint8, the right way up. What is of another size either way is not decoded."""
+    with opened(path, max_pixels) as image:
+        if size not in (image.size, image.size[::-1]):
+            raise _of_another_size(path, *image.size, size)
         turn = _TURNS.get(orientation(image))
         rgb = _to_rgb(image)
         turned = rgb if turn is None else rgb.transpose(turn)
@@ -116,7 +157,7 @@ def seen_size(path: Path) -> tuple[int, int]:
     Raises FileNotFoundError, and UnreadableImage for what does not open.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             width, height = image.size
             on_its_side = orientation(image) >= 5
     except FileNotFoundError:

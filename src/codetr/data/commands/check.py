@@ -114,7 +114,7 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
         return split
     records.mend_images(split)
     records.inspect_categories(split, classes if name == "train" else None)
-    records.inspect_images(split, config.decode, _progress(name))
+    records.inspect_images(split, config.decode, _progress(name), config.data.max_pixels)
     records.mend_annotations(split)
     boxes.inspect_boxes(split)
     records.inspect_annotations(split)

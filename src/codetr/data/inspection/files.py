@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from codetr.data.images import UnreadableImage, looks_complete, orientation, read_image
+from codetr.data.images import UnreadableImage, looks_complete, opened, orientation, read_image
 
 _THREADS = 16
 _TAIL = 4096
@@ -44,20 +44,23 @@ class File:
         return suffix in SUFFIXES and self.type in _SUFFIXES and suffix not in _SUFFIXES[self.type]
 
 
-def examine(wanted: Iterable[tuple[Path, tuple[int, int]]], decode: bool) -> Iterator[File]:
-    """Facts of each (path, (width, height) as annotated), in their order; decode: read all of every file."""
+def examine(
+    wanted: Iterable[tuple[Path, tuple[int, int]]], decode: bool, max_pixels: int | None = None
+) -> Iterator[File]:
+    """Facts of each (path, (width, height) as annotated), in their order; decode: read all of every file.
+    max_pixels: of an image, see `images.opened`."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda w: _examine(w[0], w[1], decode), wanted)
+        yield from pool.map(lambda w: _examine(w[0], w[1], decode, max_pixels), wanted)
 
 
-def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
+def _examine(path: Path, size: tuple[int, int], decode: bool, max_pixels: int | None) -> File:
     try:
         length = path.stat().st_size
         if path.is_dir():
             return File(path, ("unreadable image file", "is a folder"))
         if length == 0:
             return File(path, ("empty image file", "has 0 bytes"), length=0)
-        with path.open("rb") as stream, Image.open(stream) as image:
+        with path.open("rb") as stream, opened(path, max_pixels) as image:
             turn = _orientation(image, size)
             facts = (image.size, image.format or "", image.mode, turn, getattr(image, "n_frames", 1), length)
             stream.seek(max(0, length - _TAIL))
@@ -68,7 +71,7 @@ def _examine(path: Path, size: tuple[int, int], decode: bool) -> File:
         return File(path, ("unreadable image file", "is not an image"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return File(path, ("unreadable image file", f"cannot be read: {error}"))
-    fault, pixels = _content(path, size, facts[0], turn, decode)
+    fault, pixels = _content(path, size, facts[0], turn, decode, max_pixels)
     return File(path, fault, *facts, ending, pixels)
 
 
@@ -80,7 +83,12 @@ def _orientation(image: Image.Image, size: tuple[int, int]) -> int:
 
 
 def _content(
-    path: Path, size: tuple[int, int], stored: tuple[int, int], orientation: int, decode: bool
+    path: Path,
+    size: tuple[int, int],
+    stored: tuple[int, int],
+    orientation: int,
+    decode: bool,
+    max_pixels: int | None,
 ) -> tuple[tuple[str, str] | None, bytes]:
     """What is wrong with a file whose header is good; hash of the pixels, if they had to be read."""
     width, height = size
@@ -91,7 +99,7 @@ def _content(
     if not decode and looks_complete(path, (height, width)):
         return None, b""
     try:
-        pixels = read_image(path, (height, width))
+        pixels = read_image(path, (height, width), max_pixels)
     except UnreadableImage as error:
         return ("unreadable image file", str(error).removeprefix(f"{path} ")), b""
     return None, _hash(pixels.numpy().tobytes())

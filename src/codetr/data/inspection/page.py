@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
+from codetr.data.images import opened
 from codetr.data.inspection.findings import KINDS, SEVERITIES, Box, Example, Picture
 from codetr.data.inspection.split import Split
 from codetr.data.inspection.statistics import Statistics
@@ -19,6 +20,7 @@ from codetr.data.inspection.summary import class_names
 
 _SIDE = 240  # pixels of a picture
 _AROUND = 1.5  # what is shown around a box, in sides of the box
+_MOST_PIXELS = 80_000_000  # of a file that is unpacked for a picture
 _LEAST = 48  # pixels of the image that a picture shows at least
 _RED, _BLUE = (214, 40, 40), (20, 90, 220)
 _STYLE = """
@@ -254,7 +256,7 @@ def _records(examples: Sequence[Example], title: str, opened: bool) -> str:
 def _thumbnail(picture: Picture) -> str | None:
     """JPEG in base64 of the box and what is around it; None where the file cannot be shown."""
     try:
-        with Image.open(picture.path) as image:
+        with opened(picture.path, _MOST_PIXELS) as image:
             if picture.box is None:
                 image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
             pixels = image.convert("RGB")

@@ -84,7 +84,7 @@ def _was(record: Record, changes: Record) -> str:
     return ", ".join(f"{key} {record[key]!r}" for key in changes)
 
 
-def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
+def inspect_images(split: Split, decode: bool, progress: Progress, max_pixels: int | None = None) -> None:
     """Image records, then their files. decode: read every file to its end."""
     if not split.images:
         split.add("no images", "`images` is empty")
@@ -111,7 +111,7 @@ def inspect_images(split: Split, decode: bool, progress: Progress) -> None:
         return
     _find_files(split, good)
     wanted = [(split.root / split.images[i]["file_name"], split.size(i)) for i in good]
-    for position, file in zip(good, progress(examine(wanted, decode), len(good)), strict=True):
+    for position, file in zip(good, progress(examine(wanted, decode, max_pixels), len(good)), strict=True):
         split.files[position] = file
         _inspect_file(split, position, file)
 
