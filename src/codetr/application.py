@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from codetr.models.detector import Detector
 
 LAST = Path("checkpoints") / "last.ckpt"
+_GENERATIONS = "checkpoints/last*.ckpt"  # and those before it: any of them is enough to go on
 SAVED_CONFIG = Path(".hydra") / "config.yaml"
 _NOW = re.compile(r"\$\{now:[^}]*\}")
 OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
@@ -144,8 +145,8 @@ def _with_override(argv: list[str], args: Namespace, override: str) -> list[str]
 
 def _with_saved_config(directory: Path, overrides: list[str], trust: tuple[str, ...]) -> list[str]:
     """Go on with the run in `directory`, by its own configuration and what is given on top."""
-    for needed in (SAVED_CONFIG, LAST):
-        if not (directory / needed).is_file():
+    for needed in (str(SAVED_CONFIG), _GENERATIONS):
+        if not any(directory.glob(needed)):
             raise UserError(f"resume={directory}: there is no {needed} in it; give the directory of a run")
     check_run(directory / SAVED_CONFIG, trust)
     folder = (directory / SAVED_CONFIG).resolve().parent
@@ -210,7 +211,7 @@ def newest_run(config: DictConfig) -> Path | None:
     times = config.copy()
     times.run_dir = _NOW.sub("<time>", _unresolved(config))
     pattern = glob.escape(times.run_dir).replace("<time>", "*")
-    checkpoints = [Path(path) for path in glob.glob(f"{pattern}/{LAST}")]
+    checkpoints = [Path(path) for path in glob.glob(f"{pattern}/{_GENERATIONS}")]
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
 
 
@@ -248,7 +249,7 @@ def _claim(directory: Path, resume: bool, overwrite: bool) -> None:
         for name in OWN:
             shutil.rmtree(directory / name, ignore_errors=True)
     try:
-        if (directory / LAST).exists():
+        if any(directory.glob(_GENERATIONS)):
             raise FileExistsError
         (directory / SAVED_CONFIG).parent.mkdir(parents=True)
     except FileExistsError:
@@ -279,9 +280,9 @@ def _quoted(path: Path) -> str:
 
 
 def resume_from(config: DictConfig) -> Path | None:
-    """The checkpoint to go on with, if there is one."""
-    path = Path(config.run_dir) / LAST
-    return path if config.resume and path.is_file() else None
+    """The checkpoint to go on with, or its name where only generations before it are left; None: there is none."""
+    directory = Path(config.run_dir)
+    return directory / LAST if config.resume and any(directory.glob(_GENERATIONS)) else None
 
 
 def keep_configuration(config: DictConfig, saved: dict[str, Any]) -> None:

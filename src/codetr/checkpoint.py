@@ -84,10 +84,9 @@ def generation(newest: Path, age: int) -> Path:
 
 
 def _generations(newest: Path) -> list[Path]:
-    """Those that are there, newest first."""
+    """`newest`, and those before it that are there."""
     numbers = [path.stem.removeprefix(f"{newest.stem}.") for path in newest.parent.glob(f"{newest.stem}.*")]
-    ages = sorted({0, *(int(number) for number in numbers if number.isdecimal())})
-    return [path for age in ages if (path := generation(newest, age)).is_file()]
+    return [generation(newest, age) for age in sorted({0, *(int(n) for n in numbers if n.isdecimal())})]
 
 
 def newest_whole(newest: Path) -> tuple[Path, dict[str, Any]]:
@@ -107,7 +106,7 @@ def newest_whole(newest: Path) -> tuple[Path, dict[str, Any]]:
             if complaints:
                 _log.warning("going on with %s, the newest that is whole, from step %d", path, content["global_step"])
             return path, content
-    raise UserError("\n".join(complaints) or f"{newest}: no such checkpoint")
+    raise UserError("\n".join(complaints))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,18 +1,97 @@
-"""The README's lines for one's own data, as they stand there, but for the size of the detector."""
+"""Every command in README, docs and examples: composed, or run with a model of toy size."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from toy import data_overrides, environment, make_coco, overrides
 
-README = Path(__file__).parents[2] / "README.md"
+from codetr import application
+from codetr.papers import main as papers
+from codetr.train import train
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+OWN_DATA = r"## Train on your own data\n```bash\n(.*?)```"
+# What a command says about machines, data and files, which are others here.
+ELSEWHERE = re.compile(r"(trainer(\.(devices|num_nodes|accelerator))?|data(\.\w+)?|run_dir|resume|initialise\.\w+)=")
+
+
+def blocks() -> list[str]:
+    text = "\n".join(re.sub(OWN_DATA, "", path.read_text(), flags=re.DOTALL) for path in DOCUMENTS)
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Words of each that calls a module of codetr. An indented line is more to say to the command above it."""
+    found: list[list[str]] = []
+    for block in blocks():
+        command: list[str] = []
+        for line in block.replace("\\\n", "").splitlines():
+            words = shlex.split(line, comments=True)
+            if line.startswith(" ") and words:
+                found.append([*command, *words])
+            elif "-m" in words and words[words.index("-m") + 1].startswith("codetr."):
+                command = words[words.index("-m") + 1 :]
+                found.append(command)
+    return found
+
+
+def settings(words: list[str]) -> tuple[str, list[str]]:
+    """The configuration of a command's application, and its overrides."""
+    module, *given = words
+    if module == "codetr.data":
+        return given[0], given[1:]
+    return module.removeprefix("codetr."), given
+
+
+COMMANDS = commands()
+PAPERS = [words for words in COMMANDS if words[0] == "codetr.papers"]
+COMPOSED = [words for words in COMMANDS if words not in PAPERS and not {"-m", "--config-dir"} & set(words)]
+TRAINED = [words for words in COMPOSED if words[0] == "codetr.train" and "official" not in " ".join(words)]
+
+
+def test_the_documents_hold_commands() -> None:
+    assert len(PAPERS) >= 5
+    assert len(COMPOSED) >= 25
+    assert {settings(words)[0] for words in COMPOSED} >= {"train", "eval", "predict", "convert"}
+
+
+@pytest.mark.parametrize("words", COMPOSED, ids=" ".join)
+def test_every_command_composes(words: list[str]) -> None:
+    name, given = settings(words)
+    application.compose(name, given)
+
+
+@pytest.mark.parametrize("words", PAPERS, ids=" ".join)
+def test_every_command_of_the_papers_prints(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    given = words[1 : words.index(">")] if ">" in words else words[1:]
+    papers([word for word in given if word != "--run"])
+    assert "co_detr_t7_k3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", TRAINED, ids=" ".join)
+def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model, queries, heads, losses and optimizer that it says, in toy size, on a small set."""
+    make_coco(tmp_path / "data", train=2, val=1)
+    given = [word for word in words[1:] if not ELSEWHERE.match(word)]
+    small = [o for o in overrides(tmp_path / "data") if not o.startswith(("model=", "name=", "~", "schedule", "optim"))]
+    if any("num_queries" in word for word in given):
+        small = [o for o in small if "num_queries" not in o]
+    small += ["model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
+    small += ["~callbacks.progress", "trainer.max_epochs=1", "trainer.max_steps=1", "run_dir=run"]
+    monkeypatch.chdir(tmp_path)
+    train(application.compose("train", [*given, *small]))
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 
 def lines() -> list[str]:
-    block = re.search(r"## Train on your own data\n```bash\n(.*?)```", README.read_text(), re.DOTALL)
+    block = re.search(OWN_DATA, (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     return block[1].splitlines()
 

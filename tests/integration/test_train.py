@@ -29,7 +29,7 @@ def make_run(directory: str, seconds: int) -> Path:
     path = Path(directory)
     for name in (".hydra/config.yaml", "checkpoints/last.ckpt"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).touch()
+        (path / name).write_text("name: toy\n")
         os.utime(path / name, (seconds, seconds))
     return path
 
@@ -101,6 +101,18 @@ def test_resume_of_a_directory_uses_its_own_config() -> None:
     assert argv[-1] == r"hydra.run.dir='out puts/it\'s'"
     with pytest.raises(UserError, match=r"resume=nowhere: there is no .*config.yaml"):
         settle("resume=nowhere")
+
+
+def test_a_run_whose_last_checkpoint_was_deleted_goes_on_from_the_one_before() -> None:
+    run = make_run("fixed", 1)
+    last = run / "checkpoints/last.ckpt"
+    last.rename(last.with_name("last.1.ckpt"))
+    with pytest.raises(UserError, match="run_dir=fixed: there is a run in it already"):
+        settle("run_dir=fixed")
+    assert settle("resume=fixed")[0] == f"--config-path={run.resolve() / '.hydra'}"
+    for resume, found in (("auto", last), ("null", None)):
+        config = application.compose("train", [f"resume={resume}", "run_dir=fixed"])
+        assert application.resume_from(config) == found
 
 
 def test_a_run_is_not_overwritten_by_accident() -> None:

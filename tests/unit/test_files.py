@@ -95,6 +95,9 @@ def test_the_newest_generation_that_is_whole_is_taken(tmp_path: Path, caplog: py
     assert (found.name, kept["global_step"]) == ("last.2.ckpt", 3)
     assert "last.ckpt: is damaged" in caplog.text
     assert "going on with" in caplog.text
+    path.unlink()
+    assert newest_whole(path)[0].name == "last.2.ckpt"
+    assert "last.ckpt: no such checkpoint" in caplog.text
     (tmp_path / "last.2.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match=r"last\.2\.ckpt"):
         newest_whole(path)
