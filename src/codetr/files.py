@@ -17,13 +17,15 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomically(path: Path, size: int = 0) -> Iterator[Path]:
-    """Yields a name beside `path`, of the same suffix, to write to: at its end the block's file becomes `path`.
+    """Yields a name beside `path`, of the same suffix, to write to: at its end the block's file becomes `path`, in a
+    folder that is made where there is none.
 
     Until then `path` is as it was, and nothing is left of a block that fails. size: bytes that will be written, where
     that is known. Raises UserError when there is no room.
     """
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())

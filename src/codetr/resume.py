@@ -42,7 +42,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(
         (
-            *("name", "tags", "run_dir", "resume", "overwrite", "resumed_step", "paths.*", "logger.*"),
+            *("name", "tags", "run_dir", "resume", "overwrite", "resumed_step", "paths.*", "logger.*", "trust"),
             *("trainer.default_root_dir", "callbacks.checkpoints.directory"),
         ),
         Effect.QUIET,

@@ -29,13 +29,14 @@ from fixed_draws import fixed_draws  # noqa: E402
 
 PAGE = """# Modes
 
-Written by `make modes`: every two values of the six settings in a row of this table, on the CPU with models of toy size;
-`tests/integration/test_modes.py` runs a part of it in `make test` and all of it in `make test-all`. A row takes two steps,
-each with a validation of three images (which two processes do not share evenly) and a checkpoint, is resumed, and takes a
-third step. The difference is the largest relative one of three losses to those of float32 on one process, with the same
-images, weights and draws: float32 sums in another order; bfloat16 rounds at 0.2 %, more where a match, an assignment or a
-top k changes with it. `gpu` is that configuration with `trainer.accelerator=cpu`; `ddp` and `fsdp` are two processes on
-gloo. `16-mixed` and CUDA are refused on this machine with a sentence, before any data is read.
+Written by `make modes`: every two values of the six settings in a row of this table, on the CPU with models of toy
+size; `tests/integration/test_modes.py` runs a part of it in `make test` and all of it in `make test-all`. A row takes
+two steps, each with a validation of three images (which two processes do not share evenly) and a checkpoint, is
+resumed, and takes a third step. The difference is the largest relative one of three losses to those of float32 on one
+process, with the same images, weights and draws: float32 sums in another order; bfloat16 rounds at 0.2 %, more where a
+match, an assignment or a top k changes with it. `gpu` is that configuration with `trainer.accelerator=cpu`; `ddp` and
+`fsdp` are two processes on gloo. `16-mixed` and CUDA are refused on such a machine with a sentence, before any data is
+read.
 
 """
 MODELS = tuple(sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml") if p.stem != "base"))

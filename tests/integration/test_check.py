@@ -36,8 +36,8 @@ BOXES: list[Any] = [
     ),
 ]
 REFERENCES: list[dict[str, Any]] = [
-    *({"image_id": 999}, {"image_id": "1"}, {"image_id": None}, {"image_id": [1]}),
-    *({"category_id": 9}, {"category_id": "1"}, {"category_id": None}, {"id": 1}),
+    *({"image_id": 999}, {"image_id": "one"}, {"image_id": None}, {"image_id": [1]}),
+    *({"category_id": 9}, {"category_id": "one"}, {"category_id": None}, {"id": 1}),
 ]
 SIZES: list[dict[str, Any]] = [{"width": 0}, {"height": -1}, {"width": None}, {"file_name": None}, {"width": 65}]
 

@@ -97,7 +97,8 @@ def lines() -> list[str]:
 
 
 def test_lines_for_ones_own_data(tmp_path: Path) -> None:
-    """Images and annotations lie where they say; every line ends well and leaves what it promises."""
+    """check, show, train, eval, predict: images and annotations lie where they say, every line ends well and leaves
+    what it promises."""
     data = tmp_path / "mine"
     make_coco(data, train=4, val=2)
     for split in ("train", "val"):

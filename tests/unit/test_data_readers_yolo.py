@@ -221,7 +221,7 @@ def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("./images/train/a.jpg\n./images/train/b.jpg\n./images/train/gone.jpg\n")
     images, objects, _ = parts(yolo.read(source / "train"))
     assert [("width" in i) for i in images] == [False, True, False]
-    assert "cannot identify image file" in images[0]["where"]
+    assert "not an image of a kind" in images[0]["where"]
     assert images[2]["where"] == f"{tmp_path}/images/train/gone.jpg: no such file"
     (place,) = (o["where"] for o in objects)
     assert place.startswith("labels/train/b.txt: cannot be read as text ('utf-8' codec can't decode")
@@ -268,7 +268,7 @@ def test_a_folder_of_images_alone(tmp_path: Path) -> None:
         {"id": 2, "file_name": "b.jpg", "width": 80, "height": 64},
     ]
     assert images[2]["file_name"] == "d.jpg"
-    assert "cannot identify" in images[2]["where"]
+    assert "not an image of a kind" in images[2]["where"]
     assert objects == names == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image in this folder"):

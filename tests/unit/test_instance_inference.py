@@ -64,17 +64,18 @@ def test_masks_have_the_size_of_the_file_and_lie_in_their_boxes(
     model: Detector, files: list[Path], name: str, tmp_path: Path
 ) -> None:
     options = {"device": torch.device("cpu"), "batch_size": 2, "num_workers": 0, "size_divisor": 32}
-    writer = Writer(tmp_path, files, CLASSES, score_threshold=0.0, pictures=True)
+    out = tmp_path / "found"
     find = finder(model, PostProcess(8, None), score_threshold=0.0)
     results = detect(find, ImageFiles(files, PIPELINES[name]), **options)
-    for one, size in zip(results, [(90, 60), (60, 90)], strict=True):
-        assert isinstance(one, Found)
-        masks = coco_mask.decode(one.detections.runs)
-        assert masks.shape == (*size, 8)
-        assert masks.any()
-        assert inside(masks, one.detections.boxes_xyxy).all()
-        writer.add(one)
-    records = json.loads(writer.close().read_text())
+    with Writer(out, files, range(2), CLASSES, range(len(CLASSES)), score_threshold=0.0, pictures=True) as writer:
+        for one, size in zip(results, [(90, 60), (60, 90)], strict=True):
+            assert isinstance(one, Found)
+            masks = coco_mask.decode(one.detections.runs)
+            assert masks.shape == (*size, 8)
+            assert masks.any()
+            assert inside(masks, one.detections.boxes_xyxy).all()
+            writer.add(one)
+    records = json.loads((out / "predictions.json").read_text())
     assert len(records) == 16
     for record in records:
         assert list(coco_mask.decode(record["segmentation"]).shape) == record["segmentation"]["size"]

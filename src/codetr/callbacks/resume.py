@@ -41,7 +41,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"step {checkpoint.get('global_step')}, such as {bad[0]}; go on from it (resume=auto) with a lower "
                 "optimizer.lr or trainer.precision=32-true"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomically(path, sum(tensor.nbytes for tensor in tensors.values())) as part:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
