@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from codetr.application import compose
 from codetr.errors import UserError
@@ -64,3 +65,30 @@ def test_a_checkpoint_is_evaluated_alike_on_one_and_two_processes(trained: "Trai
 def test_mistakes_are_explained(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         evaluate(compose("eval", [*overrides, "run_dir=nowhere"]))
+
+
+def test_hostile_class_names_are_evaluated_and_obeyed_by_none(
+    trained: "Trained", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are those of the same set with plain names."""
+    names = ["two\nlines", "\x1b[2J[bold]red[/]", "$\\frac{1}{0}$ <b>../../x"]
+    content = torch.load(trained.checkpoint, weights_only=True)
+    truth = json.loads((trained.images.parent / "truth.json").read_text())
+    for category in truth["categories"]:
+        category["name"] = names[content["codetr"]["class_names"].index(category["name"])]
+    content["codetr"]["class_names"] = names
+    content["codetr"]["config"]["data"]["val_annotations"] = f"{tmp_path}/truth.json"
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    torch.save(content, tmp_path / "hostile.ckpt")
+    found = []
+    for checkpoint in (trained.checkpoint, tmp_path / "hostile.ckpt"):
+        run_dir = tmp_path / checkpoint.stem
+        evaluate(compose("eval", [f"checkpoint={checkpoint}", "trainer=cpu", f"run_dir={run_dir}"]))
+        found.append(numbers(run_dir))
+    assert {k: found[0][k] for k in NUMBERS} == {k: found[1][k] for k in NUMBERS}
+    assert set(found[1]["map_per_class"]) == set(names)
+    told = capsys.readouterr().out
+    assert "two\\nlines" in told
+    assert "\x1b[2J" not in told
+    assert "[bold]red[/]" in told
+    assert (tmp_path / "hostile/pr_curves.png").is_file()
