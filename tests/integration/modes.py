@@ -210,10 +210,11 @@ def run_in_processes(chosen: list[Row], data: Path, folder: Path) -> None:
         started.append(subprocess.Popen(command, env={**own, "LOCAL_RANK": rank}, stdout=log, stderr=subprocess.STDOUT))
         log.close()
     try:
-        codes = [process.wait(timeout=60 + 60 * len(chosen)) for process in started]
+        codes = [process.wait(timeout=300 + 300 * len(chosen)) for process in started]
     finally:
         for process in started:
             process.kill()
+            process.wait()
     logs = [(folder / f"log_{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
     assert codes == [0, 0], "\n".join(logs)
 
