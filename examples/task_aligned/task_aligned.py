@@ -55,7 +55,7 @@ class TaskAlignedHead(nn.Module):
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, boxes = self.predict(pyramid)
         points = torch.cat(self.grid(pyramid))
-        owner, quality = self.assign(points, self.grid.valid(pyramid, targets.sizes), logits, boxes, targets)
+        owner, quality = self.assign(points, self.grid.valid(pyramid, targets.frames.sizes), logits, boxes, targets)
         features = flatten(pyramid.levels, 1)
         positives = assigned(points.expand(len(boxes), -1, -1), features, owner, targets)
         losses = self.losses(logits, boxes, quality, positives)

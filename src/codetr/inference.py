@@ -154,8 +154,10 @@ def finder(
     def find(batch: Batch) -> list[Detections]:
         output = detector(batch.images, batch.padding)
         last = output.predictions[MAIN].last
-        found = [one.above(score_threshold) for one in postprocess(last, batch.original_sizes)]
-        return found if detector.mask_head is None else with_masks(detector, output.memory, found, batch)
+        found = [one.above(score_threshold) for one in postprocess(last, batch.frames.sizes)]
+        if detector.mask_head is None:
+            return batch.frames.to_files(found)
+        return with_masks(detector, output.memory, found, batch.frames)
 
     return find
 

@@ -10,7 +10,8 @@ the network input wherever a name ends in `_xyxy`. Masks named `padding` are Tru
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -39,24 +40,53 @@ class _Movable:
 
 
 @dataclass
+class Frames(_Movable):
+    """How the images of a batch lie in the network's input, and how they came there from their files.
+
+    The model works in network pixels or in normalised boxes alone; `to_files` is the way back. An image begins in the
+    upper left corner both of the input and, where nothing was cropped, of its file; a canvas around it counts as image.
+
+    sizes: [B, 2] (height, width) of each image in network pixels, without the padding of the batch.
+    scale: [B, 2] (rows, columns) network pixels per pixel of the file, float.
+    file_sizes: [B, 2] (height, width) of the files, int64.
+    """
+
+    sizes: Tensor
+    scale: Tensor
+    file_sizes: Tensor
+
+    @classmethod
+    def unscaled(cls, sizes: Tensor) -> Frames:
+        """Of images that enter the network as their files are. sizes: [B, 2] (height, width)."""
+        return cls(sizes, torch.ones_like(sizes, dtype=torch.float32), sizes)
+
+    def to_files(self, detections: Sequence[Detections]) -> list[Detections]:
+        """The detections of each image, whose boxes are in network pixels, with boxes in pixels of the files."""
+        scale = box_scale(self.scale)
+        return [replace(found, boxes_xyxy=found.boxes_xyxy / own) for found, own in zip(detections, scale, strict=True)]
+
+
+@dataclass
 class Targets(_Movable):
     """The objects of a batch, padded to the same number M >= 1 so that every step runs the same graph.
 
-    boxes: [B, M, 4] normalised cxcywh; padded rows hold a valid dummy box. labels: [B, M] int64, padded rows 0.
-    valid: [B, M] bool. sizes: [B, 2] (height, width) of each image in network pixels, without padding. masks:
-    [B, M, H, W] bool of the padded images, padded rows empty; None unless the data set reads them.
+    boxes: [B, M, 4] normalised cxcywh; padded rows hold a valid dummy box.
+    labels: [B, M] int64, padded rows 0.
+    valid: [B, M] bool.
+    frames: of the images; the boxes are shares of `frames.sizes`.
+    masks: [B, M, H, W] bool of the padded images, padded rows empty; None unless the data set reads them.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
-    sizes: Tensor
+    frames: Frames
     masks: Tensor | None = None
 
     @property
     def boxes_xyxy(self) -> Tensor:
         """[B, M, 4] absolute xyxy in network pixels."""
-        return box_convert(self.boxes, "cxcywh", "xyxy") * box_scale(self.sizes)[:, None]
+        return box_convert(self.boxes, "cxcywh", "xyxy") * box_scale(self.frames.sizes)[:, None]
 
     @property
     def counts(self) -> Tensor:
@@ -69,8 +99,6 @@ class Batch(_Movable):
     """What the data loader yields.
 
     images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
-    original_sizes: [B, 2] (height, width) of the images in pixels of their files; file_sizes: of the files themselves,
-    int64. They differ where a transform pads the image to a canvas that belongs to it.
     truth: per image, what the evaluator needs and the model must not see: `boxes` [n, 4] xyxy in pixels of the
     original file, `labels` [n], `iscrowd` [n], `area` [n] (crowds included), all on the CPU; where the data set reads
     them, `runs`: the n masks as compressed COCO run lengths.
@@ -80,14 +108,12 @@ class Batch(_Movable):
     padding: Tensor
     targets: Targets
     image_ids: Tensor
-    original_sizes: Tensor
     truth: list[dict[str, Any]]
-    file_sizes: Tensor
 
     @property
-    def shown_sizes(self) -> Tensor:
-        """[B, 2] (height, width) of the files' pixels in the network: without padding and without a canvas."""
-        return self.targets.sizes * (self.file_sizes / self.original_sizes)
+    def frames(self) -> Frames:
+        """How the images lie in the network's input and in their files."""
+        return self.targets.frames
 
 
 @dataclass
@@ -246,9 +272,11 @@ class Output:
 
 @dataclass
 class Detections(_Movable):
-    """Of one image, best first. scores: [n]. labels: [n]. boxes_xyxy: [n, 4] in pixels of the original image.
+    """What was found in one image, best first.
 
-    With instance masks: runs: n compressed COCO run lengths {size, counts} of the original file. mask_scores: [n].
+    scores: [n]. labels: [n]. boxes_xyxy: [n, 4], in network pixels from every part of a detector, in pixels of the file
+    behind `Frames.to_files`. With instance masks, in files alone: runs: n compressed COCO run lengths {size, counts}.
+    mask_scores: [n].
     """
 
     scores: Tensor
@@ -278,7 +306,10 @@ class QuerySource(Protocol):
 
 
 class AuxiliaryHead(Protocol):
-    """A head with one-to-many assignment on the pyramid."""
+    """A head with one-to-many assignment on the pyramid.
+
+    detect: what it finds on its own, in network pixels; sizes: [B, 2] (height, width) of the images, as in `Frames`.
+    """
 
     def __call__(self, pyramid: Pyramid, targets: Targets) -> HeadOutput: ...
 

@@ -25,7 +25,7 @@ from codetr.convert import official, weights
 from codetr.criterion import Criterion
 from codetr.models.detector import Detector
 from codetr.ops.gather import take
-from codetr.types import Known, Memory, Positives, QueryContext, QueryGroup, Targets, box_scale
+from codetr.types import Frames, Known, Memory, Positives, QueryContext, QueryGroup, Targets, box_scale
 from fixed_draws import fixed_draws
 
 
@@ -121,7 +121,7 @@ class Bundle:
 
     def _targets_of(self, boxes: Tensor, labels: Tensor, found: Positives) -> Tensor:
         """Where the goals are not recorded: those of our positives at the same places."""
-        scale = box_scale(self.targets.sizes)[:, None]
+        scale = box_scale(self.targets.frames.sizes)[:, None]
         ours = box_convert(found.boxes_xyxy / scale, "xyxy", "cxcywh")
         distance = (boxes[:, :, None] - ours[:, None]).abs().amax(-1).masked_fill(~found.positive[:, None], 1e3)
         nearest = distance.min(-1)
@@ -240,7 +240,7 @@ def padded_targets(inputs: dict[str, Tensor], extent: Tensor) -> Targets:
         torch.full((*shape, 4), 0.5),
         torch.zeros(shape, dtype=torch.long),
         torch.zeros(shape, dtype=torch.bool),
-        extent,
+        Frames.unscaled(extent),
     )
     for i, count in enumerate(counts):
         boxes = inputs[f"gt_boxes.{i}"] / extent[i].flip(0).repeat(2)

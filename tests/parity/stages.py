@@ -122,12 +122,10 @@ def detections(bundle: Bundle) -> Iterator[Line]:
     memory = bundle.encode()
     main = bundle.detector.queries[MAIN](QueryContext(memory))
     last = bundle.detector.decoder({MAIN: main}, memory)[MAIN].last
-    # What the boxes are normalised by, in pixels of the original image.
-    scale = bundle.inputs["scale_factor"][:, :2].flip(1)
-    extent = bundle.targets.sizes / scale
+    frames = replace(bundle.targets.frames, scale=bundle.inputs["scale_factor"][:, :2].flip(1))
     for variant, settings in bundle.sizes["detection_variants"].items():
-        found = PostProcess(settings["max_per_img"], _suppression(settings.get("nms")))(last, extent)
-        for i, own in enumerate(found):
+        found = PostProcess(settings["max_per_img"], _suppression(settings.get("nms")))(last, frames.sizes)
+        for i, own in enumerate(frames.to_files(found)):
             recorded = {k: bundle.detections[f"{variant}.original.img{i}.{k}"] for k in ("boxes", "scores", "labels")}
             keep = own.scores > settings.get("score_thr", -1.0)
             stage = f"detections {variant}, image {i}"
@@ -159,7 +157,8 @@ def heads(bundle: Bundle) -> Iterator[Line]:
     if "rpn.anchors" in aux:
         yield close("RPN, anchors", torch.cat(head.rpn.grid(pyramid)), aux["rpn.anchors"])
     yield close("ATSS, anchors", torch.cat(atss.grid(pyramid)), aux["atss.anchors"])
-    yield equal("ATSS, valid anchors", atss.grid.valid(pyramid, bundle.targets.sizes), aux["atss.valid_flags"].bool())
+    inside = atss.grid.valid(pyramid, bundle.targets.frames.sizes)
+    yield equal("ATSS, valid anchors", inside, aux["atss.valid_flags"].bool())
     logits, deltas = head.rpn(pyramid)
     yield close("RPN, objectness", logits, _per_cell(aux, "rpn.cls", 9)[..., 0], extra)
     yield close("RPN, deltas", deltas, _per_cell(aux, "rpn.reg", 9), extra)
@@ -184,7 +183,7 @@ def heads(bundle: Bundle) -> Iterator[Line]:
 def _alone(bundle: Bundle, pyramid: Pyramid) -> Iterator[Line]:
     """Proposals and detections of each head, where the bundle's test settings are hard suppression at the thresholds of
     training: ours are the same in both (docs/faithfulness.md)."""
-    head, sizes = bundle.detector.heads[bundle.heads[0]], bundle.targets.sizes
+    head, sizes = bundle.detector.heads[bundle.heads[0]], bundle.targets.frames.sizes
     *_, regions, cells = bundle.sizes["official_model_config"]["test_cfg"]
     if regions["rpn"]["nms"]["iou_threshold"] == head.proposals.nms_iou:
         boxes, valid = head.rpn.propose(*head.rpn(pyramid), pyramid, sizes, head.proposals)
@@ -210,13 +209,13 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
     memory = _recorded_memory(bundle, bundle.encode())
     pyramid, head = detector.adapter(memory), detector.heads[bundle.heads[0]]
     anchors = torch.cat(head.rpn.grid(pyramid))
-    inside = head.rpn.grid.valid(pyramid, targets.sizes)
+    inside = head.rpn.grid.valid(pyramid, targets.frames.sizes)
     owner = assign_max_iou(anchors, inside, targets.boxes_xyxy, targets.valid, *head.rpn.thresholds)
     sampled, labels = train["train.rpn_target.label_weights"] > 0, train["train.rpn_target.labels"]
     yield equal("RPN, positive anchors", (owner >= 0)[sampled], (labels == 0)[sampled])
     regions = head(pyramid, targets).positives
     used = regions.positive | regions.negative
-    for i in range(len(targets.sizes)):
+    for i in range(len(targets.frames.sizes)):
         source = {k: train[f"train.aux_src.0.{k}.img{i}"] for k in ("coords", "labels", "feats", "targets")}
         expected = source["labels"].masked_fill(source["labels"] == bundle.sizes["num_classes"], -1)
         yield close(f"sampled regions, image {i}", regions.boxes_xyxy[i, used[i]], source["coords"])
@@ -227,7 +226,7 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
     found = detector.heads["atss"](pyramid, targets).positives
     expected = train["train.atss_target.labels"]
     yield equal("ATSS, labels", found.labels, expected.masked_fill(expected == bundle.sizes["num_classes"], -1))
-    for i in range(len(targets.sizes)):
+    for i in range(len(targets.frames.sizes)):
         own, goals = found.positive[i], train[f"train.aux_src.1.pos_targets.img{i}"]
         yield close(f"ATSS, objects, image {i}", found.target_boxes_xyxy[i, own], goals)
     for number, name in enumerate(bundle.heads):
@@ -293,7 +292,7 @@ def training(bundle: Bundle) -> Iterator[Line]:
     yield from _step(bundle, "train")
     if "no_cdn" in bundle.account["losses"]:
         yield from _step(bundle, "no_cdn")
-    everyone = range(len(bundle.targets.sizes))
+    everyone = range(len(bundle.targets.frames.sizes))
     for which, empty in {"last_image_empty": everyone[-1:], "all_images_empty": everyone}.items():
         if which in bundle.account["losses"]:
             yield from _step(bundle.without_objects(*empty), which)

@@ -29,7 +29,7 @@ from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.losses import Focal
 from codetr.nn.anchors import AnchorGrid, BoxCoder
-from codetr.types import Positives, Pyramid, Targets
+from codetr.types import Frames, Positives, Pyramid, Targets
 
 CLASSES, SIDE, STRIDES = 4, 128, (8, 16, 32)
 SELECTION = Selection(100, 0.5, 10)
@@ -52,7 +52,7 @@ def padded(objects: Tensor, labels: Tensor, count: int) -> Targets:
     rows = torch.cat([objects, boxes(count + 1)])[None]
     valid = torch.arange(rows.shape[1])[None] < count
     every = torch.cat([labels, torch.randint(0, CLASSES, (count + 1,))])[None]
-    return Targets(box_convert(rows / SIDE, "xyxy", "cxcywh"), every, valid, torch.full((1, 2), SIDE))
+    return Targets(box_convert(rows / SIDE, "xyxy", "cxcywh"), every, valid, Frames.unscaled(torch.full((1, 2), SIDE)))
 
 
 def theirs(targets: Targets) -> list[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 from codetr.assign.hungarian import MatchingCost, Problem, match
 from codetr.criterion import Criterion
 from codetr.losses import ClassLoss, Focal, QualityFocal, Varifocal
-from codetr.types import Known, Matching, Output, Prediction, Proposals, QueryGroup, Targets
+from codetr.types import Frames, Known, Matching, Output, Prediction, Proposals, QueryGroup, Targets
 
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
 FOCAL = Focal(0.25, 2.0)
@@ -35,7 +35,7 @@ def prediction(*leading: int, classes: int = CLASSES) -> Prediction:
 def targets(*counts: int) -> Targets:
     valid = torch.arange(3) < torch.tensor(counts)[:, None]
     labels = torch.randint(CLASSES, (len(counts), 3)) * valid
-    return Targets(boxes(len(counts), 3), labels, valid, torch.full((len(counts), 2), 64))
+    return Targets(boxes(len(counts), 3), labels, valid, Frames.unscaled(torch.full((len(counts), 2), 64)))
 
 
 def known() -> Known:

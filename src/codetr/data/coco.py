@@ -33,7 +33,7 @@ class Sample:
 
     image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
     on the object, or None where the data set reads none; all without crowds and ignored objects.
-    original_size: (height, width) of the image in pixels of the file; file_size: of the file itself. truth: all
+    scale: (rows, columns) pixels of the image per pixel of the file; file_size: (height, width) of that. truth: all
     objects, crowds included, in pixels of the file: `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m]
     bool, `ignore` [m] bool, `area` [m] float64 as in the file; where the data set reads them, `runs`: m compressed run
     lengths; where the file has them, as LVIS does, `neg_labels` and `not_exhaustive_labels`, int64.
@@ -43,7 +43,7 @@ class Sample:
     boxes: BoundingBoxes
     labels: Tensor
     image_id: int
-    original_size: tuple[float, float]
+    scale: tuple[float, float]
     file_size: tuple[int, int]
     truth: dict[str, Any]
     masks: Mask | None = None
@@ -237,7 +237,7 @@ class CocoDetection(Dataset[Sample]):
             boxes=BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
             labels=truth["labels"][objects],
             image_id=int(self._table.image_ids[row]),
-            original_size=(height, width),
+            scale=(1.0, 1.0),
             file_size=(height, width),
             truth=truth,
             masks=Mask(self._read_masks(index, objects)) if self._masks else None,

@@ -50,7 +50,7 @@ class ATSSHead(nn.Module):
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors = self.grid(pyramid)
         boxes = targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
         return assigned(torch.cat(anchors).expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
 

@@ -59,7 +59,7 @@ class FasterRCNNHead(nn.Module):
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, deltas = self.rpn(pyramid)
         losses = {f"rpn_{k}": v for k, v in self.rpn.losses(logits, deltas, pyramid, targets).items()}
-        proposals, valid = self.rpn.propose(logits, deltas, pyramid, targets.sizes, self.proposals)
+        proposals, valid = self.rpn.propose(logits, deltas, pyramid, targets.frames.sizes, self.proposals)
         regions = self.sample(proposals, valid, targets)
         pooled = self.pool(pyramid, regions.boxes, regions.owner != IGNORED)
         positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.owner, targets)

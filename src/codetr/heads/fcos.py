@@ -78,7 +78,7 @@ class FCOSHead(nn.Module):
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         points, boxes = self.points(pyramid), targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         radius = None if self.center_radius is None else points.strides * self.center_radius
         owner = assign_fcos(points.centers, valid, radius, points.limits, boxes, targets.valid)
         return assigned(points.boxes.expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)

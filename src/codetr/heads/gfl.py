@@ -62,7 +62,7 @@ class GFLHead(nn.Module):
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
         return assigned(torch.cat(anchors).expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
 

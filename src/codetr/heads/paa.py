@@ -61,7 +61,7 @@ class PAAHead(nn.Module):
     def assign(self, dense: Dense, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
         every = torch.cat(anchors).expand(len(boxes), -1, -1)
-        valid = self.grid.valid(pyramid, targets.sizes)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_max_iou(every, valid, boxes, targets.valid, self.candidate_iou, self.candidate_iou, 0.0)
         labels, goals = assigned_labels(targets.labels, owner), assigned_boxes(boxes, owner)
         cost = self._cost(dense, every, labels, goals)

@@ -68,7 +68,7 @@ class RPN(nn.Module):
 
     def losses(self, logits: Tensor, deltas: Tensor, pyramid: Pyramid, targets: Targets) -> dict[str, Tensor]:
         anchors, boxes = torch.cat(self.grid(pyramid)), targets.boxes_xyxy
-        inside = self.grid.valid(pyramid, targets.sizes)
+        inside = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_max_iou(anchors, inside, boxes, targets.valid, *self.thresholds)
         positive, negative = sample_both(owner >= 0, owner == BACKGROUND, self.most_positive, self.num_samples)
         count = positive.sum(1).clamp(min=1) + negative.sum(1).clamp(min=1)

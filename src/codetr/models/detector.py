@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from codetr.heads.refine_mask import Masks, RefineMaskHead
 from codetr.models.agreement import check_agreement
 from codetr.models.backbone import Backbone
-from codetr.types import MAIN, Detections, Memory, Output, Prediction, QueryContext, Targets, box_scale
+from codetr.types import MAIN, Detections, Memory, Output, Prediction, QueryContext, Targets
 
 
 class Detector(nn.Module):
@@ -81,33 +80,23 @@ class Detector(nn.Module):
         return self.forward(images, padding).predictions[MAIN].last
 
     @torch.no_grad()
-    def detect_with_heads(self, memory: Memory, sizes: Tensor, original_sizes: Tensor) -> dict[str, list[Detections]]:
-        """What each auxiliary head finds on its own (Co-DETR, table 11), in pixels of the original images.
+    def detect_with_heads(self, memory: Memory, sizes: Tensor) -> dict[str, list[Detections]]:
+        """What each auxiliary head finds on its own (Co-DETR, table 11), in network pixels.
 
-        sizes, original_sizes: [B, 2] (height, width) of the images in the network and in their files.
+        sizes: [B, 2] (height, width) of the images, as in `Frames`.
         """
         if self.adapter is None:
             return {}
         pyramid = self.adapter(memory)
-        scale = (box_scale(original_sizes) / box_scale(sizes)).to(memory.tokens.device)
         heads: dict[str, Any] = dict(self.heads.items())
-        found = {name: head.detect(pyramid, sizes) for name, head in heads.items()}
-        return {
-            name: [replace(d, boxes_xyxy=d.boxes_xyxy * s) for d, s in zip(images, scale, strict=True)]
-            for name, images in found.items()
-        }
+        return {name: head.detect(pyramid, sizes) for name, head in heads.items()}
 
     @torch.no_grad()
-    def segment(
-        self, memory: Memory, detections: list[Detections], sizes: Tensor, original_sizes: Tensor
-    ) -> list[Masks]:
-        """Instance masks of detections in pixels of the original images. Raises ValueError without a mask head.
-
-        sizes, original_sizes: as in `detect_with_heads`.
-        """
+    def segment(self, memory: Memory, detections: list[Detections]) -> list[Masks]:
+        """Instance masks of detections in network pixels, each in its box. Raises ValueError without a mask head."""
         if self.mask_head is None or self.adapter is None:
             raise ValueError("this detector has no mask head (model.detector.mask_head)")
-        return self.mask_head.segment(self.adapter(memory), detections, sizes, original_sizes)
+        return self.mask_head.segment(self.adapter(memory), detections)
 
     def training_only_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the parameters that inference neither needs nor builds."""
