@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from bundle import Bundle, gradient_norms, recorded_draws
+from bundle import Bundle, gradient_norms, recorded_draws, recorded_ties, tie_rule
 from torch import Tensor
 
 from codetr.assign.hungarian import Problem, match
 from codetr.assign.max_iou import assign_max_iou
+from codetr.ops.gather import smallest
 from codetr.postprocess import NMS, PostProcess, SoftNMS
-from codetr.types import MAIN, Memory, Output, Positives, Prediction, Pyramid, QueryContext, QueryGroup
+from codetr.types import MAIN, Detections, Memory, Output, Positives, Prediction, Pyramid, QueryContext, QueryGroup
 
 TOLERANCE = 1e-5
 HEAD_LOSSES = {
@@ -27,12 +28,14 @@ HEAD_LOSSES = {
 
 @dataclass
 class Line:
-    """difference: the largest one. relative: to the largest recorded value; of decisions, how many differ."""
+    """difference: the largest one. relative: to the largest recorded value; of decisions, how many differ. note: what
+    the two may decide differently, and did."""
 
     stage: str
     difference: float
     relative: float
     tolerance: float
+    note: str = ""
 
     @property
     def passes(self) -> bool:
@@ -46,10 +49,10 @@ def close(stage: str, actual: Tensor, expected: Tensor, tolerance: float = TOLER
     return Line(stage, difference, difference / largest if largest else difference, tolerance)
 
 
-def equal(stage: str, actual: Tensor, expected: Tensor) -> Line:
+def equal(stage: str, actual: Tensor, expected: Tensor, note: str = "") -> Line:
     assert actual.shape == expected.shape, (stage, actual.shape, expected.shape)
     count = float((actual != expected).sum())
-    return Line(stage, count, count, 0.0)
+    return Line(stage, count, count, 0.0, note)
 
 
 def _floor(bundle: Bundle, name: str) -> float:
@@ -196,10 +199,20 @@ def _alone(bundle: Bundle, pyramid: Pyramid) -> Iterator[Line]:
         kind = "atss" if name == "atss" else "roi"
         for i, found in enumerate(bundle.detector.heads[name].detect(pyramid, sizes)):
             recorded = {k: bundle.aux[f"{kind}.detections.img{i}.{k}"] for k in ("boxes", "scores", "labels")}
-            stage = f"{name} alone, image {i}"
-            yield equal(f"{stage}, labels", found.labels, recorded["labels"].long())
-            yield close(f"{stage}, scores", found.scores, recorded["scores"])
-            yield close(f"{stage}, boxes", found.boxes_xyxy / bundle.inputs["scale_factor"][i], recorded["boxes"])
+            yield from _detected(f"{name} alone, image {i}", found, recorded, bundle.inputs["scale_factor"][i])
+
+
+def _detected(stage: str, found: Detections, recorded: dict[str, Tensor], scale: Tensor) -> Iterator[Line]:
+    """The official code keeps boxes without height or width, which suppress none and only take up places in the list;
+    others take these in ours."""
+    solid = (recorded["boxes"][:, 2:] > recorded["boxes"][:, :2]).all(1)
+    labels, scores, boxes = (recorded[k][solid] for k in ("labels", "scores", "boxes"))
+    flat, count = int((~solid).sum()), int(solid.sum())
+    assert count <= len(found.labels) <= len(solid), (stage, len(found.labels), len(solid))
+    note = f"{flat} recorded boxes without height or width, which we drop" if flat else ""
+    yield equal(f"{stage}, labels", found.labels[:count], labels.long(), note)
+    yield close(f"{stage}, scores", found.scores[:count], scores)
+    yield close(f"{stage}, boxes", found.boxes_xyxy[:count] / scale, boxes)
 
 
 @torch.no_grad()
@@ -225,7 +238,10 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
         yield close(f"their objects, image {i}", regions.target_boxes_xyxy[i, own], source["targets"][expected >= 0])
     found = detector.heads["atss"](pyramid, targets).positives
     expected = train["train.atss_target.labels"]
-    yield equal("ATSS, labels", found.labels, expected.masked_fill(expected == bundle.sizes["num_classes"], -1))
+    with tie_rule(smallest):
+        note = _ties_note(found, detector.heads["atss"](pyramid, targets).positives)
+    expected = expected.masked_fill(expected == bundle.sizes["num_classes"], -1)
+    yield equal("ATSS, labels", found.labels, expected, note)
     for i in range(len(targets.frames.sizes)):
         own, goals = found.positive[i], train[f"train.aux_src.1.pos_targets.img{i}"]
         yield close(f"ATSS, objects, image {i}", found.target_boxes_xyxy[i, own], goals)
@@ -239,6 +255,11 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
             "denoising, who sees whom", _hidden(made, len(train["train.dn.attn_mask"])), train["train.dn.attn_mask"]
         )
     yield from _matching(bundle)
+
+
+def _ties_note(recorded: Positives, ours: Positives) -> str:
+    count = int((recorded.labels != ours.labels).sum())
+    return f"{count} anchors differ from ours, equally near ones being chosen as recorded" if count else ""
 
 
 def _positive_queries(bundle: Bundle, memory: Memory, number: int, found: Positives) -> Iterator[Line]:
@@ -370,5 +391,5 @@ STAGES = {stage.__name__: stage for stage in (encoder, decoder, detections, head
 
 
 def lines(stage: str, bundle: Bundle) -> list[Line]:
-    with recorded_draws():
+    with recorded_draws(), recorded_ties(bundle):
         return list(STAGES[stage](bundle))

@@ -19,9 +19,7 @@ from codetr.data.transforms import RandomSizeCrop, TransformedDataset, fit_canva
 from codetr.postprocess import PostProcess
 from codetr.types import Prediction
 
-ROUNDED = (
-    5.5e-4  # pixels: float32's share, and that of the third decimal, to which the size of a resized file is rounded
-)
+ROUNDED = 5.5e-4  # pixels: half a unit of the third decimal, to which sizes are rounded, and float32's share
 
 # The second resize never enlarges, so that the rounding of the first stays below half a pixel.
 RECIPE = v2.Compose(
@@ -230,9 +228,8 @@ def test_the_thinnest_images_keep_a_pixel_and_their_objects(thin: CocoDetection,
             inside = sample.image[:, box[1] : box[3], box[0] : box[2]]
             assert inside.float().mean() > 150
         if not isinstance(recipe, v2.Compose):
-            assert sample.scale == pytest.approx(
-                [n / f for n, f in zip(sample.image.shape[1:], file_size, strict=True)]
-            )
+            sides = zip(sample.image.shape[1:], file_size, strict=True)
+            assert sample.scale == pytest.approx([network / file for network, file in sides])
             assert len(sample.boxes) == 1
             share = sample.boxes.as_subclass(Tensor)[0] / torch.tensor(sample.image.shape[:0:-1] * 2)
             truth = thin[i].boxes.as_subclass(Tensor)[0] / torch.tensor(file_size[::-1] * 2)

@@ -267,9 +267,8 @@ def total_loss(head: nn.Module, images: slice) -> Tensor:
     torch.manual_seed(5)
     levels, goal = pyramid(), targets()
     goal.valid[1] = False
-    part_goal = Targets(
-        goal.boxes[images], goal.labels[images], goal.valid[images], Frames.unscaled(goal.frames.sizes[images])
-    )
+    frames = Frames.unscaled(goal.frames.sizes[images])
+    part_goal = Targets(goal.boxes[images], goal.labels[images], goal.valid[images], frames)
     with fixed_draws():
         return sum(head(Pyramid([level[images] for level in levels.levels], levels.strides), part_goal).losses.values())
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from codetr.assign import BACKGROUND, IGNORED
+from codetr.ops.gather import smallest
 
 
 def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, valid: Tensor, topk: int) -> Tensor:
@@ -27,13 +28,13 @@ def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, vali
 
 
 def _nearest(centers: Tensor, sizes: list[int], anchor_valid: Tensor, boxes: Tensor, topk: int) -> Tensor:
-    """Indices [B, M, topk per level] of the valid anchors nearest to each object's centre."""
+    """Indices [B, M, topk per level] of the valid anchors nearest to each object's centre, of equals the first ones."""
     objects = (boxes[..., :2] + boxes[..., 2:]) / 2
     offset = centers[None, None] - objects[:, :, None]
     distance = offset.square().sum(-1).sqrt().masked_fill(~anchor_valid[:, None], torch.inf)
     parts, start = [], 0
     for level in distance.split(sizes, 2):
-        parts.append(level.topk(min(topk, level.shape[2]), dim=2, largest=False).indices + start)
+        parts.append(smallest(level, topk) + start)
         start += level.shape[2]
     return torch.cat(parts, 2)
 
