@@ -132,7 +132,7 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
         except (UnreadableImage, OSError) as error:
             return Unreadable(path, str(error))
         try:
-            return transformed(without_objects(image, index, truth={}), self.transform), image
+            return transformed(without_objects(image, index), self.transform), image
         except Exception as error:
             return Unreadable(path, str(failed(path, size, error)))
 

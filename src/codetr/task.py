@@ -64,10 +64,11 @@ class DetectionTask(LightningModule):
 
         mesh = self.device_mesh["data_parallel"]
         detector = self.detector
-        layers = [m for stack in (detector.encoder, detector.decoder) for m in stack.get_submodule("layers").children()]
+        stacks = [detector.get_submodule(f"{part}.layers") for part in ("encoder", "decoder")]
+        layers = [layer for stack in stacks for layer in stack.children()]
         for parameter in detector.parameters():  # shards are rows, whatever the format in memory
             parameter.data = parameter.data.contiguous()
-        for module in (*layers, detector.backbone, detector):
+        for module in (*layers, detector.get_submodule("backbone"), detector):
             if not isinstance(module, FSDPModule):
                 fully_shard(module, mesh=mesh)
 

@@ -10,9 +10,9 @@ the network input wherever a name ends in `_xyxy`. Masks named `padding` are Tru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -94,21 +94,38 @@ class Targets(_Movable):
         return self.valid.sum(1)
 
 
+class Truth(TypedDict):
+    """What is known of an image: all its objects of an image, crowds included, in pixels of its file.
+
+    boxes: [m, 4] xyxy float64. labels: [m] int64. iscrowd: [m] bool. area: [m] float64, as in the file.
+    ignore: [m] bool, objects that count neither as found nor as missed.
+    runs: m compressed COCO run lengths, where the data set reads them.
+    neg_labels, not_exhaustive_labels: what the image was searched for, in files that say so (LVIS), int64.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    iscrowd: Tensor
+    area: Tensor
+    ignore: NotRequired[Tensor]
+    runs: NotRequired[list[dict[str, Any]]]
+    neg_labels: NotRequired[Tensor]
+    not_exhaustive_labels: NotRequired[Tensor]
+
+
 @dataclass
 class Batch(_Movable):
     """What the data loader yields.
 
     images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
-    truth: per image, what the evaluator needs and the model must not see: `boxes` [n, 4] xyxy in pixels of the
-    original file, `labels` [n], `iscrowd` [n], `area` [n] (crowds included), all on the CPU; where the data set reads
-    them, `runs`: the n masks as compressed COCO run lengths.
+    truth: per image, what the evaluator needs and the model must not see, on the CPU.
     """
 
     images: Tensor
     padding: Tensor
     targets: Targets
     image_ids: Tensor
-    truth: list[dict[str, Any]]
+    truth: list[Truth]
 
     @property
     def frames(self) -> Frames:
@@ -175,11 +192,15 @@ class Prediction:
         return Prediction(self.logits[-1], self.boxes[-1])
 
 
-@dataclass
-class Proposals:
-    """First-stage predictions of a query source, and whether they only tell object from background."""
+@dataclass(frozen=True)
+class Problem:
+    """Stacked predictions, logits [L, B, N, K], to be matched one-to-one against every object repeated `repeats` times.
+
+    class_agnostic: only tell object from background, by the first logit.
+    """
 
     prediction: Prediction
+    repeats: int = 1
     class_agnostic: bool = False
 
 
@@ -208,22 +229,72 @@ class HeadOutput:
     positives: Positives
 
 
+class TargetRule(Protocol):
+    """How a group of queries gets its targets. The criterion asks every group for its problems, solves those of all
+    groups in one go, and hands the solutions back; a further kind of targets is one more class with these members.
+
+    alike: stages of the same value here, and of the same shape, are computed as one; None: this one is on its own.
+    """
+
+    @property
+    def alike(self) -> Hashable | None: ...
+
+    def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
+        """What has to be matched. prediction: of the stacked layers, [L, B, N, ...]."""
+        ...
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        """The targets of every layer, labels [L, B, N], from the solutions of the problems."""
+        ...
+
+
 @dataclass
 class Known:
-    """Targets that come with the queries (denoising, collaborative).
+    """Targets that are known: those that come with the queries (denoising, collaborative), and what matching found.
 
-    labels: [B, N], -1 for background. boxes: [B, N, 4] normalised cxcywh, meaningful where labels >= 0.
+    labels: [B, N], or [L, B, N] of stacked layers; -1 for background.
+    boxes: [B, N, 4] or [L, B, N, 4] normalised cxcywh, meaningful where labels >= 0.
     """
 
     labels: Tensor
     boxes: Tensor
 
+    @property
+    def alike(self) -> None:
+        return None
 
-@dataclass
+    def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
+        return []
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        return Known(self.labels.expand(num_layers, -1, -1), self.boxes.expand(num_layers, -1, -1, -1))
+
+
+@dataclass(frozen=True)
 class Matching:
     """Targets found by one-to-one matching against every object repeated `repeats` times."""
 
     repeats: int = 1
+
+    @property
+    def alike(self) -> Hashable:
+        return self
+
+    def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
+        return [Problem(prediction, self.repeats, class_agnostic)]
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        (solution,) = solutions
+        return solution
+
+
+@dataclass
+class Proposals:
+    """First-stage predictions of a query source, their targets, and whether they only tell object from background."""
+
+    prediction: Prediction
+    targets: TargetRule
+    class_agnostic: bool = False
 
 
 @dataclass
@@ -238,7 +309,7 @@ class QueryGroup:
 
     content: Tensor
     reference: Tensor | None = None
-    targets: Matching | Known = field(default_factory=Matching)
+    targets: TargetRule = field(default_factory=Matching)
     position: Tensor | None = None
     valid: Tensor | None = None
     sees: tuple[str, ...] = ()
@@ -262,11 +333,16 @@ class QueryContext:
 
 @dataclass
 class Output:
-    """The result of a detector: per group, the stacked layers ([layers, B, N, ...]); the heads' losses; the memory."""
+    """The result of a detector.
+
+    predictions: per group, of the stacked layers, [layers, B, N, ...].
+    head_losses: per auxiliary head, not yet by lambda_2. mask_losses: of the mask head.
+    """
 
     groups: dict[str, QueryGroup]
     predictions: dict[str, Prediction]
     head_losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    mask_losses: dict[str, Tensor] = field(default_factory=dict)
     memory: Memory | None = None
 
 
@@ -305,6 +381,36 @@ class QuerySource(Protocol):
     def __call__(self, context: QueryContext) -> QueryGroup: ...
 
 
+class ImageBackbone(Protocol):
+    """Feature maps of images. channels, strides: of the maps, finest first.
+
+    normalize: [B, 3, H, W] uint8 and the padding [B, H, W] -> float images, zero on the padding.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def normalize(self, images: Tensor, padding: Tensor) -> Tensor: ...
+
+    def __call__(self, images: Tensor) -> list[Tensor]: ...
+
+
+class Neck(Protocol):
+    """Feature maps of a backbone -> levels of one width."""
+
+    def strides(self, in_strides: tuple[int, ...]) -> tuple[int, ...]: ...
+
+    def __call__(self, features: list[Tensor]) -> list[Tensor]: ...
+
+
+class Encoder(Protocol):
+    """The levels of a neck and the padding of the images [B, H, W] -> memory."""
+
+    num_levels: int
+
+    def __call__(self, levels: list[Tensor], padding: Tensor) -> Memory: ...
+
+
 class AuxiliaryHead(Protocol):
     """A head with one-to-many assignment on the pyramid.
 
@@ -314,6 +420,29 @@ class AuxiliaryHead(Protocol):
     def __call__(self, pyramid: Pyramid, targets: Targets) -> HeadOutput: ...
 
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]: ...
+
+
+class Masks(NamedTuple):
+    """Of one image's detections.
+
+    inside: [n, s, s] in 0..1, how much each cell of a box shows of the object; `paste_masks` puts it into the image.
+    scores: [n], box score x mask IoU.
+    """
+
+    inside: Tensor
+    scores: Tensor
+
+
+class MaskHead(Protocol):
+    """Instance masks of boxes, on the pyramid.
+
+    losses: weighted inside the head; prediction: the boxes from which it learns, of one decoder layer, [B, N, ...].
+    segment: masks of detections in network pixels.
+    """
+
+    def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]: ...
+
+    def segment(self, pyramid: Pyramid, detections: list[Detections]) -> list[Masks]: ...
 
 
 NormKind = Literal["frozen", "batch", "group"]

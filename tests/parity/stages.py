@@ -9,11 +9,22 @@ import torch
 from bundle import Bundle, gradient_norms, recorded_draws, recorded_ties, tie_rule
 from torch import Tensor
 
-from codetr.assign.hungarian import Problem, match
+from codetr.assign.hungarian import match
 from codetr.assign.max_iou import assign_max_iou
 from codetr.ops.gather import smallest
 from codetr.postprocess import NMS, PostProcess, SoftNMS
-from codetr.types import MAIN, Detections, Memory, Output, Positives, Prediction, Pyramid, QueryContext, QueryGroup
+from codetr.types import (
+    MAIN,
+    Detections,
+    Memory,
+    Output,
+    Positives,
+    Prediction,
+    Problem,
+    Pyramid,
+    QueryContext,
+    QueryGroup,
+)
 
 TOLERANCE = 1e-5
 HEAD_LOSSES = {
@@ -336,11 +347,11 @@ def _step(bundle: Bundle, which: str) -> Iterator[Line]:
     if which == "train":
         yield from _predictions(bundle, predictions)
     head_losses = {name: output.losses for name, output in outputs.items()}
-    mask_head = bundle.detector.mask_head
+    mask_head, mask_losses = bundle.detector.mask_head, {}
     if mask_head is not None:
         terms = mask_head.losses(pyramid, bundle.detector._candidates(predictions), bundle.targets)
-        head_losses["masks"] = {"iou": terms.pop("iou"), "stages": torch.stack(list(terms.values())).sum()}
-    losses = bundle.criterion(Output(groups, predictions, head_losses), bundle.targets)
+        mask_losses = {"iou": terms.pop("iou"), "stages": torch.stack(list(terms.values())).sum()}
+    losses = bundle.criterion(Output(groups, predictions, head_losses, mask_losses), bundle.targets)
     for name, value in losses.items():
         yield close(f"{which}: loss {name}", value.detach(), _recorded_loss(bundle, which, name))
     if not whole:
@@ -372,7 +383,7 @@ def _predictions(bundle: Bundle, predictions: dict[str, Prediction]) -> Iterator
 def _recorded_loss(bundle: Bundle, which: str, name: str) -> Tensor:
     """By our name: group/layer/term or head_name/term."""
     group, *rest = name.split("/")
-    if group == "head_masks":
+    if group == "masks":
         key = {"iou": "loss_mask_iou", "stages": "loss_mask"}[rest[0]]
     elif group.startswith("head_"):
         number = bundle.heads.index(group.removeprefix("head_"))

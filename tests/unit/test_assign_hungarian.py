@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
-from codetr.types import Frames, Prediction, Targets
+from codetr.assign.hungarian import MatchingCost, match
+from codetr.types import Frames, Prediction, Problem, Targets
 
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
 

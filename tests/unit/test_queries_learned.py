@@ -5,10 +5,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
+from codetr.assign.hungarian import MatchingCost, match
 from codetr.queries.denoising import DenoisingQueries
 from codetr.queries.learned import LearnedQueries
-from codetr.types import Frames, Matching, Memory, Prediction, QueryContext, QueryGroup, Targets
+from codetr.types import Frames, Matching, Memory, Prediction, Problem, QueryContext, QueryGroup, Targets
 
 WIDTH, QUERIES, BATCH = 8, 5, 2
 

@@ -23,6 +23,7 @@ from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.images import UnreadableImage
 from codetr.data.sampler import mix_seed
+from codetr.types import Truth
 
 _log = logging.getLogger(__name__)
 
@@ -232,11 +233,14 @@ class TransformedDataset(Dataset[Sample]):
         return replace(sample, scale=scale, file_size=(height, width))
 
 
-def without_objects(image: Tensor, image_id: int, truth: dict[str, Any]) -> Sample:
-    """`image`, [3, H, W] uint8, as a sample without an object to train on."""
+def without_objects(image: Tensor, image_id: int, truth: Truth | None = None) -> Sample:
+    """`image`, [3, H, W] uint8, as a sample without an object to train on. truth: None where nothing is known."""
     height, width = image.shape[-2:]
     no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
     no_labels = torch.zeros(0, dtype=torch.int64)
+    if truth is None:
+        nothing = torch.zeros(0)
+        truth = Truth(boxes=torch.zeros(0, 4), labels=no_labels, iscrowd=nothing.bool(), area=nothing)
     return Sample(Image(image), no_boxes, no_labels, image_id, (1.0, 1.0), (height, width), truth)
 
 

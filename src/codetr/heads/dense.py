@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from codetr.heads.common import PRIOR, detections, flatten, init_normal, top_per_level, tower
 from codetr.nn.anchors import clip
+from codetr.nn.class_rows import ClassRows, by_class
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, Pyramid
@@ -51,7 +52,7 @@ class DensePredictor(nn.Module):
         super().__init__()
         self.per_cell = per_cell
         self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, per_cell * num_classes, 3, padding=1)
+        self.classes = by_class(nn.Conv2d(width, per_cell * num_classes, 3, padding=1), ClassRows(repeats=per_cell))
         self.boxes = nn.Conv2d(width, per_cell * box_values, 3, padding=1)
         self.quality = nn.Conv2d(width, per_cell, 3, padding=1) if quality else None
         self.scales = None if num_levels is None else nn.Parameter(torch.ones(num_levels))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
@@ -14,21 +12,11 @@ from codetr.heads.mask import crop_masks, objects_and_rois
 from codetr.heads.mask_iou import MaskIoU, conv_block, mask_iou_target, share_inside
 from codetr.heads.regions import Regions, predicted_boxes, sample_regions
 from codetr.heads.roi import RoIPool
+from codetr.nn.class_rows import by_class
 from codetr.ops.distributed import mean_over_processes
-from codetr.types import Detections, Prediction, Pyramid, Targets
+from codetr.types import Detections, Masks, Prediction, Pyramid, Targets
 
 WHOLE = 2  # so many stages predict whole masks, the later ones correct boundaries (sec. 3.3)
-
-
-class Masks(NamedTuple):
-    """Of one image's detections.
-
-    inside: [n, s, s] in 0..1, how much each cell of a box shows of the object; `paste_masks` puts it into the image.
-    scores: [n], box score x mask IoU.
-    """
-
-    inside: Tensor
-    scores: Tensor
 
 
 class Refinement(nn.Module):
@@ -91,7 +79,8 @@ class RefineMaskHead(nn.Module):
         *coarse, finest = (width // 2**stage for stage in range(len(stage_weights)))
         self.maps = nn.ModuleList(nn.Conv2d(width, w, 1) for w in coarse)
         self.stages = nn.ModuleList(Refinement(w, dilations) for w in coarse)
-        self.classes = nn.ModuleList([*(nn.Conv2d(w, num_classes, 1) for w in coarse), nn.Conv2d(finest, 1, 1)])
+        by_stage = [by_class(nn.Conv2d(w, num_classes, 1)) for w in coarse]
+        self.classes = nn.ModuleList([*by_stage, nn.Conv2d(finest, 1, 1)])
         for layer in (*self.maps, *self.stages.modules(), *self.classes):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
