@@ -178,6 +178,11 @@ class Pyramid:
     strides: tuple[int, ...]
     pad_divisor: int = 1
 
+    @property
+    def cells(self) -> list[int]:
+        """Of each level."""
+        return [level.shape[-2] * level.shape[-1] for level in self.levels]
+
 
 @dataclass
 class Prediction:

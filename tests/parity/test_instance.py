@@ -13,7 +13,8 @@ from codetr.convert.weights import table
 from codetr.heads.mask import region_masks
 from codetr.heads.paste import paste_masks
 from codetr.heads.refine_mask import RefineMaskHead
-from codetr.heads.regions import Regions, predicted_boxes, sample_regions
+from codetr.heads.regions import Regions, sample_regions
+from codetr.nn.boxes import best_pairs
 from codetr.types import Detections, Prediction, Pyramid, box_scale
 
 LAMBDA_2_X_LAYERS = 4
@@ -73,10 +74,10 @@ def test_stages_and_mask_iou(case: Case) -> None:
 
 def test_regions_are_the_same(case: Case) -> None:
     """The boxes of the last layer's best pairs, and which of them, after the objects, own an object."""
-    boxes, valid = predicted_boxes(case.last_layer("train"), case.bundle.targets.frames.sizes, case.head.num_candidates)
-    assert valid.all()
+    scores, _, boxes = best_pairs(case.last_layer("train"), case.bundle.targets.frames.sizes, case.head.num_candidates)
+    assert (scores > 0).all()
     with recorded_draws():
-        found = sample_regions(boxes, valid, case.bundle.targets, 0.5, 128, 128)
+        found = sample_regions(boxes, scores > 0, case.bundle.targets, 0.5, 128, 128)
     recorded = case.recorded_regions()
     for i in range(2):
         close(boxes[i], case.bundle.train[f"train.instance_sample.img{i}.boxes"][:, :4])

@@ -28,7 +28,8 @@ from codetr.heads.retinanet import RetinaNetHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.losses import Focal
-from codetr.nn.anchors import AnchorGrid, BoxCoder
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder
 from codetr.types import Frames, Positives, Pyramid, Targets
 
 CLASSES, SIDE, STRIDES = 4, 128, (8, 16, 32)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
 from codetr.heads.atss import ATSSHead
-from codetr.heads.common import centerness_target
 from codetr.heads.dense import Dense, Selection
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
-from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder, centerness_target, clip
 from codetr.ops.nms import best_after_nms
 from codetr.types import Frames, Pyramid, Targets
 from fixed_draws import fixed_draws

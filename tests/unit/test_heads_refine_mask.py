@@ -12,8 +12,9 @@ from codetr.heads.mask import region_masks
 from codetr.heads.mask_iou import MaskIoU, mask_iou_target, share_inside
 from codetr.heads.paste import _paste, paste_masks
 from codetr.heads.refine_mask import RefineMaskHead, counted_pixels, near_boundary, refined
-from codetr.heads.regions import Regions, predicted_boxes
+from codetr.heads.regions import Regions
 from codetr.heads.roi import RoIPool
+from codetr.nn.boxes import best_pairs
 from codetr.types import Detections, Frames, Prediction, Pyramid, Targets
 
 WIDTH, CLASSES, SIZE = 32, 3, 6
@@ -280,20 +281,21 @@ def test_paste_against_brute_force() -> None:
     assert paste_masks(masks[:0], boxes[:0], (height, width)).shape == (0, height, width)
 
 
-def test_predicted_boxes_against_sorting() -> None:
+def test_best_pairs_against_sorting() -> None:
     logits, boxes = torch.randn(2, 6, CLASSES), torch.rand(2, 6, 4) * 0.6 + 0.2
     sizes = torch.tensor([[40, 60], [50, 30]])
-    found, valid = predicted_boxes(Prediction(logits, boxes), sizes, 8)
+    scores, labels, found = best_pairs(Prediction(logits, boxes), sizes, 8)
     for image in range(2):
         height, width = sizes[image].tolist()
-        pairs = sorted(((logits[image, q, k].item(), q) for q in range(6) for k in range(CLASSES)), reverse=True)[:8]
-        for row, (_, query) in zip(found[image], pairs, strict=True):
+        pairs = [(logits[image, q, k].item(), q, k) for q in range(6) for k in range(CLASSES)]
+        pairs = sorted(pairs, reverse=True)[:8]
+        assert labels[image].tolist() == [label for *_, label in pairs]
+        torch.testing.assert_close(scores[image], torch.tensor([logit for logit, *_ in pairs]).sigmoid())
+        for row, (_, query, _) in zip(found[image], pairs, strict=True):
             x, y, w, h = boxes[image, query].tolist()
             corners = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
             expected = torch.tensor(corners).clamp(min=0).minimum(torch.tensor([width, height] * 2))
             torch.testing.assert_close(row, expected)
-    assert valid.all()
-    assert not predicted_boxes(Prediction(logits - 200, boxes), sizes, 8)[1].any()
 
 
 def test_detections_of_a_batch_get_masks_in_original_pixels() -> None:

@@ -10,8 +10,9 @@ from torchvision.ops import roi_align
 from codetr.errors import UserError
 from codetr.heads.mask import crop_masks, objects_and_rois
 from codetr.heads.mask_iou import MaskIoU, conv_block, mask_iou_target, share_inside
-from codetr.heads.regions import Regions, predicted_boxes, sample_regions
+from codetr.heads.regions import Regions, sample_regions
 from codetr.heads.roi import RoIPool
+from codetr.nn.boxes import best_pairs
 from codetr.nn.class_rows import by_class
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, Masks, Prediction, Pyramid, Targets
@@ -121,8 +122,9 @@ class RefineMaskHead(nn.Module):
 
     def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]:
         """prediction: of the decoder's last layer, [B, N, ...]; no gradient flows into it. Term -> scalar, weighted."""
-        boxes, valid = predicted_boxes(prediction, targets.frames.sizes, self.num_candidates)
-        regions = sample_regions(boxes, valid, targets, self.positive_iou, self.most_positive, self.most_positive)
+        with torch.no_grad():
+            scores, _, boxes = best_pairs(prediction, targets.frames.sizes, self.num_candidates)
+        regions = sample_regions(boxes, scores > 0, targets, self.positive_iou, self.most_positive, self.most_positive)
         return self.region_losses(pyramid, regions, targets)
 
     def region_losses(self, pyramid: Pyramid, regions: Regions, targets: Targets) -> dict[str, Tensor]:

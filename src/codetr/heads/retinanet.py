@@ -12,7 +12,8 @@ from codetr.assign.max_iou import assign_max_iou
 from codetr.heads.common import assigned, flatten, weighted
 from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
-from codetr.nn.anchors import AnchorGrid, BoxCoder
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -80,6 +81,6 @@ class RetinaNetHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
-        dense, anchors = self.predictor(pyramid), self.grid(pyramid)
-        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.boxes), -1, -1), dense.boxes)
-        return self.selection(dense.logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
+        dense = self.predictor(pyramid)
+        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
+        return self.selection(dense.logits.sigmoid(), None, boxes, pyramid, sizes)
