@@ -18,8 +18,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
-from codetr.types import Prediction, Targets
+from codetr.assign.hungarian import MatchingCost, match
+from codetr.types import Frames, Prediction, Problem, Targets
 
 RESULT = Path(__file__).parent / "results" / "matcher.md"
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
@@ -65,7 +65,7 @@ def scene(groups: int, queries: int, objects: int) -> tuple[list[Problem], Targe
         boxes(IMAGES, objects),
         torch.randint(CLASSES, (IMAGES, objects)),
         torch.ones(IMAGES, objects, dtype=torch.bool),
-        torch.full((IMAGES, 2), 800),
+        Frames.unscaled(torch.full((IMAGES, 2), 800)),
     )
     problems = [
         Problem(Prediction(torch.randn(LAYERS, IMAGES, queries, CLASSES) - 3, boxes(LAYERS, IMAGES, queries)))

@@ -31,7 +31,8 @@ def evaluate(checkpoint: Path, thresholds: Sequence[float | None], root: str | N
         postprocess = PostProcess(100, None if iou is None else NMS(iou))
         metrics = DetectionMetrics(data.class_names)
         for batch, prediction in found:
-            metrics.update(batch.image_ids, postprocess(prediction, batch.original_sizes), batch.truth)
+            found = batch.frames.to_files(postprocess(prediction, batch.frames.sizes))
+            metrics.update(batch.image_ids, found, batch.truth)
         results[iou] = metrics.compute()
     return results
 

@@ -25,7 +25,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from codetr.nn.group_attention import Bucket, GroupSelfAttention
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 RESULTS = Path(__file__).parent / "results"
 OBJECTS, CLASSES = 7, 80
@@ -95,7 +95,7 @@ class Case:
             boxes,
             torch.randint(CLASSES, (batch, OBJECTS)),
             torch.ones(batch, OBJECTS, dtype=torch.bool),
-            torch.full((batch, 2), size),
+            Frames.unscaled(torch.full((batch, 2), size)),
         ).to(device)
 
     def step(self) -> float:

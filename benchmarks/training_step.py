@@ -37,7 +37,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import codetr.criterion
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 RESULT = Path(__file__).parent / "results" / "training_step"
 EXPERIMENT = "official/co_dino_5scale_r50_1x_coco"
@@ -84,7 +84,7 @@ class Step:
         sizes = torch.tensor([[height, width], *[[height, width - width // 8]] * (batch - 1)])
         boxes = torch.cat([torch.rand(batch, objects, 2) * 0.6 + 0.2, torch.rand(batch, objects, 2) * 0.3 + 0.05], -1)
         valid = torch.arange(objects) < torch.tensor([objects, *[max(1, objects - 3)] * (batch - 1)])[:, None]
-        targets = Targets(boxes, torch.randint(classes, (batch, objects)), valid, sizes)
+        targets = Targets(boxes, torch.randint(classes, (batch, objects)), valid, Frames.unscaled(sizes))
         images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
         padding = torch.arange(width).expand(batch, height, -1) >= sizes[:, 1, None, None]
         self.inputs = [x.to(self.device) for x in (images, padding, targets)]

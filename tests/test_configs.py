@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -78,7 +78,7 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
         assert list(detector.queries) == ["main", "group_2", "denoising", "hybrid"]
     images, padding = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.bool)
     one = torch.ones(1, 1, dtype=torch.long)
-    targets = Targets(torch.full((1, 1, 4), 0.5), one, one.bool(), torch.full((1, 2), 64))
+    targets = Targets(torch.full((1, 1, 4), 0.5), one, one.bool(), Frames.unscaled(torch.full((1, 2), 64)))
     losses = instantiate(config.criterion)(detector(images, padding, targets), targets)
     torch.stack(list(losses.values())).sum().backward()
     assert {name.split("/")[0] for name in losses} == set(detector.queries)
@@ -95,7 +95,7 @@ def test_two_heads_of_one_kind() -> None:
         config = compose("train", overrides)
     detector = instantiate(config.model.detector, _convert_="all")
     one = torch.zeros(1, 1, dtype=torch.long)
-    targets = Targets(torch.full((1, 1, 4), 0.5), one, one == 0, torch.full((1, 2), 64))
+    targets = Targets(torch.full((1, 1, 4), 0.5), one, one == 0, Frames.unscaled(torch.full((1, 2), 64)))
     output = detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64).bool(), targets)
     assert list(output.groups) == ["main", "atss", "second"]
     assert output.head_losses["atss"]["class"] != output.head_losses["second"]["class"]

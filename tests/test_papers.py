@@ -20,7 +20,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.papers import Row, command, find, load_rows, slurm, torchrun
-from codetr.types import MAIN, Targets
+from codetr.types import MAIN, Frames, Targets
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = load_rows()
@@ -146,7 +146,7 @@ def test_a_step_of_every_distinct_composition(row: Row) -> None:
         boxes=torch.tensor([[0.5, 0.5, 0.4, 0.5], [0.3, 0.6, 0.3, 0.2]])[None],
         labels=torch.tensor([[0, 2]]),
         valid=torch.ones(1, 2, dtype=torch.bool),
-        sizes=torch.tensor([[64, 64]]),
+        frames=Frames.unscaled(torch.tensor([[64, 64]])),
         masks=torch.rand(1, 2, 64, 64) < 0.5 if config.data.masks else None,
     )
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)

@@ -8,11 +8,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from codetr.assign import BACKGROUND, IGNORED
-from codetr.assign.fcos import point_distances
 from codetr.heads.common import assigned, cell_strides, flatten, weighted
 from codetr.heads.dense import DensePredictor, Selection
-from codetr.heads.fcos import around
 from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import around, center_size, point_distances
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -55,7 +54,7 @@ class TaskAlignedHead(nn.Module):
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, boxes = self.predict(pyramid)
         points = torch.cat(self.grid(pyramid))
-        owner, quality = self.assign(points, self.grid.valid(pyramid, targets.sizes), logits, boxes, targets)
+        owner, quality = self.assign(points, self.grid.valid(pyramid, targets.frames.sizes), logits, boxes, targets)
         features = flatten(pyramid.levels, 1)
         positives = assigned(points.expand(len(boxes), -1, -1), features, owner, targets)
         losses = self.losses(logits, boxes, quality, positives)
@@ -68,7 +67,7 @@ class TaskAlignedHead(nn.Module):
         """points: [N, 4] boxes around the points. valid: [B, N]. Returns the owner [B, N] (object index, BACKGROUND or
         IGNORED) and the quality [B, N], 0 where there is no owner."""
         objects = targets.boxes_xyxy
-        centers = (points[:, :2] + points[:, 2:]) / 2
+        centers, _ = center_size(points)
         inside = point_distances(centers[None, None], objects[:, :, None]).amin(-1) > 0  # [B, M, N]
         usable = inside & valid[:, None] & targets.valid[:, :, None]
         iou = box_iou(objects, boxes)
@@ -99,5 +98,4 @@ class TaskAlignedHead(nn.Module):
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         logits, boxes = self.predict(pyramid)
-        level_sizes = [level.shape[-2] * level.shape[-1] for level in pyramid.levels]
-        return self.selection(logits.sigmoid(), None, boxes, level_sizes, sizes)
+        return self.selection(logits.sigmoid(), None, boxes, pyramid, sizes)

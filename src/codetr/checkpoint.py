@@ -23,18 +23,12 @@ from codetr.errors import UserError
 from codetr.files import check_archive
 from codetr.models.detector import MAIN, Detector
 from codetr.names import shown
+from codetr.nn.class_rows import ClassRows, declared_rows
 
 _log = logging.getLogger(__name__)
 
 PREFIX = "detector."
 SHOWN_NAMES = 4
-
-# Names of tensors whose rows belong to classes, with their rows per class and the rows that belong to none.
-CLASS_ROWS = (
-    (re.compile(r"(^|\.)(class|label)"), 1, 0),
-    (re.compile(r"(^|\.)class"), 1, 1),  # softmax: the background comes last
-    (re.compile(r"^heads\.(?!.*\brpn\.).*deltas"), 4, 0),  # one box regressor per class
-)
 
 
 @dataclass
@@ -207,16 +201,17 @@ def initialise_from(
     old = None if checkpoint.class_names is None else [_spelled_alike(name) for name in checkpoint.class_names]
     if old is not None:
         report.shared_classes = len(set(old) & set(class_names))
-    own = detector.state_dict()
+    own, declared, number = detector.state_dict(), declared_rows(detector), _number_of_classes(checkpoint)
     for name in own.keys() & checkpoint.weights.keys():
         value, target = checkpoint.weights[name], own[name]
-        rows = _class_rows(name, value, target, _number_of_classes(checkpoint), len(class_names))
-        if name.startswith(_class_agnostic_prefixes(detector)) and rows is not None:
-            shared = min(len(value), len(target))
-            target[:shared].copy_(value[:shared])
+        rows = declared.get(name)
+        if rows is not None and not _fit(rows, value, target, number, len(class_names)):
+            rows = None
+        if rows is not None and rows.agnostic:
+            rows.move(value, target, [], [])
             report.loaded.append(name)
         elif rows is not None and old is not None and old != class_names:
-            _move_rows(value, target, old, class_names, *rows)
+            rows.move(value, target, old, class_names)
             report.moved.append(name)
         elif value.shape == target.shape:
             target.copy_(value)
@@ -241,33 +236,11 @@ def _number_of_classes(checkpoint: Checkpoint) -> int | None:
     return None if head is None else len(head)
 
 
-def _class_rows(name: str, value: Tensor, target: Tensor, old: int | None, new: int) -> tuple[int, int] | None:
-    """(rows per class, rows of no class at the end), or None where rows do not belong to classes."""
+def _fit(rows: ClassRows, value: Tensor, target: Tensor, old: int | None, new: int) -> bool:
+    """Whether both have the rows that these numbers of classes have."""
     if old is None or value.ndim == 0 or value.shape[1:] != target.shape[1:]:
-        return None
-    for pattern, per_class, rest in CLASS_ROWS:
-        sizes = (old * per_class + rest, new * per_class + rest)
-        if pattern.search(name) and (len(value), len(target)) == sizes:
-            return per_class, rest
-    return None
-
-
-def _class_agnostic_prefixes(detector: Detector) -> tuple[str, ...]:
-    """Of parts whose classifier tells only object from background: its first row is no class."""
-    modules = detector.named_modules()
-    return tuple(f"{name}." for name, module in modules if getattr(module, "class_agnostic", False))
-
-
-def _move_rows(
-    value: Tensor, target: Tensor, old: Sequence[str], new: Sequence[str], per_class: int, rest: int
-) -> None:
-    source = {name: label for label, name in enumerate(old)}
-    for label, name in enumerate(new):
-        if name in source:
-            rows = value[source[name] * per_class : (source[name] + 1) * per_class]
-            target[label * per_class : (label + 1) * per_class].copy_(rows)
-    if rest:
-        target[-rest:].copy_(value[-rest:])
+        return False
+    return (len(value), len(target)) == (rows.count(old), rows.count(new))
 
 
 def _compare_names(

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
+from codetr.assign.hungarian import MatchingCost, match
 from codetr.errors import UserError
 from codetr.losses import ClassLoss, FedLoss, giou_loss
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.distributed import mean_over_processes
-from codetr.types import Known, Matching, Output, Prediction, QueryGroup, Targets
+from codetr.types import Known, Output, Prediction, QueryGroup, TargetRule, Targets
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Stage:
     names: list[str]
     weights: list[float]
     prediction: Prediction
-    targets: Matching | Known
+    targets: TargetRule
     class_agnostic: bool = False
     valid: Tensor | None = None
 
@@ -77,25 +77,25 @@ class Criterion(nn.Module):
         return losses | self._head_losses(output)
 
     def _head_losses(self, output: Output) -> dict[str, Tensor]:
+        """Of the auxiliary heads, and of the mask head, to which the official code gives the same factor."""
         if unknown := self.own_lambda_2.keys() - output.head_losses.keys():
             raise UserError(f"criterion.own_lambda_2 names {sorted(unknown)}; the heads are {list(output.head_losses)}")
         num_layers = len(next(iter(output.predictions.values())).boxes)
-        return {
+        losses = {
             f"head_{head}/{term}": value * (self.own_lambda_2.get(head, self.lambda_2) * num_layers)
             for head, terms in output.head_losses.items()
             for term, value in terms.items()
         }
+        masks = {f"masks/{term}": value * (self.lambda_2 * num_layers) for term, value in output.mask_losses.items()}
+        return losses | masks
 
     def _goals(self, stages: list[_Stage], targets: Targets) -> list[Known]:
         """Per stage: labels [L, B, N], boxes [L, B, N, 4]."""
-        problems = [
-            Problem(stage.prediction, stage.targets.repeats, stage.class_agnostic)
-            for stage in stages
-            if isinstance(stage.targets, Matching)
-        ]
-        matched = iter(match(problems, targets, self.matching_cost))
+        problems = [stage.targets.problems(stage.prediction, stage.class_agnostic) for stage in stages]
+        solutions = iter(match([problem for own in problems for problem in own], targets, self.matching_cost))
         return [
-            next(matched) if isinstance(s.targets, Matching) else _for_layers(s.targets, len(s.names)) for s in stages
+            stage.targets.known([next(solutions) for _ in own], len(stage.names))
+            for stage, own in zip(stages, problems, strict=True)
         ]
 
     def _terms(self, stage: _Stage, goal: Known, count: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
@@ -128,14 +128,9 @@ def _stages(name: str, group: QueryGroup, output: Output) -> list[_Stage]:
     stage = _Stage(names, [group.weight] * len(names), prediction, group.targets, valid=group.valid)
     if group.proposals is None:
         return [stage]
-    first = group.proposals.prediction
-    stacked = Prediction(first.logits[None], first.boxes[None])
-    targets = group.targets if isinstance(group.targets, Matching) else Matching()
-    return [stage, _Stage([f"{name}/encoder"], [group.weight], stacked, targets, group.proposals.class_agnostic)]
-
-
-def _for_layers(known: Known, num_layers: int) -> Known:
-    return Known(known.labels.expand(num_layers, -1, -1), known.boxes.expand(num_layers, -1, -1, -1))
+    first = group.proposals
+    stacked = Prediction(first.prediction.logits[None], first.prediction.boxes[None])
+    return [stage, _Stage([f"{name}/encoder"], [group.weight], stacked, first.targets, first.class_agnostic)]
 
 
 def _merged(stages: list[_Stage]) -> list[_Stage]:
@@ -143,8 +138,8 @@ def _merged(stages: list[_Stage]) -> list[_Stage]:
     alike: dict[object, list[_Stage]] = defaultdict(list)
     for index, stage in enumerate(stages):
         key: object = index
-        if isinstance(stage.targets, Matching) and stage.valid is None:
-            key = (stage.prediction.logits.shape[2:], stage.targets.repeats, stage.class_agnostic)
+        if stage.targets.alike is not None and stage.valid is None:
+            key = (stage.prediction.logits.shape[2:], stage.targets.alike, stage.class_agnostic)
         alike[key].append(stage)
     return [_stacked(members) if len(members) > 1 else members[0] for members in alike.values()]
 

@@ -132,7 +132,7 @@ class ImageFiles(Dataset[tuple[Sample, Tensor] | Unreadable]):
         except (UnreadableImage, OSError) as error:
             return Unreadable(path, str(error))
         try:
-            return transformed(without_objects(image, index, truth={}), self.transform), image
+            return transformed(without_objects(image, index), self.transform), image
         except Exception as error:
             return Unreadable(path, str(failed(path, size, error)))
 
@@ -154,8 +154,10 @@ def finder(
     def find(batch: Batch) -> list[Detections]:
         output = detector(batch.images, batch.padding)
         last = output.predictions[MAIN].last
-        found = [one.above(score_threshold) for one in postprocess(last, batch.original_sizes)]
-        return found if detector.mask_head is None else with_masks(detector, output.memory, found, batch)
+        found = [one.above(score_threshold) for one in postprocess(last, batch.frames.sizes)]
+        if detector.mask_head is None:
+            return batch.frames.to_files(found)
+        return with_masks(detector, output.memory, found, batch.frames)
 
     return find
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from codetr.data.segmentations import encode
+from codetr.heads.paste import paste_masks
 from codetr.models.detector import Detector
-from codetr.types import Batch, Detections, Memory
+from codetr.types import Detections, Frames, Memory
 
 
-def with_masks(detector: Detector, memory: Memory, detections: list[Detections], batch: Batch) -> list[Detections]:
-    """The detections of a batch with the run lengths and scores of their masks, in pixels of the files.
+def with_masks(detector: Detector, memory: Memory, detections: list[Detections], frames: Frames) -> list[Detections]:
+    """Detections in network pixels -> in pixels of the files, with the run lengths and scores of their masks.
 
     Raises ValueError when the detector has no mask head.
     """
-    masks = detector.segment(memory, detections, batch.shown_sizes, batch.file_sizes)
+    masks = detector.segment(memory, detections)
+    in_files = zip(frames.to_files(detections), masks, frames.file_sizes.tolist(), strict=True)
     return [
-        replace(found, runs=encode(own.masks), mask_scores=own.scores)
-        for found, own in zip(detections, masks, strict=True)
+        replace(found, runs=encode(paste_masks(own.inside, found.boxes_xyxy, (height, width))), mask_scores=own.scores)
+        for found, own, (height, width) in in_files
     ]

@@ -1,4 +1,4 @@
-"""Predictions -> detections in pixels of the original image."""
+"""Predictions -> detections."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_iou
 
+from codetr.nn.boxes import best_pairs
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
-from codetr.types import Detections, Prediction, box_scale
+from codetr.types import Detections, Prediction
 
 
 class Suppression(Protocol):
@@ -70,22 +71,19 @@ class SoftNMS:
 class PostProcess:
     """The `max_detections` best (query, class) pairs of an image; a query may appear with several classes.
 
-    suppression: applied to as many pairs as there are queries, in pixels of the original image; None: none, as
-    one-to-one matching promises.
+    suppression: applied to as many pairs as there are queries; None: none, as one-to-one matching promises.
     """
 
     def __init__(self, max_detections: int, suppression: Suppression | None) -> None:
         self.max_detections, self.suppression = max_detections, suppression
 
-    def __call__(self, prediction: Prediction, original_sizes: Tensor) -> list[Detections]:
-        """prediction: one layer, [B, N, ...]. original_sizes: [B, 2] (height, width) in pixels."""
-        num_queries, num_classes = prediction.logits.shape[-2:]
-        probability = prediction.logits.float().sigmoid().flatten(1)
-        count = self.max_detections if self.suppression is None else num_queries
-        scores, index = probability.topk(min(count, probability.shape[1]), dim=1)
-        scale = box_scale(original_sizes).to(prediction.boxes)[:, None]
-        boxes = box_convert(prediction.boxes.float(), "cxcywh", "xyxy") * scale
-        boxes, labels = take(boxes, index // num_classes).clamp(min=0).minimum(scale), index % num_classes
+    def __call__(self, prediction: Prediction, sizes: Tensor) -> list[Detections]:
+        """The boxes come in pixels of the images of these sizes, cut off at the image.
+
+        prediction: one layer, [B, N, ...]. sizes: [B, 2] (height, width); those of `Frames` make them network pixels.
+        """
+        count = self.max_detections if self.suppression is None else prediction.logits.shape[-2]
+        scores, labels, boxes = best_pairs(prediction, sizes, count)
         if self.suppression is None:
             return [Detections(*one) for one in zip(scores, labels, boxes, strict=True)]
         scores, index, kept = self.suppression(boxes, scores, labels, self.max_detections)

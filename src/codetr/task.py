@@ -64,10 +64,11 @@ class DetectionTask(LightningModule):
 
         mesh = self.device_mesh["data_parallel"]
         detector = self.detector
-        layers = [m for stack in (detector.encoder, detector.decoder) for m in stack.get_submodule("layers").children()]
+        stacks = [detector.get_submodule(f"{part}.layers") for part in ("encoder", "decoder")]
+        layers = [layer for stack in stacks for layer in stack.children()]
         for parameter in detector.parameters():  # shards are rows, whatever the format in memory
             parameter.data = parameter.data.contiguous()
-        for module in (*layers, detector.backbone, detector):
+        for module in (*layers, detector.get_submodule("backbone"), detector):
             if not isinstance(module, FSDPModule):
                 fully_shard(module, mesh=mesh)
 
@@ -140,15 +141,17 @@ class DetectionTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         output = self.detector(batch.images, batch.padding)
-        detections = self.postprocess(output.predictions[MAIN].last, batch.original_sizes)
+        frames = batch.frames
+        found = self.postprocess(output.predictions[MAIN].last, frames.sizes)
+        detections = frames.to_files(found)
         if self.mask_metrics is not None and all("runs" in truth for truth in batch.truth):
-            detections = with_masks(self.detector, output.memory, detections, batch)
+            detections = with_masks(self.detector, output.memory, found, frames)
             self.mask_metrics.update(batch.image_ids, detections, batch.truth)
         self.metrics.update(batch.image_ids, detections, batch.truth)
         if self.branch_metrics:
-            found = self.detector.detect_with_heads(output.memory, batch.targets.sizes, batch.original_sizes)
+            by_heads = self.detector.detect_with_heads(output.memory, frames.sizes)
             for name, metrics in self.branch_metrics.items():
-                metrics.update(batch.image_ids, found[name], batch.truth)
+                metrics.update(batch.image_ids, frames.to_files(by_heads[name]), batch.truth)
         return detections
 
     def on_validation_epoch_end(self) -> None:

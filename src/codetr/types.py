@@ -10,8 +10,9 @@ the network input wherever a name ends in `_xyxy`. Masks named `padding` are Tru
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -39,24 +40,53 @@ class _Movable:
 
 
 @dataclass
+class Frames(_Movable):
+    """How the images of a batch lie in the network's input, and how they came there from their files.
+
+    The model works in network pixels or in normalised boxes alone; `to_files` is the way back. An image begins in the
+    upper left corner both of the input and, where nothing was cropped, of its file; a canvas around it counts as image.
+
+    sizes: [B, 2] (height, width) of each image in network pixels, without the padding of the batch.
+    scale: [B, 2] (rows, columns) network pixels per pixel of the file, float.
+    file_sizes: [B, 2] (height, width) of the files, int64.
+    """
+
+    sizes: Tensor
+    scale: Tensor
+    file_sizes: Tensor
+
+    @classmethod
+    def unscaled(cls, sizes: Tensor) -> Frames:
+        """Of images that enter the network as their files are. sizes: [B, 2] (height, width)."""
+        return cls(sizes, torch.ones_like(sizes, dtype=torch.float32), sizes)
+
+    def to_files(self, detections: Sequence[Detections]) -> list[Detections]:
+        """The detections of each image, whose boxes are in network pixels, with boxes in pixels of the files."""
+        scale = box_scale(self.scale)
+        return [replace(found, boxes_xyxy=found.boxes_xyxy / own) for found, own in zip(detections, scale, strict=True)]
+
+
+@dataclass
 class Targets(_Movable):
     """The objects of a batch, padded to the same number M >= 1 so that every step runs the same graph.
 
-    boxes: [B, M, 4] normalised cxcywh; padded rows hold a valid dummy box. labels: [B, M] int64, padded rows 0.
-    valid: [B, M] bool. sizes: [B, 2] (height, width) of each image in network pixels, without padding. masks:
-    [B, M, H, W] bool of the padded images, padded rows empty; None unless the data set reads them.
+    boxes: [B, M, 4] normalised cxcywh; padded rows hold a valid dummy box.
+    labels: [B, M] int64, padded rows 0.
+    valid: [B, M] bool.
+    frames: of the images; the boxes are shares of `frames.sizes`.
+    masks: [B, M, H, W] bool of the padded images, padded rows empty; None unless the data set reads them.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
-    sizes: Tensor
+    frames: Frames
     masks: Tensor | None = None
 
     @property
     def boxes_xyxy(self) -> Tensor:
         """[B, M, 4] absolute xyxy in network pixels."""
-        return box_convert(self.boxes, "cxcywh", "xyxy") * box_scale(self.sizes)[:, None]
+        return box_convert(self.boxes, "cxcywh", "xyxy") * box_scale(self.frames.sizes)[:, None]
 
     @property
     def counts(self) -> Tensor:
@@ -64,30 +94,43 @@ class Targets(_Movable):
         return self.valid.sum(1)
 
 
+class Truth(TypedDict):
+    """What is known of an image: all its objects of an image, crowds included, in pixels of its file.
+
+    boxes: [m, 4] xyxy float64. labels: [m] int64. iscrowd: [m] bool. area: [m] float64, as in the file.
+    ignore: [m] bool, objects that count neither as found nor as missed.
+    runs: m compressed COCO run lengths, where the data set reads them.
+    neg_labels, not_exhaustive_labels: what the image was searched for, in files that say so (LVIS), int64.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    iscrowd: Tensor
+    area: Tensor
+    ignore: NotRequired[Tensor]
+    runs: NotRequired[list[dict[str, Any]]]
+    neg_labels: NotRequired[Tensor]
+    not_exhaustive_labels: NotRequired[Tensor]
+
+
 @dataclass
 class Batch(_Movable):
     """What the data loader yields.
 
     images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
-    original_sizes: [B, 2] (height, width) of the images in pixels of their files; file_sizes: of the files themselves,
-    int64. They differ where a transform pads the image to a canvas that belongs to it.
-    truth: per image, what the evaluator needs and the model must not see: `boxes` [n, 4] xyxy in pixels of the
-    original file, `labels` [n], `iscrowd` [n], `area` [n] (crowds included), all on the CPU; where the data set reads
-    them, `runs`: the n masks as compressed COCO run lengths.
+    truth: per image, what the evaluator needs and the model must not see, on the CPU.
     """
 
     images: Tensor
     padding: Tensor
     targets: Targets
     image_ids: Tensor
-    original_sizes: Tensor
-    truth: list[dict[str, Any]]
-    file_sizes: Tensor
+    truth: list[Truth]
 
     @property
-    def shown_sizes(self) -> Tensor:
-        """[B, 2] (height, width) of the files' pixels in the network: without padding and without a canvas."""
-        return self.targets.sizes * (self.file_sizes / self.original_sizes)
+    def frames(self) -> Frames:
+        """How the images lie in the network's input and in their files."""
+        return self.targets.frames
 
 
 @dataclass
@@ -135,6 +178,11 @@ class Pyramid:
     strides: tuple[int, ...]
     pad_divisor: int = 1
 
+    @property
+    def cells(self) -> list[int]:
+        """Of each level."""
+        return [level.shape[-2] * level.shape[-1] for level in self.levels]
+
 
 @dataclass
 class Prediction:
@@ -149,11 +197,15 @@ class Prediction:
         return Prediction(self.logits[-1], self.boxes[-1])
 
 
-@dataclass
-class Proposals:
-    """First-stage predictions of a query source, and whether they only tell object from background."""
+@dataclass(frozen=True)
+class Problem:
+    """Stacked predictions, logits [L, B, N, K], to be matched one-to-one against every object repeated `repeats` times.
+
+    class_agnostic: only tell object from background, by the first logit.
+    """
 
     prediction: Prediction
+    repeats: int = 1
     class_agnostic: bool = False
 
 
@@ -182,22 +234,72 @@ class HeadOutput:
     positives: Positives
 
 
+class TargetRule(Protocol):
+    """How a group of queries gets its targets. The criterion asks every group for its problems, solves those of all
+    groups in one go, and hands the solutions back; a further kind of targets is one more class with these members.
+
+    alike: stages of the same value here, and of the same shape, are computed as one; None: this one is on its own.
+    """
+
+    @property
+    def alike(self) -> Hashable | None: ...
+
+    def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
+        """What has to be matched. prediction: of the stacked layers, [L, B, N, ...]."""
+        ...
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        """The targets of every layer, labels [L, B, N], from the solutions of the problems."""
+        ...
+
+
 @dataclass
 class Known:
-    """Targets that come with the queries (denoising, collaborative).
+    """Targets that are known: those that come with the queries (denoising, collaborative), and what matching found.
 
-    labels: [B, N], -1 for background. boxes: [B, N, 4] normalised cxcywh, meaningful where labels >= 0.
+    labels: [B, N], or [L, B, N] of stacked layers; -1 for background.
+    boxes: [B, N, 4] or [L, B, N, 4] normalised cxcywh, meaningful where labels >= 0.
     """
 
     labels: Tensor
     boxes: Tensor
 
+    @property
+    def alike(self) -> None:
+        return None
 
-@dataclass
+    def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
+        return []
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        return Known(self.labels.expand(num_layers, -1, -1), self.boxes.expand(num_layers, -1, -1, -1))
+
+
+@dataclass(frozen=True)
 class Matching:
     """Targets found by one-to-one matching against every object repeated `repeats` times."""
 
     repeats: int = 1
+
+    @property
+    def alike(self) -> Hashable:
+        return self
+
+    def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
+        return [Problem(prediction, self.repeats, class_agnostic)]
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        (solution,) = solutions
+        return solution
+
+
+@dataclass
+class Proposals:
+    """First-stage predictions of a query source, their targets, and whether they only tell object from background."""
+
+    prediction: Prediction
+    targets: TargetRule
+    class_agnostic: bool = False
 
 
 @dataclass
@@ -212,7 +314,7 @@ class QueryGroup:
 
     content: Tensor
     reference: Tensor | None = None
-    targets: Matching | Known = field(default_factory=Matching)
+    targets: TargetRule = field(default_factory=Matching)
     position: Tensor | None = None
     valid: Tensor | None = None
     sees: tuple[str, ...] = ()
@@ -236,19 +338,26 @@ class QueryContext:
 
 @dataclass
 class Output:
-    """The result of a detector: per group, the stacked layers ([layers, B, N, ...]); the heads' losses; the memory."""
+    """The result of a detector.
+
+    predictions: per group, of the stacked layers, [layers, B, N, ...].
+    head_losses: per auxiliary head, not yet by lambda_2. mask_losses: of the mask head.
+    """
 
     groups: dict[str, QueryGroup]
     predictions: dict[str, Prediction]
     head_losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    mask_losses: dict[str, Tensor] = field(default_factory=dict)
     memory: Memory | None = None
 
 
 @dataclass
 class Detections(_Movable):
-    """Of one image, best first. scores: [n]. labels: [n]. boxes_xyxy: [n, 4] in pixels of the original image.
+    """What was found in one image, best first.
 
-    With instance masks: runs: n compressed COCO run lengths {size, counts} of the original file. mask_scores: [n].
+    scores: [n]. labels: [n]. boxes_xyxy: [n, 4], in network pixels from every part of a detector, in pixels of the file
+    behind `Frames.to_files`. With instance masks, in files alone: runs: n compressed COCO run lengths {size, counts}.
+    mask_scores: [n].
     """
 
     scores: Tensor
@@ -277,12 +386,68 @@ class QuerySource(Protocol):
     def __call__(self, context: QueryContext) -> QueryGroup: ...
 
 
+class ImageBackbone(Protocol):
+    """Feature maps of images. channels, strides: of the maps, finest first.
+
+    normalize: [B, 3, H, W] uint8 and the padding [B, H, W] -> float images, zero on the padding.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def normalize(self, images: Tensor, padding: Tensor) -> Tensor: ...
+
+    def __call__(self, images: Tensor) -> list[Tensor]: ...
+
+
+class Neck(Protocol):
+    """Feature maps of a backbone -> levels of one width."""
+
+    def strides(self, in_strides: tuple[int, ...]) -> tuple[int, ...]: ...
+
+    def __call__(self, features: list[Tensor]) -> list[Tensor]: ...
+
+
+class Encoder(Protocol):
+    """The levels of a neck and the padding of the images [B, H, W] -> memory."""
+
+    num_levels: int
+
+    def __call__(self, levels: list[Tensor], padding: Tensor) -> Memory: ...
+
+
 class AuxiliaryHead(Protocol):
-    """A head with one-to-many assignment on the pyramid."""
+    """A head with one-to-many assignment on the pyramid.
+
+    detect: what it finds on its own, in network pixels; sizes: [B, 2] (height, width) of the images, as in `Frames`.
+    """
 
     def __call__(self, pyramid: Pyramid, targets: Targets) -> HeadOutput: ...
 
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]: ...
+
+
+class Masks(NamedTuple):
+    """Of one image's detections.
+
+    inside: [n, s, s] in 0..1, how much each cell of a box shows of the object; `paste_masks` puts it into the image.
+    scores: [n], box score x mask IoU.
+    """
+
+    inside: Tensor
+    scores: Tensor
+
+
+class MaskHead(Protocol):
+    """Instance masks of boxes, on the pyramid.
+
+    losses: weighted inside the head; prediction: the boxes from which it learns, of one decoder layer, [B, N, ...].
+    segment: masks of detections in network pixels.
+    """
+
+    def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]: ...
+
+    def segment(self, pyramid: Pyramid, detections: list[Detections]) -> list[Masks]: ...
 
 
 NormKind = Literal["frozen", "batch", "group"]

@@ -56,5 +56,6 @@ def evaluate_in_this_process(checkpoint: Path, data: Path) -> dict[str, float]:
     detector, postprocess = application.load(checkpoint), instantiate(config.postprocess)
     for batch in module.val_dataloader():
         prediction = detector.detect(batch.images, batch.padding)
-        metrics.update(batch.image_ids, postprocess(prediction, batch.original_sizes), batch.truth)
+        found = batch.frames.to_files(postprocess(prediction, batch.frames.sizes))
+        metrics.update(batch.image_ids, found, batch.truth)
     return metrics.compute()

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from toy import CLASSES, make_coco, train
 
 from codetr.models.detector import Detector
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "task_aligned"
 
@@ -46,12 +46,13 @@ def test_assignment_equals_its_definition(monkeypatch: pytest.MonkeyPatch) -> No
     head.topk = 4
     images, padding = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), torch.zeros(1, 64, 64).bool()
     boxes = torch.tensor([[[0.4, 0.4, 0.5, 0.6], [0.5, 0.5, 0.6, 0.4], [0.9, 0.9, 0.1, 0.1]]])
-    targets = Targets(boxes, torch.tensor([[2, 0, 1]]), torch.tensor([[True, True, False]]), torch.tensor([[64, 64]]))
+    frames = Frames.unscaled(torch.tensor([[64, 64]]))
+    targets = Targets(boxes, torch.tensor([[2, 0, 1]]), torch.tensor([[True, True, False]]), frames)
     with torch.no_grad():
         pyramid = detector.adapter(detector.encode(images, padding))
         logits, predicted = head.predict(pyramid)
     points = torch.cat(head.grid(pyramid))
-    owner, quality = head.assign(points, head.grid.valid(pyramid, targets.sizes), logits, predicted, targets)
+    owner, quality = head.assign(points, head.grid.valid(pyramid, targets.frames.sizes), logits, predicted, targets)
     truth, centers = targets.boxes_xyxy[0], (points[:, :2] + points[:, 2:]) / 2
     iou, scores = box_iou(truth, predicted[0]), logits[0].sigmoid()
     chosen: dict[int, dict[int, float]] = {}

@@ -32,7 +32,7 @@ def test_masks_from_training_to_predictions(tmp_path: Path) -> None:
     (log,) = (tmp_path / "run").rglob("metrics.csv")
     with log.open() as file:
         logged = {name: value for row in csv.DictReader(file) for name, value in row.items() if value}
-    assert float(logged["train/head_masks/stage0"]) > 0
+    assert float(logged["train/masks/stage0"]) > 0
     assert {"val/segm/map", "val/segm/map_50", "val/segm/mar_100", "val/map"} <= set(logged)
     segm = json.loads((tmp_path / "run" / "metrics.json").read_text())["segm"]
     assert segm["map"] >= 0

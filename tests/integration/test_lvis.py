@@ -74,7 +74,7 @@ def detections(run: Path, data: Path) -> list[dict]:
     detector, postprocess = application.load(run / "checkpoints" / "best.ckpt"), instantiate(config.postprocess)
     results = []
     for batch in module.val_dataloader():
-        found = postprocess(detector.detect(batch.images, batch.padding), batch.original_sizes)
+        found = batch.frames.to_files(postprocess(detector.detect(batch.images, batch.padding), batch.frames.sizes))
         for i, one in zip(batch.image_ids.tolist(), found, strict=True):
             boxes = one.boxes_xyxy.double()
             boxes[:, 2:] -= boxes[:, :2]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from codetr.convert import official, weights
 from codetr.criterion import Criterion
 from codetr.models.detector import Detector
 from codetr.ops.gather import take
-from codetr.types import Known, Memory, Positives, QueryContext, QueryGroup, Targets, box_scale
+from codetr.types import Frames, Known, Memory, Positives, QueryContext, QueryGroup, Targets, box_scale
 from fixed_draws import fixed_draws
 
 
@@ -59,7 +60,10 @@ class Bundle:
     def without_objects(self, *images: int) -> Bundle:
         valid = self.targets.valid.clone()
         valid[list(images)] = False
-        return replace(self, targets=replace(self.targets, valid=valid))
+        most = max(1, int(valid.sum(1).max()))  # padded as a batch of these objects is
+        cut = {name: getattr(self.targets, name)[:, :most] for name in ("boxes", "labels")}
+        masks = None if self.targets.masks is None else self.targets.masks[:, :most]
+        return replace(self, targets=replace(self.targets, **cut, valid=valid[:, :most], masks=masks))
 
     def double(self) -> Bundle:
         """In float64: what differs from the recording is then the recording's rounding, on any processor, and what
@@ -121,7 +125,7 @@ class Bundle:
 
     def _targets_of(self, boxes: Tensor, labels: Tensor, found: Positives) -> Tensor:
         """Where the goals are not recorded: those of our positives at the same places."""
-        scale = box_scale(self.targets.sizes)[:, None]
+        scale = box_scale(self.targets.frames.sizes)[:, None]
         ours = box_convert(found.boxes_xyxy / scale, "xyxy", "cxcywh")
         distance = (boxes[:, :, None] - ours[:, None]).abs().amax(-1).masked_fill(~found.positive[:, None], 1e3)
         nearest = distance.min(-1)
@@ -240,7 +244,7 @@ def padded_targets(inputs: dict[str, Tensor], extent: Tensor) -> Targets:
         torch.full((*shape, 4), 0.5),
         torch.zeros(shape, dtype=torch.long),
         torch.zeros(shape, dtype=torch.bool),
-        extent,
+        Frames.unscaled(extent),
     )
     for i, count in enumerate(counts):
         boxes = inputs[f"gt_boxes.{i}"] / extent[i].flip(0).repeat(2)
@@ -255,6 +259,32 @@ def padded_targets(inputs: dict[str, Tensor], extent: Tensor) -> Targets:
 def recorded_draws() -> AbstractContextManager[None]:
     """With the bundles' stand-in for a random permutation."""
     return fixed_draws(lambda rank: rank * 7919 % 104729)
+
+
+@contextmanager
+def tie_rule(smallest: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """With ATSS choosing the nearest anchors by this function in place of `codetr.ops.gather.smallest`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("codetr.assign.atss.smallest", smallest)
+        yield
+
+
+def recorded_ties(bundle: Bundle) -> AbstractContextManager[None]:
+    """With anchors that are equally near to an object, to the last bit, in the order that makes the recorded choice
+    possible: those that are positives there first. The official topk chooses among them by the tensor's shape; we by
+    the anchor's index (docs/faithfulness.md)."""
+    cells = [m.shape[-2] * m.shape[-1] for name, m in sorted(bundle.aux.items()) if name.startswith("atss.cls.")]
+    positive = bundle.train["train.atss_target.labels"] < bundle.sizes["num_classes"]
+    levels = dict(zip(cells, positive.split(cells, 1), strict=True))
+
+    def smallest(values: Tensor, count: int) -> Tensor:
+        number = values.shape[-1]
+        order = torch.argsort(levels[number].int(), dim=1, descending=True, stable=True)
+        order = order[:, None].expand(values.shape)
+        first = values.gather(-1, order).sort(dim=-1, stable=True).indices[..., : min(count, number)]
+        return order.gather(-1, first)
+
+    return tie_rule(smallest)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

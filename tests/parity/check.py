@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE_DIR")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given several times")
-    parser.add_argument("--failed", action="store_true", help="print only what exceeds its tolerance")
+    parser.add_argument("--failed", action="store_true", help="print only what exceeds its tolerance, or has a note")
     options = parser.parse_args()
     failures = 0
     for folder in options.bundles:
@@ -35,8 +35,8 @@ def main() -> None:
         table = Table("stage", "absolute", "relative", "tolerance", "", title=str(folder), title_justify="left")
         compared = [line for stage in options.stage or STAGES for line in lines(stage, bundle)]
         for line in compared:
-            if not (options.failed and line.passes):
-                mark = "ok" if line.passes else "[red]exceeds[/red]"
+            if not (options.failed and line.passes and not line.note):
+                mark = f"ok {line.note}".strip() if line.passes else "[red]exceeds[/red]"
                 table.add_row(
                     line.stage, f"{line.difference:.1e}", f"{line.relative:.1e}", f"{line.tolerance:.0e}", mark
                 )

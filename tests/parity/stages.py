@@ -6,13 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from bundle import Bundle, gradient_norms, recorded_draws
+from bundle import Bundle, gradient_norms, recorded_draws, recorded_ties, tie_rule
 from torch import Tensor
 
-from codetr.assign.hungarian import Problem, match
+from codetr.assign.hungarian import match
 from codetr.assign.max_iou import assign_max_iou
+from codetr.ops.gather import smallest
 from codetr.postprocess import NMS, PostProcess, SoftNMS
-from codetr.types import MAIN, Memory, Output, Positives, Prediction, Pyramid, QueryContext, QueryGroup
+from codetr.types import (
+    MAIN,
+    Detections,
+    Memory,
+    Output,
+    Positives,
+    Prediction,
+    Problem,
+    Pyramid,
+    QueryContext,
+    QueryGroup,
+)
 
 TOLERANCE = 1e-5
 HEAD_LOSSES = {
@@ -27,12 +39,14 @@ HEAD_LOSSES = {
 
 @dataclass
 class Line:
-    """difference: the largest one. relative: to the largest recorded value; of decisions, how many differ."""
+    """difference: the largest one. relative: to the largest recorded value; of decisions, how many differ. note: what
+    the two may decide differently, and did."""
 
     stage: str
     difference: float
     relative: float
     tolerance: float
+    note: str = ""
 
     @property
     def passes(self) -> bool:
@@ -46,10 +60,10 @@ def close(stage: str, actual: Tensor, expected: Tensor, tolerance: float = TOLER
     return Line(stage, difference, difference / largest if largest else difference, tolerance)
 
 
-def equal(stage: str, actual: Tensor, expected: Tensor) -> Line:
+def equal(stage: str, actual: Tensor, expected: Tensor, note: str = "") -> Line:
     assert actual.shape == expected.shape, (stage, actual.shape, expected.shape)
     count = float((actual != expected).sum())
-    return Line(stage, count, count, 0.0)
+    return Line(stage, count, count, 0.0, note)
 
 
 def _floor(bundle: Bundle, name: str) -> float:
@@ -122,12 +136,10 @@ def detections(bundle: Bundle) -> Iterator[Line]:
     memory = bundle.encode()
     main = bundle.detector.queries[MAIN](QueryContext(memory))
     last = bundle.detector.decoder({MAIN: main}, memory)[MAIN].last
-    # What the boxes are normalised by, in pixels of the original image.
-    scale = bundle.inputs["scale_factor"][:, :2].flip(1)
-    extent = bundle.targets.sizes / scale
+    frames = replace(bundle.targets.frames, scale=bundle.inputs["scale_factor"][:, :2].flip(1))
     for variant, settings in bundle.sizes["detection_variants"].items():
-        found = PostProcess(settings["max_per_img"], _suppression(settings.get("nms")))(last, extent)
-        for i, own in enumerate(found):
+        found = PostProcess(settings["max_per_img"], _suppression(settings.get("nms")))(last, frames.sizes)
+        for i, own in enumerate(frames.to_files(found)):
             recorded = {k: bundle.detections[f"{variant}.original.img{i}.{k}"] for k in ("boxes", "scores", "labels")}
             keep = own.scores > settings.get("score_thr", -1.0)
             stage = f"detections {variant}, image {i}"
@@ -159,7 +171,8 @@ def heads(bundle: Bundle) -> Iterator[Line]:
     if "rpn.anchors" in aux:
         yield close("RPN, anchors", torch.cat(head.rpn.grid(pyramid)), aux["rpn.anchors"])
     yield close("ATSS, anchors", torch.cat(atss.grid(pyramid)), aux["atss.anchors"])
-    yield equal("ATSS, valid anchors", atss.grid.valid(pyramid, bundle.targets.sizes), aux["atss.valid_flags"].bool())
+    inside = atss.grid.valid(pyramid, bundle.targets.frames.sizes)
+    yield equal("ATSS, valid anchors", inside, aux["atss.valid_flags"].bool())
     logits, deltas = head.rpn(pyramid)
     yield close("RPN, objectness", logits, _per_cell(aux, "rpn.cls", 9)[..., 0], extra)
     yield close("RPN, deltas", deltas, _per_cell(aux, "rpn.reg", 9), extra)
@@ -184,7 +197,7 @@ def heads(bundle: Bundle) -> Iterator[Line]:
 def _alone(bundle: Bundle, pyramid: Pyramid) -> Iterator[Line]:
     """Proposals and detections of each head, where the bundle's test settings are hard suppression at the thresholds of
     training: ours are the same in both (docs/faithfulness.md)."""
-    head, sizes = bundle.detector.heads[bundle.heads[0]], bundle.targets.sizes
+    head, sizes = bundle.detector.heads[bundle.heads[0]], bundle.targets.frames.sizes
     *_, regions, cells = bundle.sizes["official_model_config"]["test_cfg"]
     if regions["rpn"]["nms"]["iou_threshold"] == head.proposals.nms_iou:
         boxes, valid = head.rpn.propose(*head.rpn(pyramid), pyramid, sizes, head.proposals)
@@ -197,10 +210,20 @@ def _alone(bundle: Bundle, pyramid: Pyramid) -> Iterator[Line]:
         kind = "atss" if name == "atss" else "roi"
         for i, found in enumerate(bundle.detector.heads[name].detect(pyramid, sizes)):
             recorded = {k: bundle.aux[f"{kind}.detections.img{i}.{k}"] for k in ("boxes", "scores", "labels")}
-            stage = f"{name} alone, image {i}"
-            yield equal(f"{stage}, labels", found.labels, recorded["labels"].long())
-            yield close(f"{stage}, scores", found.scores, recorded["scores"])
-            yield close(f"{stage}, boxes", found.boxes_xyxy / bundle.inputs["scale_factor"][i], recorded["boxes"])
+            yield from _detected(f"{name} alone, image {i}", found, recorded, bundle.inputs["scale_factor"][i])
+
+
+def _detected(stage: str, found: Detections, recorded: dict[str, Tensor], scale: Tensor) -> Iterator[Line]:
+    """The official code keeps boxes without height or width, which suppress none and only take up places in the list;
+    others take these in ours."""
+    solid = (recorded["boxes"][:, 2:] > recorded["boxes"][:, :2]).all(1)
+    labels, scores, boxes = (recorded[k][solid] for k in ("labels", "scores", "boxes"))
+    flat, count = int((~solid).sum()), int(solid.sum())
+    assert count <= len(found.labels) <= len(solid), (stage, len(found.labels), len(solid))
+    note = f"{flat} recorded boxes without height or width, which we drop" if flat else ""
+    yield equal(f"{stage}, labels", found.labels[:count], labels.long(), note)
+    yield close(f"{stage}, scores", found.scores[:count], scores)
+    yield close(f"{stage}, boxes", found.boxes_xyxy[:count] / scale, boxes)
 
 
 @torch.no_grad()
@@ -210,13 +233,13 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
     memory = _recorded_memory(bundle, bundle.encode())
     pyramid, head = detector.adapter(memory), detector.heads[bundle.heads[0]]
     anchors = torch.cat(head.rpn.grid(pyramid))
-    inside = head.rpn.grid.valid(pyramid, targets.sizes)
+    inside = head.rpn.grid.valid(pyramid, targets.frames.sizes)
     owner = assign_max_iou(anchors, inside, targets.boxes_xyxy, targets.valid, *head.rpn.thresholds)
     sampled, labels = train["train.rpn_target.label_weights"] > 0, train["train.rpn_target.labels"]
     yield equal("RPN, positive anchors", (owner >= 0)[sampled], (labels == 0)[sampled])
     regions = head(pyramid, targets).positives
     used = regions.positive | regions.negative
-    for i in range(len(targets.sizes)):
+    for i in range(len(targets.frames.sizes)):
         source = {k: train[f"train.aux_src.0.{k}.img{i}"] for k in ("coords", "labels", "feats", "targets")}
         expected = source["labels"].masked_fill(source["labels"] == bundle.sizes["num_classes"], -1)
         yield close(f"sampled regions, image {i}", regions.boxes_xyxy[i, used[i]], source["coords"])
@@ -226,8 +249,11 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
         yield close(f"their objects, image {i}", regions.target_boxes_xyxy[i, own], source["targets"][expected >= 0])
     found = detector.heads["atss"](pyramid, targets).positives
     expected = train["train.atss_target.labels"]
-    yield equal("ATSS, labels", found.labels, expected.masked_fill(expected == bundle.sizes["num_classes"], -1))
-    for i in range(len(targets.sizes)):
+    with tie_rule(smallest):
+        note = _ties_note(found, detector.heads["atss"](pyramid, targets).positives)
+    expected = expected.masked_fill(expected == bundle.sizes["num_classes"], -1)
+    yield equal("ATSS, labels", found.labels, expected, note)
+    for i in range(len(targets.frames.sizes)):
         own, goals = found.positive[i], train[f"train.aux_src.1.pos_targets.img{i}"]
         yield close(f"ATSS, objects, image {i}", found.target_boxes_xyxy[i, own], goals)
     for number, name in enumerate(bundle.heads):
@@ -240,6 +266,11 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
             "denoising, who sees whom", _hidden(made, len(train["train.dn.attn_mask"])), train["train.dn.attn_mask"]
         )
     yield from _matching(bundle)
+
+
+def _ties_note(recorded: Positives, ours: Positives) -> str:
+    count = int((recorded.labels != ours.labels).sum())
+    return f"{count} anchors differ from ours, equally near ones being chosen as recorded" if count else ""
 
 
 def _positive_queries(bundle: Bundle, memory: Memory, number: int, found: Positives) -> Iterator[Line]:
@@ -293,7 +324,7 @@ def training(bundle: Bundle) -> Iterator[Line]:
     yield from _step(bundle, "train")
     if "no_cdn" in bundle.account["losses"]:
         yield from _step(bundle, "no_cdn")
-    everyone = range(len(bundle.targets.sizes))
+    everyone = range(len(bundle.targets.frames.sizes))
     for which, empty in {"last_image_empty": everyone[-1:], "all_images_empty": everyone}.items():
         if which in bundle.account["losses"]:
             yield from _step(bundle.without_objects(*empty), which)
@@ -316,11 +347,11 @@ def _step(bundle: Bundle, which: str) -> Iterator[Line]:
     if which == "train":
         yield from _predictions(bundle, predictions)
     head_losses = {name: output.losses for name, output in outputs.items()}
-    mask_head = bundle.detector.mask_head
+    mask_head, mask_losses = bundle.detector.mask_head, {}
     if mask_head is not None:
         terms = mask_head.losses(pyramid, bundle.detector._candidates(predictions), bundle.targets)
-        head_losses["masks"] = {"iou": terms.pop("iou"), "stages": torch.stack(list(terms.values())).sum()}
-    losses = bundle.criterion(Output(groups, predictions, head_losses), bundle.targets)
+        mask_losses = {"iou": terms.pop("iou"), "stages": torch.stack(list(terms.values())).sum()}
+    losses = bundle.criterion(Output(groups, predictions, head_losses, mask_losses), bundle.targets)
     for name, value in losses.items():
         yield close(f"{which}: loss {name}", value.detach(), _recorded_loss(bundle, which, name))
     if not whole:
@@ -352,7 +383,7 @@ def _predictions(bundle: Bundle, predictions: dict[str, Prediction]) -> Iterator
 def _recorded_loss(bundle: Bundle, which: str, name: str) -> Tensor:
     """By our name: group/layer/term or head_name/term."""
     group, *rest = name.split("/")
-    if group == "head_masks":
+    if group == "masks":
         key = {"iou": "loss_mask_iou", "stages": "loss_mask"}[rest[0]]
     elif group.startswith("head_"):
         number = bundle.heads.index(group.removeprefix("head_"))
@@ -371,5 +402,5 @@ STAGES = {stage.__name__: stage for stage in (encoder, decoder, detections, head
 
 
 def lines(stage: str, bundle: Bundle) -> list[Line]:
-    with recorded_draws():
+    with recorded_draws(), recorded_ties(bundle):
         return list(STAGES[stage](bundle))

@@ -11,9 +11,11 @@ from bundle import Bundle, close, load, recorded_draws
 
 from codetr.convert.weights import table
 from codetr.heads.mask import region_masks
+from codetr.heads.paste import paste_masks
 from codetr.heads.refine_mask import RefineMaskHead
-from codetr.heads.regions import Regions, predicted_boxes, sample_regions
-from codetr.types import Detections, Prediction, Pyramid
+from codetr.heads.regions import Regions, sample_regions
+from codetr.nn.boxes import best_pairs
+from codetr.types import Detections, Prediction, Pyramid, box_scale
 
 LAMBDA_2_X_LAYERS = 4
 
@@ -72,10 +74,10 @@ def test_stages_and_mask_iou(case: Case) -> None:
 
 def test_regions_are_the_same(case: Case) -> None:
     """The boxes of the last layer's best pairs, and which of them, after the objects, own an object."""
-    boxes, valid = predicted_boxes(case.last_layer("train"), case.bundle.targets.sizes, case.head.num_candidates)
-    assert valid.all()
+    scores, _, boxes = best_pairs(case.last_layer("train"), case.bundle.targets.frames.sizes, case.head.num_candidates)
+    assert (scores > 0).all()
     with recorded_draws():
-        found = sample_regions(boxes, valid, case.bundle.targets, 0.5, 128, 128)
+        found = sample_regions(boxes, scores > 0, case.bundle.targets, 0.5, 128, 128)
     recorded = case.recorded_regions()
     for i in range(2):
         close(boxes[i], case.bundle.train[f"train.instance_sample.img{i}.boxes"][:, :4])
@@ -114,16 +116,15 @@ def test_masks_of_detections(case: Case) -> None:
     prefix, recorded = "simple_test.img0.", case.bundle.detections
     record = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
     rows = record["per_class"]
-    detections = [Detections(rows[:, 4], rows[:, 5].long(), rows[:, :4])]
+    scale = box_scale(case.bundle.inputs["img_shape"][:1]) / box_scale(case.bundle.inputs["ori_shape"][:1])
+    detections = [Detections(rows[:, 4], rows[:, 5].long(), rows[:, :4] * scale)]
     pyramid = Pyramid([level[:1] for level in case.pyramid.levels], case.pyramid.strides)
-    (found,) = case.head.segment(
-        pyramid, detections, case.bundle.inputs["img_shape"][:1], case.bundle.inputs["ori_shape"][:1]
-    )
-    assert found.masks.shape == (len(rows), 96, 240)
+    (found,) = case.head.segment(pyramid, detections)
+    masks = paste_masks(found.inside, rows[:, :4], (96, 240))
     for label in detections[0].labels.unique():
         own = detections[0].labels == label
         close(found.scores[own], record[f"mask_score.class{label}"])
         area = record[f"mask_area.class{label}"]
-        assert torch.equal(found.masks[own].sum((1, 2)), area)
+        assert torch.equal(masks[own].sum((1, 2)), area)
         packed = record[f"mask_first2_packed.class{label}"]
-        assert np.array_equal(np.packbits(found.masks[own][:2].numpy(), axis=-1), packed.numpy())
+        assert np.array_equal(np.packbits(masks[own][:2].numpy(), axis=-1), packed.numpy())

@@ -27,7 +27,7 @@ from codetr import application
 from codetr.convert import huggingface
 from codetr.convert.weights import Conversion
 from codetr.models.detector import Detector
-from codetr.types import Output, QueryContext, Targets
+from codetr.types import Frames, Output, QueryContext, Targets
 
 WIDTH, HEADS, FFN, LAYERS, QUERIES, CLASSES = 64, 4, 48, 3, 9, 5
 COMMON = {
@@ -158,7 +158,7 @@ def objects(mask: Tensor, counts: tuple[int, ...]) -> tuple[Targets, list[dict[s
     labels = torch.randint(CLASSES, (len(counts), most), generator=generator) * valid
     sizes = torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], 1)
     theirs = [{"boxes": b[ok], "class_labels": c[ok]} for b, c, ok in zip(boxes, labels, valid, strict=True)]
-    return Targets(boxes, labels, valid, sizes), theirs
+    return Targets(boxes, labels, valid, Frames.unscaled(sizes)), theirs
 
 
 def detect(detector: Detector, pixels: Tensor, mask: Tensor, targets: Targets) -> Output:

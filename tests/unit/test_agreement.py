@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from codetr import failure
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 SMALL = (
     "model/backbone=resnet10_small",
@@ -119,7 +119,7 @@ def step(detector: torch.nn.Module, criterion: torch.nn.Module) -> None:
     size = 64
     images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
     box, one = torch.tensor([[[0.5, 0.5, 0.4, 0.4]]]), torch.ones(1, 1, dtype=torch.long)
-    targets = Targets(box, one, one.bool(), torch.full((1, 2), float(size)))
+    targets = Targets(box, one, one.bool(), Frames.unscaled(torch.full((1, 2), float(size))))
     targets.masks = torch.ones(1, 1, size, size, dtype=torch.bool)
     losses = criterion(detector(images, torch.zeros(1, size, size, dtype=torch.bool), targets), targets)
     total = torch.stack(list(losses.values())).sum()

@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
-from codetr.types import Prediction, Targets
+from codetr.assign.hungarian import MatchingCost, match
+from codetr.types import Frames, Prediction, Problem, Targets
 
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
 
@@ -20,7 +20,7 @@ def targets(counts: tuple[int, ...], most: int) -> Targets:
     batch = len(counts)
     boxes = torch.cat([torch.rand(batch, most, 2) * 0.6 + 0.2, torch.rand(batch, most, 2) * 0.3 + 0.05], -1)
     valid = torch.arange(most) < torch.tensor(counts)[:, None]
-    return Targets(boxes, torch.randint(4, (batch, most)), valid, torch.full((batch, 2), 64))
+    return Targets(boxes, torch.randint(4, (batch, most)), valid, Frames.unscaled(torch.full((batch, 2), 64)))
 
 
 def prediction(layers: int, batch: int, queries: int) -> Prediction:
@@ -81,7 +81,7 @@ def test_many_problems_at_once_equal_one_by_one() -> None:
 
 def test_padding_of_the_targets_changes_nothing() -> None:
     p, wide = prediction(1, 2, 6), targets((2, 1), 5)
-    narrow = Targets(wide.boxes[:, :2], wide.labels[:, :2], wide.valid[:, :2], wide.sizes)
+    narrow = Targets(wide.boxes[:, :2], wide.labels[:, :2], wide.valid[:, :2], wide.frames)
     a, b = match([Problem(p)], wide, COST)[0], match([Problem(p)], narrow, COST)[0]
     assert torch.equal(a.labels, b.labels)
 

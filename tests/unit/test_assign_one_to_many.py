@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.atss import assign_atss
 from codetr.assign.max_iou import assign_max_iou
+from codetr.ops.gather import smallest
 
 assign_rpn = partial(assign_max_iou, positive=0.7, negative=0.3, low_quality=0.3)
 assign_rcnn = partial(assign_max_iou, positive=0.5, negative=0.5, low_quality=None)
@@ -154,3 +155,29 @@ def test_thresholds_belong_to_the_positives_and_to_neither() -> None:
     assert assign_rcnn(anchor, usable, boxes, valid).item() == 0
     assert assign_max_iou(anchor, usable, boxes, valid, 0.7, 0.5, None).item() == IGNORED
     assert assign_max_iou(anchor, usable, boxes, valid, 0.7, 0.5, 0.5).item() == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_atss_breaks_ties_by_the_anchors_index(seed: int) -> None:
+    """Objects in the middle between cells have many equally near anchors. Which of them an object takes must not depend
+    on its image's batch mates or padded objects. Against a stable sort."""
+    torch.manual_seed(seed)
+    anchors, levels = [], []
+    for stride in (8, 16, 32):
+        places = torch.arange(0, 256, stride).float()
+        center = torch.stack(torch.meshgrid(places, places, indexing="xy"), -1).flatten(0, 1)
+        anchors.append(torch.cat([center - 4 * stride, center + 4 * stride], 1))
+        levels.append(center)
+    low = torch.randint(0, 5, (1, 4, 2)) * 32.0
+    boxes = torch.cat([low, low + torch.randint(1, 4, (1, 4, 2)) * 32], -1)
+    everywhere = torch.ones(1, sum(map(len, anchors))).bool()
+    alone = assign_atss(anchors, everywhere, boxes, torch.ones(1, 4).bool(), 9)
+    for more, images in ((1, 1), (7, 3), (40, 2)):
+        padded = torch.cat([boxes, torch.rand(1, more, 4).cumsum(-1) * 60], 1).expand(images, -1, -1)
+        valid = (torch.arange(4 + more) < 4).expand(images, -1)
+        owner = assign_atss(anchors, everywhere.expand(images, -1), padded, valid, 9)
+        assert torch.equal(owner, alone.expand(images, -1))
+    for center in levels:
+        middle = (boxes[0, :, :2] + boxes[0, :, 2:]) / 2
+        distance = (center[None] - middle[:, None]).square().sum(-1).sqrt()
+        assert torch.equal(smallest(distance, 9), distance.sort(dim=1, stable=True).indices[:, :9])

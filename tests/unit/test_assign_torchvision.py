@@ -28,8 +28,9 @@ from codetr.heads.retinanet import RetinaNetHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.losses import Focal
-from codetr.nn.anchors import AnchorGrid, BoxCoder
-from codetr.types import Positives, Pyramid, Targets
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder
+from codetr.types import Frames, Positives, Pyramid, Targets
 
 CLASSES, SIDE, STRIDES = 4, 128, (8, 16, 32)
 SELECTION = Selection(100, 0.5, 10)
@@ -52,7 +53,7 @@ def padded(objects: Tensor, labels: Tensor, count: int) -> Targets:
     rows = torch.cat([objects, boxes(count + 1)])[None]
     valid = torch.arange(rows.shape[1])[None] < count
     every = torch.cat([labels, torch.randint(0, CLASSES, (count + 1,))])[None]
-    return Targets(box_convert(rows / SIDE, "xyxy", "cxcywh"), every, valid, torch.full((1, 2), SIDE))
+    return Targets(box_convert(rows / SIDE, "xyxy", "cxcywh"), every, valid, Frames.unscaled(torch.full((1, 2), SIDE)))
 
 
 def theirs(targets: Targets) -> list[dict[str, Tensor]]:

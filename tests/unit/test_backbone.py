@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from codetr.errors import UserError
 from codetr.models.backbone import Backbone
 from codetr.models.detector import Detector
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 SMALL = [
     "model=co_deformable",
@@ -58,7 +58,8 @@ def test_a_timm_model_by_name(name: str) -> None:
     for features, stride in zip(maps, backbone.strides, strict=True):
         assert features.shape[2:] == (64 // stride, 96 // stride)
     half = torch.full((2, 1, 4), 0.5)
-    targets = Targets(half, torch.zeros(2, 1).long(), torch.ones(2, 1).bool(), torch.tensor([[64, 96]] * 2))
+    frames = Frames.unscaled(torch.tensor([[64, 96]] * 2))
+    targets = Targets(half, torch.zeros(2, 1).long(), torch.ones(2, 1).bool(), frames)
     output = detector(images, padding, targets)
     torch.stack(list(output.head_losses["atss"].values())).sum().backward()
     learned = [p for p in backbone.parameters() if p.requires_grad]

@@ -13,11 +13,16 @@ from codetr.evaluation.metrics import DetectionMetrics
 from codetr.models.detector import Detector
 from codetr.postprocess import PostProcess
 from codetr.task import DetectionTask
-from codetr.types import Batch, Targets
+from codetr.types import Batch, Frames, Targets
 
 CLASSES = ("disc", "ring", "star")
 HEADS = ["faster_rcnn", "atss", "retinanet", "fcos", "gfl", "paa", "mask_rcnn"]
-NETWORK, ORIGINAL = torch.tensor([[64, 96], [96, 64]]), torch.tensor([[128, 192], [48, 32]])
+FRAMES = Frames(
+    sizes=torch.tensor([[64, 96], [96, 64]]),
+    scale=torch.tensor([[0.5, 0.5], [2.0, 2.0]]),
+    file_sizes=torch.tensor([[128, 192], [48, 32]]),
+)
+NETWORK = FRAMES.sizes
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,8 @@ def batch() -> Batch:
     rows, columns = torch.arange(96), torch.arange(96)
     padding = (rows >= NETWORK[:, :1])[:, :, None] | (columns >= NETWORK[:, 1:])[:, None]
     images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
-    nothing = Targets(torch.full((2, 1, 4), 0.5), torch.zeros(2, 1).long(), torch.zeros(2, 1).bool(), NETWORK)
-    return Batch(images, padding, nothing, torch.tensor([3, 8]), ORIGINAL, [{}, {}], ORIGINAL)
+    nothing = Targets(torch.full((2, 1, 4), 0.5), torch.zeros(2, 1).long(), torch.zeros(2, 1).bool(), FRAMES)
+    return Batch(images, padding, nothing, torch.tensor([3, 8]), [{}, {}])
 
 
 def found_by(model: Detector, batch: Batch, name: str) -> list[Tensor]:
@@ -47,7 +52,7 @@ def found_by(model: Detector, batch: Batch, name: str) -> list[Tensor]:
 @pytest.mark.parametrize("name", HEADS)
 def test_boxes_are_those_of_the_head_in_pixels_of_the_file(model: Detector, batch: Batch, name: str) -> None:
     memory = model.encode(batch.images, batch.padding)
-    found = model.detect_with_heads(memory, NETWORK, ORIGINAL)[name]
+    found = FRAMES.to_files(model.detect_with_heads(memory, NETWORK)[name])
     for image, factor in enumerate((2.0, 0.5)):
         assert len(found[image].scores) > 3
         torch.testing.assert_close(found[image].boxes_xyxy, found_by(model, batch, name)[image] * factor)
@@ -58,7 +63,7 @@ def test_boxes_are_those_of_the_head_in_pixels_of_the_file(model: Detector, batc
 def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector, batch: Batch, name: str) -> None:
     memory = model.encode(batch.images, batch.padding)
     truth = []
-    for found in model.detect_with_heads(memory, NETWORK, ORIGINAL)[name]:
+    for found in FRAMES.to_files(model.detect_with_heads(memory, NETWORK)[name]):
         boxes, labels = found.boxes_xyxy, found.labels
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         truth.append({"boxes": boxes, "labels": labels, "iscrowd": torch.zeros(len(labels)), "area": area})

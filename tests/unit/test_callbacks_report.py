@@ -19,7 +19,7 @@ from codetr.callbacks.pictures import Pictures, draw
 from codetr.callbacks.progress import BarProgress, LineProgress
 from codetr.callbacks.report import Report, tables
 from codetr.evaluation.metrics import DetectionMetrics
-from codetr.types import Batch, Detections, Targets
+from codetr.types import Batch, Detections, Frames, Targets
 from codetr.visualize import class_color
 
 # Lightning's own code, with torch 2.15.
@@ -46,12 +46,14 @@ def batch(first_id: int) -> Batch:
             boxes=torch.tensor([0.5, 0.5, 2 / 3, 0.6]).repeat(2, 1, 1),
             labels=torch.ones(2, 1, dtype=torch.long),
             valid=torch.ones(2, 1, dtype=torch.bool),
-            sizes=torch.tensor([[20, 30], [20, 30]]),
+            frames=Frames(
+                sizes=torch.tensor([[20, 30], [20, 30]]),
+                scale=torch.full((2, 2), 0.5),
+                file_sizes=torch.tensor([[40, 60], [40, 60]]),
+            ),
         ),
         image_ids=torch.tensor([first_id, first_id + 1]),
-        original_sizes=torch.tensor([[40, 60], [40, 60]]),
         truth=[truth, truth],
-        file_sizes=torch.tensor([[40, 60], [40, 60]]),
     )
 
 

@@ -12,6 +12,7 @@ from codetr.application import plain
 from codetr.checkpoint import Checkpoint, initialise_from, load_weights
 from codetr.errors import UserError
 from codetr.models.detector import Detector
+from codetr.nn.class_rows import declared_rows
 
 OLD, NEW = ("cat", "dog", "fish"), ("fish", "cow", "cat", "bird")
 
@@ -146,3 +147,38 @@ def test_load_rebuilds_the_detector_from_the_file_alone(tmp_path: Path) -> None:
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
     assert load_weights(tmp_path / "x.ckpt").class_names == OLD
+
+
+def test_every_layer_that_grows_with_the_classes_declares_how() -> None:
+    """Against the shapes of detectors of 3 and of 5 classes: all heads, denoising, first stage by class, masks."""
+    heads = "[faster_rcnn_small,atss,retinanet,fcos,gfl,paa,mask_rcnn_small]"
+    more = (
+        "+model/head@model.detector.mask_head=refine_mask",
+        "model.detector.mask_head.iou.hidden_width=16",
+        "+model/query@model.detector.queries.denoising=denoising",
+        "model.detector.main.class_agnostic=false",
+        "model.embed_position=false",
+        "model/position@model.detector.decoder.query_position=reference",
+    )
+    few, many = (detector(tuple("abcde")[:number], f"model/collaborator={heads}", *more) for number in (3, 5))
+    declared, sizes = declared_rows(many), few.state_dict()
+    grown = {name: len(sizes[name]) for name, tensor in many.state_dict().items() if tensor.shape != sizes[name].shape}
+    assert len(grown) > 30
+    assert {name for name, own in declared.items() if not own.agnostic} == set(grown)
+    assert all(declared[name].count(3) == rows for name, rows in grown.items())
+
+
+def test_each_anchor_of_a_cell_has_a_row_per_class() -> None:
+    old, model = detector(OLD, "model/collaborator=[retinanet]"), detector(NEW, "model/collaborator=[retinanet]")
+    weights, fresh = numbered(old), {name: t.clone() for name, t in model.state_dict().items()}
+    initialise_from(model, Checkpoint(Path("old.ckpt"), weights, class_names=OLD), NEW)
+    name = "heads.retinanet.predictor.classes.bias"
+    found, before, start = model.state_dict()[name], weights[name], fresh[name]
+    anchors = len(before) // len(OLD)
+    assert anchors == 9
+    for anchor in range(anchors):
+        for label, class_name in enumerate(NEW):
+            place = anchor * len(NEW) + label
+            known = class_name in OLD
+            expected = before[anchor * len(OLD) + OLD.index(class_name)] if known else start[place]
+            assert found[place] == expected

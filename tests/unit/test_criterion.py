@@ -9,10 +9,21 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
+from codetr.assign.hungarian import MatchingCost, match
 from codetr.criterion import Criterion
 from codetr.losses import ClassLoss, Focal, QualityFocal, Varifocal
-from codetr.types import Known, Matching, Output, Prediction, Proposals, QueryGroup, Targets
+from codetr.types import (
+    Frames,
+    Known,
+    Matching,
+    Output,
+    Prediction,
+    Problem,
+    Proposals,
+    QueryGroup,
+    TargetRule,
+    Targets,
+)
 
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
 FOCAL = Focal(0.25, 2.0)
@@ -35,14 +46,14 @@ def prediction(*leading: int, classes: int = CLASSES) -> Prediction:
 def targets(*counts: int) -> Targets:
     valid = torch.arange(3) < torch.tensor(counts)[:, None]
     labels = torch.randint(CLASSES, (len(counts), 3)) * valid
-    return Targets(boxes(len(counts), 3), labels, valid, torch.full((len(counts), 2), 64))
+    return Targets(boxes(len(counts), 3), labels, valid, Frames.unscaled(torch.full((len(counts), 2), 64)))
 
 
 def known() -> Known:
     return Known(torch.randint(-1, CLASSES, (BATCH, QUERIES)), boxes(BATCH, QUERIES))
 
 
-def group(goal: Matching | Known, **rest: object) -> QueryGroup:
+def group(goal: TargetRule, **rest: object) -> QueryGroup:
     return QueryGroup(torch.zeros(BATCH, QUERIES, 8), boxes(BATCH, QUERIES), goal, **rest)
 
 
@@ -80,7 +91,7 @@ def test_matched_groups_and_first_stages_by_hand(repeats: int) -> None:
     """The first stage is matched as its group is, and its queries do not share the decoder's `valid`."""
     goal, p, stage = targets(3, 0, 1), prediction(LAYERS, BATCH), prediction(BATCH, classes=1)
     everything, valid = torch.ones(BATCH, QUERIES, dtype=torch.bool), torch.rand(BATCH, QUERIES) > 0.3
-    main = group(Matching(repeats), valid=valid, proposals=Proposals(stage, class_agnostic=True))
+    main = group(Matching(repeats), valid=valid, proposals=Proposals(stage, Matching(repeats), class_agnostic=True))
     losses = criterion()(Output({"main": main}, {"main": p}), goal)
     stacked = Prediction(stage.logits[None], stage.boxes[None])
     decoded, proposed = match([Problem(p, repeats), Problem(stacked, repeats, class_agnostic=True)], goal, COST)
@@ -92,6 +103,44 @@ def test_matched_groups_and_first_stages_by_hand(repeats: int) -> None:
         assert got == pytest.approx(expected, rel=1e-5)
     expected = by_hand(FOCAL, stage, Known(proposed.labels[0], proposed.boxes[0]), everything)
     assert {term: losses[f"main/encoder/{term}"].item() for term in expected} == pytest.approx(expected, rel=1e-5)
+
+
+class WithoutFirstImage:
+    """A kind of targets that the criterion has never heard of: matched, but image 0 is background."""
+
+    alike = None
+
+    def problems(self, stacked: Prediction, class_agnostic: bool) -> list[Problem]:
+        return [Problem(stacked, 1, class_agnostic)]
+
+    def known(self, solutions: list[Known], num_layers: int) -> Known:
+        (found,) = solutions
+        assert len(found.labels) == num_layers
+        return Known(torch.cat([torch.full_like(found.labels[:, :1], -1), found.labels[:, 1:]], 1), found.boxes)
+
+
+def test_a_further_kind_of_targets_is_one_class() -> None:
+    """Its losses are those of the same targets, known; the groups beside it keep theirs."""
+    goal, p, q = targets(2, 1, 3), prediction(LAYERS, BATCH), prediction(LAYERS, BATCH)
+    groups = {"main": group(Matching()), "new": group(WithoutFirstImage()), "second": group(Matching())}
+    losses = criterion()(Output(groups, {"main": p, "new": q, "second": p}), goal)
+    alone = criterion()(Output({"main": group(Matching())}, {"main": p}), goal)
+    (found,) = match([Problem(q)], goal, COST)
+    labels = found.labels.clone()
+    labels[:, 0] = -1
+    for layer, term in itertools.product(range(LAYERS), ("class", "l1", "giou")):
+        given = group(Known(labels[layer], found.boxes[layer]))
+        one = Prediction(q.logits[layer][None], q.boxes[layer][None])
+        expected = criterion()(Output({"new": given}, {"new": one}), goal)[f"new/0/{term}"]
+        assert losses[f"new/{layer}/{term}"].item() == pytest.approx(expected.item(), rel=1e-6)
+        torch.testing.assert_close(losses[f"main/{layer}/{term}"], alone[f"main/{layer}/{term}"])
+        torch.testing.assert_close(losses[f"second/{layer}/{term}"], alone[f"main/{layer}/{term}"])
+
+
+def test_mask_losses_have_the_factor_of_the_heads() -> None:
+    """As in the official code; they are of no auxiliary head."""
+    output = Output({"main": group(Matching())}, {"main": prediction(LAYERS, BATCH)}, {}, {"iou": torch.tensor(3.0)})
+    assert criterion()(output, targets(1, 1, 1))["masks/iou"] == 3.0 * 0.5 * LAYERS
 
 
 def test_head_losses_count_once_per_layer() -> None:

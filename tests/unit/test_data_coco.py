@@ -44,7 +44,8 @@ def test_truth_and_targets_are_what_pycocotools_reads(files: tuple[Path, Path]) 
         assert sample.labels.tolist() == training
         assert len(sample.boxes) == len(training)
         image = coco.imgs[sample.image_id]
-        assert sample.original_size == tuple(sample.image.shape[-2:]) == (image["height"], image["width"])
+        assert sample.scale == (1, 1)
+        assert sample.file_size == tuple(sample.image.shape[-2:]) == (image["height"], image["width"])
     assert crowds > 0
     counts = {c["name"]: 0 for c in CATEGORIES}
     for a in coco.anns.values():

@@ -19,7 +19,7 @@ def sample(index: int, objects: int) -> Sample:
         boxes=BoundingBoxes(corners.flatten(1), format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
         labels=torch.randint(1, 9, (objects,)),
         image_id=50 + index,
-        original_size=(3 * height, 3 * width),
+        scale=(1 / 3, 1 / 3),
         file_size=(3 * height, 2 * width),
         truth={"boxes": corners.flatten(1).double() * 3},
     )
@@ -37,11 +37,9 @@ def test_batch_holds_every_sample_and_padding(counts: tuple, divisor: int, padde
     assert batch.targets.boxes.dtype == torch.float32
     assert type(batch.images) is type(batch.targets.boxes) is type(batch.targets.labels) is Tensor
     assert batch.image_ids.tolist() == [50, 51, 52]
-    assert batch.original_sizes.tolist() == [[3 * h, 3 * w] for h, w in SHAPES]
-    assert batch.file_sizes.tolist() == [[3 * h, 2 * w] for h, w in SHAPES]
-    shown = torch.tensor([[h, w * 2 / 3] for h, w in SHAPES])  # the rest of the width is a canvas
-    torch.testing.assert_close(batch.shown_sizes, shown)
-    assert batch.targets.sizes.tolist() == [list(s) for s in SHAPES]
+    assert batch.frames.sizes.tolist() == [list(s) for s in SHAPES]
+    torch.testing.assert_close(batch.frames.scale, torch.full((3, 2), 1 / 3))
+    assert batch.frames.file_sizes.tolist() == [[3 * h, 2 * w] for h, w in SHAPES]
     assert batch.targets.counts.tolist() == list(counts)
     for i, (s, (h, w)) in enumerate(zip(samples, SHAPES, strict=True)):
         torch.testing.assert_close(batch.images[i, :, :h, :w], torch.as_tensor(s.image), rtol=0, atol=0)

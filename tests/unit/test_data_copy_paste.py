@@ -134,7 +134,7 @@ def test_a_data_set_that_pastes(tmp_path: Path) -> None:
         assert twin.masks is None
         assert len(sample.masks) == len(sample.labels)
         assert sample.image.shape == (3, 48, 48)
-        assert (sample.image_id, sample.original_size) == (alone.image_id, alone.original_size)
+        assert (sample.image_id, sample.scale) == (alone.image_id, alone.scale)
         torch.testing.assert_close(sample.truth, reader.truth(key[1]))
         changed += not torch.equal(as_tensor(sample.image), as_tensor(alone.image))
     assert changed > len(keys) / 3

@@ -240,8 +240,8 @@ def test_own_data_from_the_config(folder: Path) -> None:
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert all(side % 32 == 0 for side in batch.images.shape[-2:])
-    assert min(batch.targets.sizes.amin(1)) >= 480
-    assert next(iter(data.val_dataloader())).targets.sizes.amin(1).tolist() == [800] * 4
+    assert min(batch.targets.frames.sizes.amin(1)) >= 480
+    assert next(iter(data.val_dataloader())).targets.frames.sizes.amin(1).tolist() == [800] * 4
 
 
 def test_own_data_needs_three_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_drawn_data_from_the_config(tmp_path: Path) -> None:
     assert (tmp_path / "shapes-tiny" / "train").is_dir()
     for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
         assert batch.targets.valid.any()
-        assert batch.targets.sizes.max() <= 96
+        assert batch.targets.frames.sizes.max() <= 96
 
 
 @pytest.mark.parametrize("name", ["coco", "lvis", "objects365", "shapes_demo", "shapes_full"])

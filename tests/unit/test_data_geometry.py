@@ -211,7 +211,7 @@ def test_recipes_as_they_interpolate(by_channel: CocoDetection, name: str, kind:
             sample = dataset[epoch, index]
             check_consistent(sample)
             height, width = sample.image.shape[-2:]
-            zoom = max(1, height / sample.original_size[0])
+            zoom = max(1, sample.scale[0])
             objects = dict(zip((sample.labels % OBJECTS).tolist(), sample.boxes.numpy(), strict=True))
             shown = sample.masks.new_zeros(height, width) if not objects else None
             for channel in range(3):

@@ -65,7 +65,7 @@ def test_masks_are_what_pycocotools_reads(files: tuple[Path, Path]) -> None:
         sample = dataset[index]
         assert sample.masks is not None
         truth = [a for a in coco.imgToAnns[sample.image_id] if not a["iscrowd"]]
-        assert sample.masks.shape == (len(truth), *sample.original_size)
+        assert sample.masks.shape == (len(truth), *sample.file_size)
         for own, annotation in zip(sample.masks, truth, strict=True):
             assert torch.equal(own, torch.from_numpy(coco.annToMask(annotation)))
             compared += 1

@@ -19,7 +19,7 @@ from codetr.data.transforms import RandomSizeCrop, TransformedDataset, fit_canva
 from codetr.postprocess import PostProcess
 from codetr.types import Prediction
 
-ROUNDED = 5.5e-4  # pixels: half a unit of the third decimal, to which original_size is rounded, and float32's share
+ROUNDED = 5.5e-4  # pixels: half a unit of the third decimal, to which sizes are rounded, and float32's share
 
 # The second resize never enlarges, so that the rounding of the first stays below half a pixel.
 RECIPE = v2.Compose(
@@ -100,8 +100,8 @@ def test_truth_stays_in_pixels_of_the_file(painted: CocoDetection) -> None:
         torch.testing.assert_close(dataset[3, index].truth, painted.truth(index))
 
 
-def test_the_original_size_tells_the_scale(painted: CocoDetection) -> None:
-    """Flips and resizes leave it alone. Behind crops too, a box has the size in the file that it had, unless cut."""
+def test_the_scale_is_that_of_the_objects(painted: CocoDetection) -> None:
+    """Flips leave it alone. Behind crops too, a box has the size in the file that it had, unless cut."""
     whole = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomShortestSize([33, 47, 61], max_size=70)])
     for transform in (whole, RECIPE, large_scale_jitter(80, (0.3, 2.0), 0.5, 114)):
         dataset = TransformedDataset(painted, transform, seed=1, unreadable="stop")
@@ -109,10 +109,11 @@ def test_the_original_size_tells_the_scale(painted: CocoDetection) -> None:
         for epoch in range(3):
             for index in range(len(dataset)):
                 sample, truth = dataset[epoch, index], painted.truth(index)["boxes"]
-                if transform is whole:
-                    assert sample.original_size == tuple(painted.sizes[index])
                 height, width = sample.image.shape[-2:]
-                scale = torch.tensor(sample.original_size).flip(0) / torch.tensor([width, height])
+                if transform is whole:
+                    rows, columns = painted.sizes[index].tolist()
+                    assert sample.scale == (height / rows, width / columns)
+                scale = 1 / torch.tensor(sample.scale).flip(0)
                 for label, box in zip(sample.labels.tolist(), sample.boxes, strict=True):
                     inside = (box[:2] > 0).all() and (box[2:] < torch.tensor([width, height])).all()
                     if inside:
@@ -227,7 +228,8 @@ def test_the_thinnest_images_keep_a_pixel_and_their_objects(thin: CocoDetection,
             inside = sample.image[:, box[1] : box[3], box[0] : box[2]]
             assert inside.float().mean() > 150
         if not isinstance(recipe, v2.Compose):
-            assert sample.original_size == pytest.approx(file_size, rel=1e-6)
+            sides = zip(sample.image.shape[1:], file_size, strict=True)
+            assert sample.scale == pytest.approx([network / file for network, file in sides])
             assert len(sample.boxes) == 1
             share = sample.boxes.as_subclass(Tensor)[0] / torch.tensor(sample.image.shape[:0:-1] * 2)
             truth = thin[i].boxes.as_subclass(Tensor)[0] / torch.tensor(file_size[::-1] * 2)
@@ -245,7 +247,7 @@ def test_an_image_on_which_the_transform_fails_stops_or_is_replaced(thin: CocoDe
     assert [following[0, i].image_id for i in range(3)] == [2, 2, 2]
     assert len(following.unreadable_files) == 2
     blank = TransformedDataset(thin, strict, 1, unreadable="blank")[0, 0]
-    assert (blank.image_id, blank.file_size, blank.original_size) == (0, (20000, 10), (20000, 10))
+    assert (blank.image_id, blank.file_size, blank.scale) == (0, (20000, 10), (64 / 20000, 64 / 10))
     assert len(blank.boxes) == 0
     assert len(blank.truth["boxes"]) == 1
     assert blank.image.max() == 0
@@ -269,21 +271,20 @@ def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -
     batch = collate(samples, 32)
     assert batch.images.shape == (12, 3, 96, 96)
     assert not batch.padding.any()
-    assert (batch.targets.sizes == 96).all()
+    assert (batch.targets.frames.sizes == 96).all()
     for i, sample in enumerate(samples):
         height, width = rectangle(sample.image)
         assert max(height, width) == 96
         assert sample.boxes[sample.labels == 2][0].tolist() == pytest.approx([0, 0, width, height], abs=1e-5)
         painted_boxes = torch.tensor([extent(sample.image[label]) or [0] * 4 for label in range(2)]).float()
         file = torch.tensor(painted.sizes[i])
-        original = (96 * file / torch.tensor([height, width])).float()
-        torch.testing.assert_close(torch.tensor(sample.original_size), original, atol=ROUNDED, rtol=0)
+        torch.testing.assert_close(torch.tensor(sample.scale), torch.tensor([height, width]) / file)
         scale = (file / torch.tensor([height, width])).flip(0).repeat(2)
         truth = painted.truth(i)["boxes"]
         assert ((painted_boxes * scale - truth[:2]).abs() <= scale).all()
     logits = torch.full((12, 3, 3), -9.0).diagonal_scatter(torch.full((12, 3), 9.0), dim1=1, dim2=2)
-    found = PostProcess(3, None)(Prediction(logits, batch.targets.boxes), batch.original_sizes)
-    for i, one in enumerate(found):
+    found = PostProcess(3, None)(Prediction(logits, batch.targets.boxes), batch.frames.sizes)
+    for i, one in enumerate(batch.frames.to_files(found)):
         truth = painted.truth(i)["boxes"].float()
         torch.testing.assert_close(one.boxes_xyxy[one.labels.argsort()], truth, atol=ROUNDED, rtol=0)
 
@@ -296,7 +297,7 @@ def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: Coc
             sample = dataset[epoch, index]
             assert sample.image.shape == (3, 80, 80)
             height, width = rectangle(sample.image)
-            factors.append(max(painted.sizes[index]) / max(sample.original_size))
+            factors.append(max(painted.sizes[index]) * min(sample.scale) / 80)
             boxes = dict(zip(sample.labels.tolist(), sample.boxes.tolist(), strict=True))
             assert boxes[2] == pytest.approx([0, 0, width, height], abs=1e-5)
             for label in range(2):

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from codetr.criterion import Criterion
 from codetr.errors import UserError
 from codetr.models.detector import Detector
-from codetr.types import MAIN, QueryContext, QueryGroup, Targets
+from codetr.types import MAIN, Frames, QueryContext, QueryGroup, Targets
 
 CLASSES = 3
 SMALL = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.norm_groups=4", "model.num_points=2"]
@@ -40,7 +40,7 @@ def batch(height: int = 64, width: int = 64, objects: bool = True) -> dict[str, 
         boxes=torch.tensor([[0.5, 0.5, 0.4, 0.5], [0.3, 0.6, 0.3, 0.2]]).repeat(2, 1, 1),
         labels=torch.tensor([[0, 2], [1, 0]]),
         valid=torch.tensor([[True, True], [True, False]]) & objects,
-        sizes=torch.tensor([[height, width]] * 2),
+        frames=Frames.unscaled(torch.tensor([[height, width]] * 2)),
     )
     images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
     return {"images": images, "padding": torch.zeros(2, height, width, dtype=torch.bool), "targets": targets}

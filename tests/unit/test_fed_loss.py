@@ -65,8 +65,8 @@ def criterion(class_loss: ClassLoss, sampled: FedLoss | None) -> Criterion:
 def scene() -> tuple[Output, Targets]:
     goals = targets(2, 0, 1)
     goals.labels[:] = torch.where(goals.valid, 2, 0)  # of all classes, only this one is there
-    main = group(Matching(), proposals=Proposals(prediction(len(goals.labels))))
-    agnostic = group(Matching(), proposals=Proposals(prediction(len(goals.labels)), class_agnostic=True))
+    main = group(Matching(), proposals=Proposals(prediction(len(goals.labels)), Matching()))
+    agnostic = group(Matching(), proposals=Proposals(prediction(len(goals.labels)), Matching(), class_agnostic=True))
     known = Known(torch.tensor([2, -1, -1, 2, -1, -1]).expand(3, -1), main.reference)
     groups = {"main": main, "agnostic": agnostic, "denoising": group(known)}
     return Output(groups, {name: prediction(LAYERS, 3) for name in groups}), goals

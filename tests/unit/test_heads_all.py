@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou
 
 from codetr.models.detector import Detector
-from codetr.types import HeadOutput, Positives, Pyramid, Targets, box_scale
+from codetr.types import Frames, HeadOutput, Positives, Pyramid, Targets, box_scale
 
 DENSE = ["retinanet", "fcos", "gfl", "paa", "atss"]  # their candidates are the cells' anchors or points
 REGIONS = ["faster_rcnn", "mask_rcnn"]  # theirs are the RPN's proposals, here every one of its anchors
@@ -57,7 +57,7 @@ def make_targets(
     x0, y0, x1, y1 = boxes[..., None, None].unbind(2)
     masks = (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1) & valid[..., None, None]
     normalised = box_convert(boxes / box_scale(sizes)[:, None], "xyxy", "cxcywh")
-    return Targets(normalised, labels, valid, sizes, masks)
+    return Targets(normalised, labels, valid, Frames.unscaled(sizes), masks)
 
 
 def random_boxes(batch: int, objects: int, low: float = 0, high: float = SIDE) -> Tensor:

@@ -13,7 +13,7 @@ from codetr.errors import UserError
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.mask import MaskBranch, region_masks
 from codetr.heads.roi import RoIPool
-from codetr.types import Pyramid, Targets
+from codetr.types import Frames, Pyramid, Targets
 from fixed_draws import fixed_draws
 
 WIDTH, CLASSES = 8, 3
@@ -38,7 +38,7 @@ def targets() -> Targets:
         boxes=centers.expand(2, -1, -1).clone(),
         labels=torch.tensor([[2, 1], [0, 0]]),
         valid=torch.tensor([[True, True], [False, False]]),
-        sizes=torch.tensor([[64, 64], [64, 64]]),
+        frames=Frames.unscaled(torch.tensor([[64, 64], [64, 64]])),
         masks=masks,
     )
 

@@ -16,7 +16,7 @@ from codetr.heads.fcos import FCOSHead
 from codetr.heads.gfl import GFLHead
 from codetr.heads.paa import PAAHead
 from codetr.heads.retinanet import RetinaNetHead
-from codetr.types import Positives, Pyramid, Targets
+from codetr.types import Frames, Positives, Pyramid, Targets
 
 CLASSES, HEIGHT, WIDTH = 4, 96, 128
 SELECTION = Selection(1000, 0.6, 100)
@@ -52,9 +52,9 @@ def load(folder: Path, name: str, case: int, strides: tuple[int, ...]) -> Case:
     rows = max(count, 1)
     boxes, labels = torch.tensor([0.0, 0, 8, 8]).repeat(1, rows, 1), torch.zeros(1, rows, dtype=torch.long)
     boxes[0, :count], labels[0, :count] = data["gt_boxes"], data["gt_labels"]
-    size = torch.tensor([[HEIGHT, WIDTH]])
+    frames = Frames.unscaled(torch.tensor([[HEIGHT, WIDTH]]))
     normalized = box_convert(boxes / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]), "xyxy", "cxcywh")
-    targets = ExactTargets(normalized, labels, torch.arange(rows)[None] < count, size, exact=boxes)
+    targets = ExactTargets(normalized, labels, torch.arange(rows)[None] < count, frames, exact=boxes)
     return Case(data, Pyramid(levels, strides), targets)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
 from codetr.heads.atss import ATSSHead
-from codetr.heads.common import centerness_target
 from codetr.heads.dense import Dense, Selection
 from codetr.heads.faster_rcnn import FasterRCNNHead
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
-from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder, centerness_target, clip
 from codetr.ops.nms import best_after_nms
-from codetr.types import Pyramid, Targets
+from codetr.types import Frames, Pyramid, Targets
 from fixed_draws import fixed_draws
 
 WIDTH, CLASSES = 16, 3
@@ -60,12 +60,12 @@ def targets(batch: int = 2, objects: int = 3) -> Targets:
         torch.cat([centers, sides], -1),
         torch.randint(0, CLASSES, (batch, objects)),
         torch.ones(batch, objects).bool(),
-        torch.tensor([[64, 64], [48, 40]])[:batch],
+        Frames.unscaled(torch.tensor([[64, 64], [48, 40]])[:batch]),
     )
 
 
 def without_objects(t: Targets) -> Targets:
-    return Targets(t.boxes, t.labels, torch.zeros_like(t.valid), t.sizes)
+    return Targets(t.boxes, t.labels, torch.zeros_like(t.valid), t.frames)
 
 
 @both
@@ -100,7 +100,7 @@ def test_padding_objects_changes_nothing(build: Callable[[], nn.Module]) -> None
         torch.cat([goal.boxes, extra.boxes], 1),
         torch.cat([goal.labels, extra.labels], 1),
         torch.cat([goal.valid, torch.zeros_like(extra.valid)], 1),
-        goal.sizes,
+        goal.frames,
     )
     with fixed_draws():
         one, other = head(levels, goal), head(levels, padded)
@@ -132,7 +132,7 @@ def test_cells_in_the_padding_are_never_used() -> None:
     goal = targets()
     found = atss().assign(pyramid(), goal)
     centers = (found.boxes_xyxy[1, :, :2] + found.boxes_xyxy[1, :, 2:]) / 2
-    inside = (centers < goal.sizes[1].flip(0)).all(-1)
+    inside = (centers < goal.frames.sizes[1].flip(0)).all(-1)
     assert torch.equal(found.positive[1] | found.negative[1], inside)
     assert (found.positive[0] | found.negative[0]).all()
 
@@ -150,7 +150,7 @@ def test_losses_do_not_see_ignored_anchors() -> None:
 
 @both
 def test_detections_are_inside_and_sorted(build: Callable[[], nn.Module]) -> None:
-    sizes = targets().sizes
+    sizes = targets().frames.sizes
     for found, size in zip(build().detect(pyramid(), sizes), sizes, strict=True):
         assert 0 < len(found.scores) <= 20
         assert (found.scores.diff() <= 0).all()
@@ -160,7 +160,7 @@ def test_detections_are_inside_and_sorted(build: Callable[[], nn.Module]) -> Non
 
 def test_detections_do_not_depend_on_batch_mates() -> None:
     for head in (atss(), faster_rcnn()):
-        levels, sizes = pyramid(), targets().sizes
+        levels, sizes = pyramid(), targets().frames.sizes
         together = head.detect(levels, sizes)
         for i, found in enumerate(together):
             one = Pyramid([level[i : i + 1] for level in levels.levels], levels.strides)
@@ -170,7 +170,7 @@ def test_detections_do_not_depend_on_batch_mates() -> None:
 
 def test_proposals_are_constants_and_none_is_empty() -> None:
     """Boxes that lie outside of their image are empty after clipping."""
-    head, levels, sizes = faster_rcnn(), pyramid(), targets().sizes
+    head, levels, sizes = faster_rcnn(), pyramid(), targets().frames.sizes
     logits, deltas = head.rpn(levels)
     found, valid = head.rpn.propose(logits, deltas, levels, sizes, head.proposals)
     assert not found.requires_grad
@@ -267,7 +267,8 @@ def total_loss(head: nn.Module, images: slice) -> Tensor:
     torch.manual_seed(5)
     levels, goal = pyramid(), targets()
     goal.valid[1] = False
-    part_goal = Targets(goal.boxes[images], goal.labels[images], goal.valid[images], goal.sizes[images])
+    frames = Frames.unscaled(goal.frames.sizes[images])
+    part_goal = Targets(goal.boxes[images], goal.labels[images], goal.valid[images], frames)
     with fixed_draws():
         return sum(head(Pyramid([level[images] for level in levels.levels], levels.strides), part_goal).losses.values())
 

@@ -12,9 +12,10 @@ from codetr.heads.mask import region_masks
 from codetr.heads.mask_iou import MaskIoU, mask_iou_target, share_inside
 from codetr.heads.paste import _paste, paste_masks
 from codetr.heads.refine_mask import RefineMaskHead, counted_pixels, near_boundary, refined
-from codetr.heads.regions import Regions, predicted_boxes
+from codetr.heads.regions import Regions
 from codetr.heads.roi import RoIPool
-from codetr.types import Detections, Prediction, Pyramid, Targets
+from codetr.nn.boxes import best_pairs
+from codetr.types import Detections, Frames, Prediction, Pyramid, Targets
 
 WIDTH, CLASSES, SIZE = 32, 3, 6
 STAGES = (SIZE, 2 * SIZE, 4 * SIZE, 8 * SIZE)
@@ -51,7 +52,7 @@ def discs(valid: list[list[bool]]) -> Targets:
         boxes=(torch.cat([center, 2 * radius], 1) / 64).expand(count, -1, -1).clone(),
         labels=torch.tensor([[2, 1]]).expand(count, -1) * torch.tensor(valid),
         valid=torch.tensor(valid),
-        sizes=torch.tensor([[64, 64]]).expand(count, -1),
+        frames=Frames.unscaled(torch.tensor([[64, 64]]).expand(count, -1)),
         masks=(position.square().sum(1) < 1).expand(count, -1, -1, -1) & torch.tensor(valid)[:, :, None, None],
     )
 
@@ -280,20 +281,21 @@ def test_paste_against_brute_force() -> None:
     assert paste_masks(masks[:0], boxes[:0], (height, width)).shape == (0, height, width)
 
 
-def test_predicted_boxes_against_sorting() -> None:
+def test_best_pairs_against_sorting() -> None:
     logits, boxes = torch.randn(2, 6, CLASSES), torch.rand(2, 6, 4) * 0.6 + 0.2
     sizes = torch.tensor([[40, 60], [50, 30]])
-    found, valid = predicted_boxes(Prediction(logits, boxes), sizes, 8)
+    scores, labels, found = best_pairs(Prediction(logits, boxes), sizes, 8)
     for image in range(2):
         height, width = sizes[image].tolist()
-        pairs = sorted(((logits[image, q, k].item(), q) for q in range(6) for k in range(CLASSES)), reverse=True)[:8]
-        for row, (_, query) in zip(found[image], pairs, strict=True):
+        pairs = [(logits[image, q, k].item(), q, k) for q in range(6) for k in range(CLASSES)]
+        pairs = sorted(pairs, reverse=True)[:8]
+        assert labels[image].tolist() == [label for *_, label in pairs]
+        torch.testing.assert_close(scores[image], torch.tensor([logit for logit, *_ in pairs]).sigmoid())
+        for row, (_, query, _) in zip(found[image], pairs, strict=True):
             x, y, w, h = boxes[image, query].tolist()
             corners = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
             expected = torch.tensor(corners).clamp(min=0).minimum(torch.tensor([width, height] * 2))
             torch.testing.assert_close(row, expected)
-    assert valid.all()
-    assert not predicted_boxes(Prediction(logits - 200, boxes), sizes, 8)[1].any()
 
 
 def test_detections_of_a_batch_get_masks_in_original_pixels() -> None:
@@ -306,21 +308,20 @@ def test_detections_of_a_batch_get_masks_in_original_pixels() -> None:
     labels = torch.randint(0, CLASSES, (5,))
     scores = torch.rand(5)
     nothing = Detections(scores[:0], labels[:0], boxes[:0])
-    sizes, original = torch.tensor([[64, 64], [50, 64]]), torch.tensor([[128, 128], [70, 90]])
-    found, empty = model.segment(levels, [Detections(scores, labels, boxes), nothing], sizes, original)
-    assert found.masks.shape == (5, 128, 128)
-    assert empty.masks.shape == (0, 70, 90)
+    found, empty = model.segment(levels, [Detections(scores, labels, boxes / 2), nothing])
     assert empty.scores.shape == (0,)
+    assert paste_masks(empty.inside, nothing.boxes_xyxy, (70, 90)).shape == (0, 70, 90)
     logits, iou = model(levels, model.semantics(levels), torch.zeros(5).long(), boxes / 2, labels)
     torch.testing.assert_close(found.scores, scores * iou)
-    assert torch.equal(found.masks, paste_masks(refined(logits).sigmoid(), boxes, (128, 128)))
-    assert found.masks.any()
+    torch.testing.assert_close(found.inside, refined(logits).sigmoid())
+    masks = paste_masks(found.inside, boxes, (128, 128))
+    assert masks.any()
     y, x = (torch.arange(128) + 0.5 for _ in range(2))
     inside = (x > boxes[:, :1]) & (x < boxes[:, 2:3])
     inside = inside[:, None] & ((y > boxes[:, 1:2]) & (y < boxes[:, 3:]))[:, :, None]
-    assert not (found.masks & ~inside).any()
-    nobody = model.segment(levels, [nothing, nothing], sizes, original)
-    assert [len(one.masks) for one in nobody] == [0, 0]
+    assert not (masks & ~inside).any()
+    nobody = model.segment(levels, [nothing, nothing])
+    assert [len(one.inside) for one in nobody] == [0, 0]
 
 
 def test_half_precision_is_finite() -> None:
@@ -339,14 +340,15 @@ def test_it_learns_a_shape() -> None:
     ]
     levels = Pyramid(shown, (4, 8, 16))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
-    found = Prediction(torch.randn(1, 12, CLASSES), targets.boxes[:, :1] + 0.02 * torch.randn(1, 12, 4))
+    near = Prediction(torch.randn(1, 12, CLASSES), targets.boxes[:, :1] + 0.02 * torch.randn(1, 12, 4))
     for _ in range(40):
         optimizer.zero_grad()
-        sum(model.losses(levels, found, targets).values()).backward()
+        sum(model.losses(levels, near, targets).values()).backward()
         optimizer.step()
     box = Detections(torch.ones(1), targets.labels[0, :1], targets.boxes_xyxy[0, :1])
-    (masks,) = model.eval().segment(levels, [box], targets.sizes, targets.sizes)
+    (found,) = model.eval().segment(levels, [box])
+    (mask,) = paste_masks(found.inside, box.boxes_xyxy, (64, 64))
     truth = targets.masks[0, 0]
-    iou = (masks.masks[0] & truth).sum() / (masks.masks[0] | truth).sum()
+    iou = (mask & truth).sum() / (mask | truth).sum()
     assert iou > 0.9
-    assert masks.scores[0] > 0.7
+    assert found.scores[0] > 0.7

@@ -13,7 +13,7 @@ from torchvision.ops import nms
 from toy_model import compose
 
 from codetr.callbacks.non_finite import not_finite
-from codetr.types import Targets
+from codetr.types import Frames, Targets
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 try:
@@ -53,7 +53,7 @@ def batch() -> tuple[Tensor, Tensor, Targets]:
     padding[1, :, 48:] = True
     boxes = torch.cat([torch.rand(IMAGES, 3, 2) * 0.4 + 0.3, torch.rand(IMAGES, 3, 2) * 0.3 + 0.1], -1)
     valid = torch.tensor([[True, True, True], [True, True, False]])
-    targets = Targets(boxes, torch.randint(3, (IMAGES, 3)), valid, torch.tensor([[64, 64], [64, 48]]))
+    targets = Targets(boxes, torch.randint(3, (IMAGES, 3)), valid, Frames.unscaled(torch.tensor([[64, 64], [64, 48]])))
     return torch.randint(0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8), padding, targets
 
 

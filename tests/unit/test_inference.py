@@ -47,7 +47,7 @@ def brightest(images: Tensor, padding: Tensor) -> Prediction:
 
 
 def find(batch: Batch) -> list[Detections]:
-    return PostProcess(1, None)(brightest(batch.images, batch.padding), batch.original_sizes)
+    return batch.frames.to_files(PostProcess(1, None)(brightest(batch.images, batch.padding), batch.frames.sizes))
 
 
 def run(paths: list[Path], num_workers: int = 0) -> list[Found | Unreadable]:

@@ -99,14 +99,14 @@ def test_a_canvas_changes_nothing_but_the_padding(model: Detector, files: list[P
     path = files[1]
     batches = [collate([ImageFiles([path], t)[0][0]], 1) for t in (PIPELINES["on a canvas"], v2.Resize(64))]
     for batch in batches:
-        torch.testing.assert_close(batch.shown_sizes, torch.tensor([[64.0, 96.0]]))
-        assert batch.file_sizes.tolist() == [[HEIGHT, WIDTH]]
-    boxes = torch.tensor([[10.0, 5.0, 60.0, 50.0], [30.0, 20.0, 90.0, 60.0]])
+        torch.testing.assert_close(batch.frames.file_sizes * batch.frames.scale, torch.tensor([[64.0, 96.0]]))
+        assert batch.frames.file_sizes.tolist() == [[HEIGHT, WIDTH]]
+    boxes = torch.tensor([[10.0, 5.0, 60.0, 50.0], [30.0, 20.0, 90.0, 60.0]]) * 64 / HEIGHT
     found = [Detections(torch.ones(2), torch.tensor([0, 2]), boxes)]
     canvas = batches[0]
     with torch.no_grad():
         memory = model(canvas.images, canvas.padding).memory
-        own, other = (with_masks(model, memory, found, batch)[0] for batch in batches)
+        own, other = (with_masks(model, memory, found, batch.frames)[0] for batch in batches)
     assert own.runs == other.runs
     assert own.runs[0]["size"] == [HEIGHT, WIDTH]
     assert coco_mask.area(own.runs).min() > 0

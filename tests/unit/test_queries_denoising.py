@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_convert
 
 from codetr.queries.denoising import DenoisingQueries
-from codetr.types import Known, Memory, QueryContext, QueryGroup, Targets
+from codetr.types import Frames, Known, Memory, QueryContext, QueryGroup, Targets
 
 WIDTH, CLASSES = 8, 5
 
@@ -25,7 +25,7 @@ def group(
     valid = torch.ones(2, objects, dtype=torch.bool)
     valid[1, 1:] = False
     valid &= not empty
-    targets = Targets(boxes, torch.randint(CLASSES, (2, objects)), valid, torch.full((2, 2), 64))
+    targets = Targets(boxes, torch.randint(CLASSES, (2, objects)), valid, Frames.unscaled(torch.full((2, 2), 64)))
     nothing = torch.zeros(2, 0, WIDTH)
     memory = Memory(
         nothing, nothing, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2).int(), torch.ones(2, 0, 2)

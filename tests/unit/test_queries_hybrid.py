@@ -6,7 +6,7 @@ import torch
 from codetr.queries.hybrid import HybridQueries
 from codetr.queries.learned import LearnedQueries
 from codetr.queries.two_stage import TwoStageQueries
-from codetr.types import MAIN, Matching, Memory, QueryContext, Targets
+from codetr.types import MAIN, Frames, Matching, Memory, QueryContext, Targets
 
 WIDTH, MAIN_QUERIES, HYBRID_QUERIES, BATCH = 8, 5, 9, 2
 SHAPES = ((4, 6), (2, 3))
@@ -19,7 +19,7 @@ def context() -> QueryContext:
     padding = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
     valid = torch.ones(BATCH, 1, dtype=torch.bool)
     sizes = torch.tensor(SHAPES, dtype=torch.int32).expand(BATCH, -1, -1)
-    targets = Targets(torch.full((BATCH, 1, 4), 0.5), valid.long(), valid, torch.full((BATCH, 2), 64))
+    targets = Targets(torch.full((BATCH, 1, 4), 0.5), valid.long(), valid, Frames.unscaled(torch.full((BATCH, 2), 64)))
     return QueryContext(Memory(tokens, tokens, padding, SHAPES, sizes, torch.ones(BATCH, 2, 2)), targets)
 
 

@@ -5,10 +5,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from codetr.assign.hungarian import MatchingCost, Problem, match
+from codetr.assign.hungarian import MatchingCost, match
 from codetr.queries.denoising import DenoisingQueries
 from codetr.queries.learned import LearnedQueries
-from codetr.types import Matching, Memory, Prediction, QueryContext, QueryGroup, Targets
+from codetr.types import Frames, Matching, Memory, Prediction, Problem, QueryContext, QueryGroup, Targets
 
 WIDTH, QUERIES, BATCH = 8, 5, 2
 
@@ -67,7 +67,7 @@ def test_the_indicator_tells_denoising_from_main_queries() -> None:
     given = context()
     labels = torch.zeros(BATCH, 3, dtype=torch.long)
     valid = torch.ones(BATCH, 3, dtype=torch.bool)
-    given.targets = Targets(torch.full((BATCH, 3, 4), 0.5), labels, valid, torch.full((BATCH, 2), 64))
+    given.targets = Targets(torch.full((BATCH, 3, 4), 0.5), labels, valid, Frames.unscaled(torch.full((BATCH, 2), 64)))
     noised = DenoisingQueries(WIDTH, 4, 9, False, 0.2, 0.4, True, "masked", 1e-6, 1.0)(given)
     assert (noised.content[..., -1] == 1).all()
     assert (made("box", "shared", True)[1].content[..., -1] == 0).all()
@@ -88,7 +88,7 @@ def test_every_object_gets_as_many_queries_as_repeats_at_least_cost(repeats: int
         torch.tensor([[[0.4, 0.4, 0.3, 0.3], [0.6, 0.5, 0.2, 0.4]]]),
         torch.tensor([[2, 0]]),
         torch.ones(1, 2, dtype=torch.bool),
-        torch.tensor([[64, 64]]),
+        Frames.unscaled(torch.tensor([[64, 64]])),
     )
     cost = MatchingCost(2.0, 5.0, 2.0, 0.25, 2.0)
     (known,) = match([Problem(prediction, group.targets.repeats)], targets, cost)

@@ -7,7 +7,7 @@ import torch
 
 from codetr.errors import UserError
 from codetr.queries.two_stage import ProposalEmbedding, TwoStageQueries
-from codetr.types import Matching, Memory, QueryContext, QueryGroup, Targets
+from codetr.types import Frames, Matching, Memory, QueryContext, QueryGroup, Targets
 
 WIDTH, CLASSES, QUERIES, BATCH, EPS = 8, 3, 7, 2, 1e-3
 SHAPES = ((4, 6), (2, 3))
@@ -27,7 +27,7 @@ def context() -> QueryContext:
         torch.full((BATCH, 1, 4), 0.5),
         torch.zeros(BATCH, 1, dtype=torch.long),
         torch.ones(BATCH, 1, dtype=torch.bool),
-        torch.full((BATCH, 2), 64),
+        Frames.unscaled(torch.full((BATCH, 2), 64)),
     )
     return QueryContext(Memory(tokens, tokens, padding, SHAPES, sizes, ratios), targets)
 

@@ -5,6 +5,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from codetr.assign import BACKGROUND, IGNORED
+from codetr.nn.boxes import center_size, point_distances
+from codetr.ops.gather import smallest
 
 
 def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, valid: Tensor, topk: int) -> Tensor:
@@ -16,7 +18,7 @@ def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, vali
     [B, M, 4], M >= 1. valid: [B, M]. All boxes xyxy in pixels. Returns [B, N]: object index, BACKGROUND or IGNORED.
     """
     every = torch.cat(anchors)
-    centers = (every[:, :2] + every[:, 2:]) / 2
+    centers, _ = center_size(every)
     nearest = _nearest(centers, [len(level) for level in anchors], anchor_valid, boxes, topk)
     usable = anchor_valid[:, None].expand(-1, boxes.shape[1], -1).gather(2, nearest) & valid[:, :, None]
     iou = box_iou(boxes[:, :, None], every[nearest])[:, :, 0]
@@ -27,13 +29,13 @@ def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, vali
 
 
 def _nearest(centers: Tensor, sizes: list[int], anchor_valid: Tensor, boxes: Tensor, topk: int) -> Tensor:
-    """Indices [B, M, topk per level] of the valid anchors nearest to each object's centre."""
-    objects = (boxes[..., :2] + boxes[..., 2:]) / 2
+    """Indices [B, M, topk per level] of the valid anchors nearest to each object's centre, of equals the first ones."""
+    objects, _ = center_size(boxes)
     offset = centers[None, None] - objects[:, :, None]
     distance = offset.square().sum(-1).sqrt().masked_fill(~anchor_valid[:, None], torch.inf)
     parts, start = [], 0
     for level in distance.split(sizes, 2):
-        parts.append(level.topk(min(topk, level.shape[2]), dim=2, largest=False).indices + start)
+        parts.append(smallest(level, topk) + start)
         start += level.shape[2]
     return torch.cat(parts, 2)
 
@@ -48,5 +50,4 @@ def _threshold(iou: Tensor, usable: Tensor) -> Tensor:
 
 def _inside(centers: Tensor, boxes: Tensor) -> Tensor:
     """[B, M, K, 2] points, [B, M, 4] boxes -> [B, M, K]: more than 0.01 pixels from every side."""
-    low, high = centers - boxes[:, :, None, :2], boxes[:, :, None, 2:] - centers
-    return torch.cat([low, high], -1).amin(-1) > 0.01
+    return point_distances(centers, boxes[:, :, None]).amin(-1) > 0.01

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from codetr.assign import BACKGROUND, IGNORED
+from codetr.nn.boxes import center_size, point_distances
 
 
 def assign_fcos(
@@ -24,7 +25,7 @@ def assign_fcos(
     distances = point_distances(points[None, :, None], boxes[:, None])  # [B, N, M, 4]
     inside = distances.amin(-1) > 0
     if radius is not None:
-        centres = (boxes[..., :2] + boxes[..., 2:]) / 2
+        centres, _ = center_size(boxes)
         low = torch.maximum(centres[:, None] - radius[:, None, None], boxes[:, None, :, :2])
         high = torch.minimum(centres[:, None] + radius[:, None, None], boxes[:, None, :, 2:])
         inside = point_distances(points[None, :, None], torch.cat([low, high], -1)).amin(-1) > 0
@@ -34,8 +35,3 @@ def assign_fcos(
     area = area.masked_fill(~(inside & suits & valid[:, None]), torch.inf)
     least, owner = area.min(-1)
     return owner.masked_fill(least.isinf(), BACKGROUND).masked_fill(~point_valid, IGNORED)
-
-
-def point_distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """[..., 2], [..., 4] xyxy -> [..., 4] distances to the left, upper, right and lower side; negative outside."""
-    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)

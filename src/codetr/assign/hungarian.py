@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from codetr.types import Known, Prediction, Targets
+from codetr.types import Known, Prediction, Problem, Targets
 
 _WORST = 1e9
 CACHED = 2**17  # costs computed at a time on a CPU
@@ -67,15 +67,6 @@ def _halved(boxes: Tensor) -> Tensor:
     """[..., 4] -> [4, ...], one coordinate after the other: cx, cy, w / 2, h / 2."""
     cx, cy, w, h = boxes.unbind(-1)
     return torch.stack([cx, cy, w / 2, h / 2])
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Stacked predictions to be matched against every object repeated `repeats` times. logits: [L, B, N, K]."""
-
-    prediction: Prediction
-    repeats: int = 1
-    class_agnostic: bool = False
 
 
 @torch.no_grad()

@@ -57,10 +57,10 @@ class Pictures(Callback):
 
 
 def draw(batch: Batch, i: int, found: Detections, class_names: list[str], score_threshold: float) -> Image:
-    """Image i of a batch as the network sees it, without its padding; boxes come in pixels of the original."""
-    size, original = batch.shown_sizes[i].cpu(), batch.file_sizes[i].cpu()
-    scale = box_scale(size[None])[0] / box_scale(original[None])[0]
-    height, width = size.round().int().tolist()
+    """Image i of a batch as the network sees it, without its padding; boxes come in pixels of the file."""
+    frames = batch.frames.to("cpu")
+    scale = box_scale(frames.scale)[i]
+    height, width = (frames.file_sizes * frames.scale)[i].round().int().tolist()
     found, truth = found.to("cpu"), batch.truth[i]
     found = replace(found, boxes_xyxy=found.boxes_xyxy * scale)
     truth = {**truth, "boxes": truth["boxes"] * scale}

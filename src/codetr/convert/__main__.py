@@ -105,7 +105,7 @@ def _from_backbone(state: Weights, names: NameTable, source: Path, config: DictC
     from codetr.convert import backbone, weights
 
     settings = [f"{key}={value}" for key, value in backbone.settings(names.rename(state)).items()]
-    body = build(application.compose("train", [*settings, "model.num_classes=1"])).backbone.body
+    body = build(application.compose("train", [*settings, "model.num_classes=1"])).get_submodule("backbone.body")
     wanted = {f"backbone.body.{name}": shape for name, shape in weights.shapes(body).items()}
     result = weights.translate(state, names, wanted)
     rich.print(result.table())

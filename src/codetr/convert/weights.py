@@ -97,7 +97,7 @@ def table(detector: Detector) -> NameTable:
     backbone = {Swin: swin, ViT: vit}.get(type(detector.backbone), resnet)
     names = NameTable((*backbone.RULES, *instance.RULES), (*backbone.IGNORED, *official.IGNORED))
     region_head = next((name for name in detector.heads if name != "atss"), "faster_rcnn")
-    num_layers: int = len(detector.decoder.layers)  # type: ignore[arg-type]
+    num_layers = len(detector.decoder.layers)
     return names + official.table(region_head, num_layers, dino="denoising" in detector.queries)
 
 

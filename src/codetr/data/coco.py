@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from codetr.data.readers import Reader, coco
 from codetr.data.sampling import Objects
 from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
+from codetr.types import Truth
 
 _CHUNK = 1 << 20  # objects
 
@@ -33,19 +33,17 @@ class Sample:
 
     image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
     on the object, or None where the data set reads none; all without crowds and ignored objects.
-    original_size: (height, width) of the image in pixels of the file; file_size: of the file itself. truth: all
-    objects, crowds included, in pixels of the file: `boxes` [m, 4] xyxy float64, `labels` [m] int64, `iscrowd` [m]
-    bool, `ignore` [m] bool, `area` [m] float64 as in the file; where the data set reads them, `runs`: m compressed run
-    lengths; where the file has them, as LVIS does, `neg_labels` and `not_exhaustive_labels`, int64.
+    scale: (rows, columns) pixels of the image per pixel of the file; file_size: (height, width) of that. truth: of all
+    objects, crowds included.
     """
 
     image: Image
     boxes: BoundingBoxes
     labels: Tensor
     image_id: int
-    original_size: tuple[float, float]
+    scale: tuple[float, float]
     file_size: tuple[int, int]
-    truth: dict[str, Any]
+    truth: Truth
     masks: Mask | None = None
 
 
@@ -195,13 +193,17 @@ class CocoDetection(Dataset[Sample]):
             return self.root / os.fsdecode(self._spellings[place])
         return self.root / self._table.name(row)
 
-    def truth(self, index: int) -> dict[str, Any]:
-        """What the evaluator needs to know of one image (see `Sample`), without reading the image."""
+    def truth(self, index: int) -> Truth:
+        """What the evaluator needs to know of one image, without reading the image."""
         table, image = self._table, self._row(index)
         rows = self._objects_of(image)
-        columns = {"boxes": table.boxes, "iscrowd": table.crowd, "ignore": table.ignore, "area": table.areas}
-        truth: dict[str, Any] = {name: torch.from_numpy(column[rows]) for name, column in columns.items()}
-        truth["labels"] = torch.from_numpy(self._label_of[table.categories[rows]])
+        truth = Truth(
+            boxes=torch.from_numpy(table.boxes[rows]),
+            labels=torch.from_numpy(self._label_of[table.categories[rows]]),
+            iscrowd=torch.from_numpy(table.crowd[rows]),
+            area=torch.from_numpy(table.areas[rows]),
+            ignore=torch.from_numpy(table.ignore[rows]),
+        )
         if self._runs:
             height, width = table.sizes[image].tolist()
             truth["runs"] = self._segmentations.runs(rows, (height, width))
@@ -237,7 +239,7 @@ class CocoDetection(Dataset[Sample]):
             boxes=BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
             labels=truth["labels"][objects],
             image_id=int(self._table.image_ids[row]),
-            original_size=(height, width),
+            scale=(1.0, 1.0),
             file_size=(height, width),
             truth=truth,
             masks=Mask(self._read_masks(index, objects)) if self._masks else None,

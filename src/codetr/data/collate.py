@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from codetr.data.coco import Sample
-from codetr.types import Batch, Targets, box_scale
+from codetr.types import Batch, Frames, Targets, box_scale
 
 
 def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
@@ -32,9 +32,7 @@ def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
         padding=padding,
         targets=_targets(samples, sizes, (height, width)),
         image_ids=torch.tensor([s.image_id for s in samples]),
-        original_sizes=torch.tensor([s.original_size for s in samples], dtype=torch.float32),
         truth=[s.truth for s in samples],
-        file_sizes=torch.tensor([s.file_size for s in samples]),
     )
 
 
@@ -48,7 +46,12 @@ def _targets(samples: Sequence[Sample], sizes: Tensor, canvas: tuple[int, int]) 
     scale = box_scale(sizes).repeat_interleave(counts, 0)
     boxes[valid] = box_convert(xyxy / scale, "xyxy", "cxcywh")
     labels[valid] = torch.cat([s.labels for s in samples])
-    return Targets(boxes=boxes, labels=labels, valid=valid, sizes=sizes, masks=_masks(samples, slots, canvas))
+    frames = Frames(
+        sizes=sizes,
+        scale=torch.tensor([s.scale for s in samples], dtype=torch.float32),
+        file_sizes=torch.tensor([s.file_size for s in samples]),
+    )
+    return Targets(boxes=boxes, labels=labels, valid=valid, frames=frames, masks=_masks(samples, slots, canvas))
 
 
 def _masks(samples: Sequence[Sample], slots: int, canvas: tuple[int, int]) -> Tensor | None:

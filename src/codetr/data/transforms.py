@@ -23,6 +23,7 @@ from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.images import UnreadableImage
 from codetr.data.sampler import mix_seed
+from codetr.types import Truth
 
 _log = logging.getLogger(__name__)
 
@@ -115,8 +116,7 @@ def transformed(sample: Sample, transform: Transform) -> Sample:
     An image that is more than 64 times as long as wide is first made shorter, or resizing would leave nothing of its
     width (torchvision: int(0.67) pixels), or make a long side of any size.
 
-    original_size becomes the size of the new image in pixels of the file: larger than the file where the transform
-    pads, smaller where it crops. So a normalised box times original_size has the size that it has in the file.
+    scale tells how many pixels of the new image one pixel of the file became, whatever was cropped or padded.
     """
     height, width = sample.image.shape[-2:]
     parts: dict[str, Any] = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
@@ -130,10 +130,9 @@ def transformed(sample: Sample, transform: Transform) -> Sample:
         parts = v2.Resize([min(height, most), min(width, most)])(parts)
     parts = transform(parts)
     scaled_width, scaled_height = parts.pop("corners").diff(dim=0)[0].abs().tolist()
-    new_height, new_width = parts["image"].shape[-2:]
     # A resize has the precision of float32.
-    size = round(new_height * height / scaled_height, 3), round(new_width * width / scaled_width, 3)
-    return replace(sample, **_tidy(parts), original_size=size)
+    scale = round(scaled_height, 3) / height, round(scaled_width, 3) / width
+    return replace(sample, **_tidy(parts), scale=scale)
 
 
 def _tidy(parts: dict[str, Any]) -> dict[str, Any]:
@@ -229,17 +228,20 @@ class TransformedDataset(Dataset[Sample]):
         image_id, truth = int(self.dataset.image_ids[index]), self.dataset.truth(index)
         black = torch.zeros(*_BLANK, 3, dtype=torch.uint8).permute(2, 0, 1)
         sample = transformed(without_objects(black, image_id, truth), self.transform)
-        rows, columns = sample.original_size
-        original = rows * height / _BLANK[0], columns * width / _BLANK[1]
-        return replace(sample, original_size=original, file_size=(height, width))
+        rows, columns = sample.scale
+        scale = rows * _BLANK[0] / height, columns * _BLANK[1] / width
+        return replace(sample, scale=scale, file_size=(height, width))
 
 
-def without_objects(image: Tensor, image_id: int, truth: dict[str, Any]) -> Sample:
-    """`image`, [3, H, W] uint8, as a sample without an object to train on."""
+def without_objects(image: Tensor, image_id: int, truth: Truth | None = None) -> Sample:
+    """`image`, [3, H, W] uint8, as a sample without an object to train on. truth: None where nothing is known."""
     height, width = image.shape[-2:]
     no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
     no_labels = torch.zeros(0, dtype=torch.int64)
-    return Sample(Image(image), no_boxes, no_labels, image_id, (height, width), (height, width), truth)
+    if truth is None:
+        nothing = torch.zeros(0)
+        truth = Truth(boxes=torch.zeros(0, 4), labels=no_labels, iscrowd=nothing.bool(), area=nothing)
+    return Sample(Image(image), no_boxes, no_labels, image_id, (1.0, 1.0), (height, width), truth)
 
 
 def failed(path: Path, size: tuple[int, int], error: Exception) -> UnreadableImage:

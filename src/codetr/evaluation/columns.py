@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,11 @@ _NOTHING = Columns(
 
 
 def columns_of(
-    ids: Sequence[int], detections: Sequence[Detections], truth: Sequence[dict[str, Any]], masks: bool, federated: bool
+    ids: Sequence[int],
+    detections: Sequence[Detections],
+    truth: Sequence[Mapping[str, Any]],
+    masks: bool,
+    federated: bool,
 ) -> Columns:
     """Of a batch, which leaves the device in one copy; numbers keep their precision."""
     scores = [d.mask_scores if masks and d.mask_scores is not None else d.scores for d in detections]
@@ -107,7 +111,7 @@ def columns_of(
     )
 
 
-def _area(truth: dict[str, Any]) -> Tensor:
+def _area(truth: Mapping[str, Any]) -> Tensor:
     """[n]; of ignored objects, as `difficult` ones of VOC, one outside of all ranges.
 
     So COCO counts them neither as found nor as missed, and what finds them neither as right nor as wrong.
@@ -126,7 +130,7 @@ def _none(images: int, like: Ragged) -> Ragged:
     return Ragged(like.rows, np.zeros(images, np.int64))
 
 
-def _checked(truth: dict[str, Any]) -> Tensor:
+def _checked(truth: Mapping[str, Any]) -> Tensor:
     if "neg_labels" not in truth:
         raise UserError(
             "metrics.federated=true needs images with the categories that they were searched for, as LVIS has them "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,10 @@ class DetectionMetrics:
         self,
         image_ids: Tensor | Sequence[int],
         detections: Sequence[Detections],
-        truth: Sequence[dict[str, Any]],
+        truth: Sequence[Mapping[str, Any]],
     ) -> None:
         """Add images. truth: per image `boxes` [n, 4] xyxy, `labels`, `iscrowd`, `area`, perhaps `ignore` [n], as in
-        `Batch.truth`.
+        `codetr.types.Truth`.
 
         Boxes are in pixels of the original image; masks, of `runs` in both, are its own size. Of an image that comes
         again, the last one counts. Raises UserError when `federated` and the truth does not say what was searched for.

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from codetr.assign.atss import assign_atss
-from codetr.heads.common import assigned, centerness_target, flatten, weighted
+from codetr.heads.common import assigned_by_atss, weighted
 from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
-from codetr.nn.anchors import AnchorGrid, BoxCoder
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder, centerness_target
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -48,11 +48,7 @@ class ATSSHead(nn.Module):
         self.predictor = DensePredictor(width, num_classes, num_convs, num_groups, num_levels=num_levels, quality=True)
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
-        anchors = self.grid(pyramid)
-        boxes = targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
-        owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
-        return assigned(torch.cat(anchors).expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
+        return assigned_by_atss(self.grid, pyramid, targets, self.topk)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)
@@ -76,7 +72,7 @@ class ATSSHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is class probability times centerness."""
-        dense, anchors = self.predictor(pyramid), self.grid(pyramid)
-        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.boxes), -1, -1), dense.boxes)
+        dense = self.predictor(pyramid)
+        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
         assert dense.quality is not None
-        return self.selection(dense.logits.sigmoid(), dense.quality.sigmoid(), boxes, [len(a) for a in anchors], sizes)
+        return self.selection(dense.logits.sigmoid(), dense.quality.sigmoid(), boxes, pyramid, sizes)

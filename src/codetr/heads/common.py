@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from codetr.assign import BACKGROUND
+from codetr.assign.atss import assign_atss
+from codetr.nn.anchors import AnchorGrid
 from codetr.ops.gather import take
 from codetr.types import Detections, Positives, Pyramid, Targets
 
@@ -41,6 +43,15 @@ def assigned(candidates: Tensor, features: Tensor, owner: Tensor, targets: Targe
     )
 
 
+def assigned_by_atss(grid: AnchorGrid, pyramid: Pyramid, targets: Targets, topk: int) -> Positives:
+    """The anchors of a grid with one of them per cell, assigned by ATSS, with the pyramid's features at their cells."""
+    anchors = grid(pyramid)
+    inside = grid.valid(pyramid, targets.frames.sizes)
+    owner = assign_atss(anchors, inside, targets.boxes_xyxy, targets.valid, topk)
+    every = torch.cat(anchors).expand(len(owner), -1, -1)
+    return assigned(every, flatten(pyramid.levels, 1), owner, targets)
+
+
 def cell_strides(pyramid: Pyramid) -> Tensor:
     """[cells of all levels] network pixels per cell."""
     return torch.cat(
@@ -49,14 +60,6 @@ def cell_strides(pyramid: Pyramid) -> Tensor:
             for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
         ]
     )
-
-
-def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """FCOS, eq. 3, of the anchors' centres in the boxes: [..., 4], [..., 4] xyxy -> [...]; 0 for centres outside."""
-    center = (anchors[..., :2] + anchors[..., 2:]) / 2
-    low, high = center - boxes[..., :2], boxes[..., 2:] - center
-    ratio = torch.minimum(low, high).clamp(min=0) / torch.maximum(low, high).clamp(min=1e-6)
-    return ratio.prod(-1).sqrt()
 
 
 def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from codetr.heads.common import PRIOR, detections, flatten, init_normal, top_per_level, tower
-from codetr.nn.anchors import clip
+from codetr.nn.boxes import clip
+from codetr.nn.class_rows import ClassRows, by_class
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, Pyramid
@@ -51,7 +52,7 @@ class DensePredictor(nn.Module):
         super().__init__()
         self.per_cell = per_cell
         self.class_tower, self.box_tower = (tower(width, num_convs, num_groups) for _ in range(2))
-        self.classes = nn.Conv2d(width, per_cell * num_classes, 3, padding=1)
+        self.classes = by_class(nn.Conv2d(width, per_cell * num_classes, 3, padding=1), ClassRows(repeats=per_cell))
         self.boxes = nn.Conv2d(width, per_cell * box_values, 3, padding=1)
         self.quality = nn.Conv2d(width, per_cell, 3, padding=1) if quality else None
         self.scales = None if num_levels is None else nn.Parameter(torch.ones(num_levels))
@@ -82,13 +83,17 @@ class Selection:
     max_detections: int
 
     def __call__(
-        self, probability: Tensor, quality: Tensor | None, boxes: Tensor, level_sizes: list[int], sizes: Tensor
+        self, probability: Tensor, quality: Tensor | None, boxes: Tensor, pyramid: Pyramid, sizes: Tensor
     ) -> list[Detections]:
-        """probability: [B, N, K], which chooses the candidates. quality: [B, N], by which their scores are multiplied.
-        boxes: [B, N, 4] xyxy in network pixels. level_sizes: candidates per level. sizes: [B, 2] of the images."""
+        """Of equally many candidates in every cell of the pyramid, level by level.
+
+        probability: [B, N, K], which chooses the candidates. quality: [B, N], by which their scores are multiplied.
+        boxes: [B, N, 4] xyxy in network pixels. sizes: [B, 2] (height, width) of the images.
+        """
         num_classes = probability.shape[-1]
-        flat = probability.flatten(1)
-        best, _ = top_per_level(flat, [n * num_classes for n in level_sizes], self.candidates_per_level)
+        flat, cells = probability.flatten(1), pyramid.cells
+        of_levels = [flat.shape[1] // sum(cells) * number for number in cells]
+        best, _ = top_per_level(flat, of_levels, self.candidates_per_level)
         cell, labels = best // num_classes, best % num_classes
         scores = flat.gather(1, best)
         if quality is not None:

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from codetr.assign import IGNORED
-from codetr.heads.common import assigned, detections
+from codetr.heads.common import assigned, detections, weighted
 from codetr.heads.mask import MaskBranch
 from codetr.heads.regions import Regions, sample_regions
 from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.losses import giou_loss
-from codetr.nn.anchors import BoxCoder, clip
+from codetr.nn.boxes import BoxCoder, clip
 from codetr.ops.distributed import mean_over_processes
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
@@ -59,12 +59,12 @@ class FasterRCNNHead(nn.Module):
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, deltas = self.rpn(pyramid)
         losses = {f"rpn_{k}": v for k, v in self.rpn.losses(logits, deltas, pyramid, targets).items()}
-        proposals, valid = self.rpn.propose(logits, deltas, pyramid, targets.sizes, self.proposals)
+        proposals, valid = self.rpn.propose(logits, deltas, pyramid, targets.frames.sizes, self.proposals)
         regions = self.sample(proposals, valid, targets)
         pooled = self.pool(pyramid, regions.boxes, regions.owner != IGNORED)
         positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.owner, targets)
         logits, deltas = self.box_head(pooled)
-        losses |= {term: value * self.weights[term] for term, value in self.losses(logits, deltas, positives).items()}
+        losses |= weighted(self.losses(logits, deltas, positives), self.weights)
         if self.mask is not None:
             losses["mask"] = self.mask.loss(pyramid, regions.boxes, regions.owner, targets)
         return HeadOutput(losses, positives)

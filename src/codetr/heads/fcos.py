@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from codetr.assign.fcos import assign_fcos
-from codetr.heads.common import assigned, cell_strides, centerness_target, flatten, weighted
+from codetr.heads.common import assigned, cell_strides, flatten, weighted
 from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import around, center_size, centerness_target
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -26,7 +27,7 @@ class Points(NamedTuple):
 
     @property
     def centers(self) -> Tensor:
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+        return center_size(self.boxes)[0]
 
 
 class FCOSHead(nn.Module):
@@ -78,7 +79,7 @@ class FCOSHead(nn.Module):
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         points, boxes = self.points(pyramid), targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         radius = None if self.center_radius is None else points.strides * self.center_radius
         owner = assign_fcos(points.centers, valid, radius, points.limits, boxes, targets.valid)
         return assigned(points.boxes.expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
@@ -107,12 +108,5 @@ class FCOSHead(nn.Module):
         """Boxes in network pixels, best first; the score is class probability times centerness."""
         dense = self.predict(pyramid)
         boxes = around(self.points(pyramid).boxes, dense.boxes)
-        level_sizes = [level.shape[-2] * level.shape[-1] for level in pyramid.levels]
         assert dense.quality is not None
-        return self.selection(dense.logits.sigmoid(), dense.quality.sigmoid(), boxes, level_sizes, sizes)
-
-
-def around(boxes: Tensor, distances: Tensor) -> Tensor:
-    """Boxes at these distances (left, top, right, bottom) from the centres of `boxes`: [..., 4] xyxy."""
-    center = (boxes[..., :2] + boxes[..., 2:]) / 2
-    return torch.cat([center - distances[..., :2], center + distances[..., 2:]], -1)
+        return self.selection(dense.logits.sigmoid(), dense.quality.sigmoid(), boxes, pyramid, sizes)

@@ -6,14 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from codetr.assign.atss import assign_atss
-from codetr.assign.fcos import point_distances
-from codetr.heads.common import assigned, cell_strides, flatten, weighted
+from codetr.heads.common import assigned_by_atss, cell_strides, weighted
 from codetr.heads.dense import DensePredictor, Selection
-from codetr.heads.fcos import around
 from codetr.losses import QualityFocal, giou_loss
 from codetr.nn.anchors import AnchorGrid
-from codetr.nn.boxes import aligned_iou
+from codetr.nn.boxes import aligned_iou, around, center_size, point_distances
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -61,10 +58,7 @@ class GFLHead(nn.Module):
         return dense.logits, dense.boxes.unflatten(-1, (4, len(self.bins)))
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
-        anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
-        owner = assign_atss(anchors, valid, boxes, targets.valid, self.topk)
-        return assigned(torch.cat(anchors).expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
+        return assigned_by_atss(self.grid, pyramid, targets, self.topk)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)
@@ -82,8 +76,8 @@ class GFLHead(nn.Module):
         weight = logits.detach().sigmoid().amax(-1).where(positive, 0)
         total = mean_over_processes(weight.sum()).clamp(min=1)
         giou = giou_loss(boxes, goals)
-        center = (anchors[..., :2] + anchors[..., 2:]) / 2
-        spread = distribution_focal_loss(distances, point_distances(center, goals)).mean(-1)
+        centers, _ = center_size(anchors)
+        spread = distribution_focal_loss(distances, point_distances(centers, goals)).mean(-1)
         return {
             "class": classes.where(positive | found.negative, 0).sum() / count,
             "giou": (giou.where(positive, 0) * weight).sum() / total,
@@ -98,9 +92,8 @@ class GFLHead(nn.Module):
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         logits, distances = self.predict(pyramid)
-        anchors = self.grid(pyramid)
-        boxes = around(torch.cat(anchors), self.mean(distances) * cell_strides(pyramid)[:, None])
-        return self.selection(logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
+        boxes = around(torch.cat(self.grid(pyramid)), self.mean(distances) * cell_strides(pyramid)[:, None])
+        return self.selection(logits.sigmoid(), None, boxes, pyramid, sizes)
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torchvision.ops import roi_align
 
 from codetr.errors import UserError
 from codetr.heads.roi import RoIPool
+from codetr.nn.class_rows import by_class
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Pyramid, Targets
 
@@ -25,7 +26,7 @@ class MaskBranch(nn.Module):
         convs = [m for _ in range(num_convs) for m in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True))]
         self.convs = nn.Sequential(*convs)
         self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
-        self.classes = nn.Conv2d(width, num_classes, 1)
+        self.classes = by_class(nn.Conv2d(width, num_classes, 1))
         for layer in (*self.convs[::2], self.upsample, self.classes):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)

@@ -7,6 +7,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
+from codetr.nn.class_rows import by_class
+
 
 def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, layer norm over the channels, ReLU, with the epsilon of the official code."""
@@ -37,7 +39,7 @@ class MaskIoU(nn.Module):
         self.convs = nn.Sequential(*(conv_block(widths[i], width, strides[i]) for i in range(num_convs)))
         inputs = [width * ((size + 1) // 2) ** 2, *[hidden_width] * num_hidden]
         self.hidden = nn.Sequential(*(linear_block(inputs[i], hidden_width) for i in range(num_hidden)))
-        self.classes = nn.Linear(inputs[-1], num_classes)
+        self.classes = by_class(nn.Linear(inputs[-1], num_classes))
         nn.init.normal_(self.classes.weight, std=0.01)
         nn.init.zeros_(self.classes.bias)
 

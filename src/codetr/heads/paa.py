@@ -11,8 +11,8 @@ from codetr.assign.paa import assign_paa
 from codetr.heads.common import assigned, assigned_boxes, assigned_labels, flatten, weighted
 from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
-from codetr.nn.anchors import AnchorGrid, BoxCoder
-from codetr.nn.boxes import aligned_iou
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder, aligned_iou
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -59,13 +59,13 @@ class PAAHead(nn.Module):
         return HeadOutput(weighted(losses, self.weights), found)
 
     def assign(self, dense: Dense, pyramid: Pyramid, targets: Targets) -> Positives:
-        anchors, boxes = self.grid(pyramid), targets.boxes_xyxy
-        every = torch.cat(anchors).expand(len(boxes), -1, -1)
-        valid = self.grid.valid(pyramid, targets.sizes)
+        boxes = targets.boxes_xyxy
+        every = torch.cat(self.grid(pyramid)).expand(len(boxes), -1, -1)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_max_iou(every, valid, boxes, targets.valid, self.candidate_iou, self.candidate_iou, 0.0)
         labels, goals = assigned_labels(targets.labels, owner), assigned_boxes(boxes, owner)
         cost = self._cost(dense, every, labels, goals)
-        owner = assign_paa(owner, cost, [len(level) for level in anchors], boxes.shape[1], self.topk)
+        owner = assign_paa(owner, cost, pyramid.cells, boxes.shape[1], self.topk)
         return assigned(every, flatten(pyramid.levels, 1), owner, targets)
 
     @torch.no_grad()
@@ -93,8 +93,7 @@ class PAAHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is the geometric mean of class probability and IoU."""
-        dense, anchors = self.predictor(pyramid), self.grid(pyramid)
-        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.boxes), -1, -1), dense.boxes)
-        level_sizes = [len(level) for level in anchors]
+        dense = self.predictor(pyramid)
+        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
         assert dense.quality is not None
-        return self.selection(dense.logits.sigmoid().sqrt(), dense.quality.sigmoid().sqrt(), boxes, level_sizes, sizes)
+        return self.selection(dense.logits.sigmoid().sqrt(), dense.quality.sigmoid().sqrt(), boxes, pyramid, sizes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
@@ -12,20 +10,14 @@ from torchvision.ops import roi_align
 from codetr.errors import UserError
 from codetr.heads.mask import crop_masks, objects_and_rois
 from codetr.heads.mask_iou import MaskIoU, conv_block, mask_iou_target, share_inside
-from codetr.heads.paste import paste_masks
-from codetr.heads.regions import Regions, predicted_boxes, sample_regions
+from codetr.heads.regions import Regions, sample_regions
 from codetr.heads.roi import RoIPool
+from codetr.nn.boxes import best_pairs
+from codetr.nn.class_rows import by_class
 from codetr.ops.distributed import mean_over_processes
-from codetr.types import Detections, Prediction, Pyramid, Targets, box_scale
+from codetr.types import Detections, Masks, Prediction, Pyramid, Targets
 
 WHOLE = 2  # so many stages predict whole masks, the later ones correct boundaries (sec. 3.3)
-
-
-class Masks(NamedTuple):
-    """Of one image's detections. masks: [n, H, W] bool, of the original image. scores: [n], box score x mask IoU."""
-
-    masks: Tensor
-    scores: Tensor
 
 
 class Refinement(nn.Module):
@@ -88,7 +80,8 @@ class RefineMaskHead(nn.Module):
         *coarse, finest = (width // 2**stage for stage in range(len(stage_weights)))
         self.maps = nn.ModuleList(nn.Conv2d(width, w, 1) for w in coarse)
         self.stages = nn.ModuleList(Refinement(w, dilations) for w in coarse)
-        self.classes = nn.ModuleList([*(nn.Conv2d(w, num_classes, 1) for w in coarse), nn.Conv2d(finest, 1, 1)])
+        by_stage = [by_class(nn.Conv2d(w, num_classes, 1)) for w in coarse]
+        self.classes = nn.ModuleList([*by_stage, nn.Conv2d(finest, 1, 1)])
         for layer in (*self.maps, *self.stages.modules(), *self.classes):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -129,8 +122,9 @@ class RefineMaskHead(nn.Module):
 
     def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]:
         """prediction: of the decoder's last layer, [B, N, ...]; no gradient flows into it. Term -> scalar, weighted."""
-        boxes, valid = predicted_boxes(prediction, targets.sizes, self.num_candidates)
-        regions = sample_regions(boxes, valid, targets, self.positive_iou, self.most_positive, self.most_positive)
+        with torch.no_grad():
+            scores, _, boxes = best_pairs(prediction, targets.frames.sizes, self.num_candidates)
+        regions = sample_regions(boxes, scores > 0, targets, self.positive_iou, self.most_positive, self.most_positive)
         return self.region_losses(pyramid, regions, targets)
 
     def region_losses(self, pyramid: Pyramid, regions: Regions, targets: Targets) -> dict[str, Tensor]:
@@ -154,28 +148,19 @@ class RefineMaskHead(nn.Module):
         return losses | {"iou": error / counts[-1] * self.iou_weight}
 
     @torch.no_grad()
-    def segment(
-        self, pyramid: Pyramid, detections: list[Detections], sizes: Tensor, original_sizes: Tensor
-    ) -> list[Masks]:
-        """Masks of detections, whose boxes are in pixels of the original images, as those of `Detections` are.
-
-        sizes, original_sizes: [B, 2] (height, width) of the files' pixels in the network, without padding or canvas
-        (`Batch.shown_sizes`), and of the files, integers.
-        """
+    def segment(self, pyramid: Pyramid, detections: list[Detections]) -> list[Masks]:
+        """Masks of detections in network pixels."""
         counts = torch.tensor([len(found.scores) for found in detections])
         boxes = torch.cat([found.boxes_xyxy for found in detections])
         images = torch.arange(len(detections)).repeat_interleave(counts).to(boxes.device)
-        scale = (box_scale(sizes) / box_scale(original_sizes)).to(boxes)
         scores, labels = (torch.cat([getattr(found, name) for found in detections]) for name in ("scores", "labels"))
         semantics, masks, ious = self.semantics(pyramid), [], []
         for part in torch.arange(len(images), device=images.device).split(self.regions_per_pass):
-            inside = boxes[part] * scale[images[part]]
-            logits, iou = self(pyramid, semantics, images[part], inside, labels[part])
+            logits, iou = self(pyramid, semantics, images[part], boxes[part], labels[part])
             masks.append(refined(logits).sigmoid())
             ious.append(iou)
-        rows = (torch.cat(masks), boxes, scores * torch.cat(ious))
-        of_images = zip(*(row.split(counts.tolist()) for row in rows), original_sizes.tolist(), strict=True)
-        return [Masks(paste_masks(m, b, (height, width)), s) for m, b, s, (height, width) in of_images]
+        rows = (torch.cat(masks), scores * torch.cat(ious))
+        return [Masks(*own) for own in zip(*(row.split(counts.tolist()) for row in rows), strict=True)]
 
 
 def enlarge(x: Tensor, size: int) -> Tensor:

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.sampling import pack, sample_both
 from codetr.ops.gather import take
-from codetr.types import Prediction, Targets, box_scale
+from codetr.types import Targets
 
 
 class Regions(NamedTuple):
@@ -43,18 +42,3 @@ def sample_regions(
     index, kept = pack(*chosen, num_samples)
     boxes = take(torch.cat([boxes, proposals], 1), index)
     return Regions(boxes, owner.gather(1, index).masked_fill(~kept, IGNORED))
-
-
-@torch.no_grad()
-def predicted_boxes(prediction: Prediction, sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Boxes of the `count` best (query, class) pairs; a box may appear several times.
-
-    prediction: one decoder layer, [B, N, ...]. sizes: [B, 2] (height, width) in pixels. Returns boxes [B, P, 4] xyxy
-    in pixels, cut off at the image, best first, and whether the score is more than 0, [B, P].
-    """
-    num_classes = prediction.logits.shape[-1]
-    scores = prediction.logits.float().sigmoid().flatten(1)
-    best, index = scores.topk(min(count, scores.shape[1]), dim=1)
-    scale = box_scale(sizes).to(best)[:, None]
-    boxes = box_convert(take(prediction.boxes.float(), index // num_classes), "cxcywh", "xyxy") * scale
-    return boxes.clamp(min=0).minimum(scale), best > 0

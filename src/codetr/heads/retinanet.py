@@ -12,7 +12,8 @@ from codetr.assign.max_iou import assign_max_iou
 from codetr.heads.common import assigned, flatten, weighted
 from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
-from codetr.nn.anchors import AnchorGrid, BoxCoder
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder
 from codetr.ops.distributed import mean_over_processes
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
@@ -53,7 +54,7 @@ class RetinaNetHead(nn.Module):
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
         anchors = torch.cat(self.grid(pyramid))
         boxes = targets.boxes_xyxy
-        valid = self.grid.valid(pyramid, targets.sizes)
+        valid = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_max_iou(anchors, valid, boxes, targets.valid, self.positive_iou, self.negative_iou, 0.0)
         features = flatten(pyramid.levels, 1).repeat_interleave(self.grid.per_cell, 1)
         return assigned(anchors.expand(len(boxes), -1, -1), features, owner, targets)
@@ -80,6 +81,6 @@ class RetinaNetHead(nn.Module):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
-        dense, anchors = self.predictor(pyramid), self.grid(pyramid)
-        boxes = self.coder.decode(torch.cat(anchors).expand(len(dense.boxes), -1, -1), dense.boxes)
-        return self.selection(dense.logits.sigmoid(), None, boxes, [len(level) for level in anchors], sizes)
+        dense = self.predictor(pyramid)
+        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
+        return self.selection(dense.logits.sigmoid(), None, boxes, pyramid, sizes)

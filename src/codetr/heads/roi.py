@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from codetr.heads.common import init_normal, tower
+from codetr.nn.class_rows import ClassRows, by_class
 from codetr.types import Pyramid
 
 NOWHERE = -1e4  # pixels: RoIAlign finds nothing, 0, in a box with all its corners here, at any sampling ratio
@@ -75,8 +76,10 @@ class BoxHead(nn.Module):
         sizes = [width * size * size] + [hidden_width] * num_hidden
         layers = [m for i in range(num_hidden) for m in (nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU(True))]
         self.hidden = nn.Sequential(nn.Flatten(), *layers)
-        self.classes = nn.Linear(hidden_width, num_classes + 1)
+        self.classes = by_class(nn.Linear(hidden_width, num_classes + 1), ClassRows(rest=1))
         self.deltas = nn.Linear(hidden_width, 4 if class_agnostic else num_classes * 4)
+        if not class_agnostic:
+            by_class(self.deltas, ClassRows(per_class=4))
         for layer in self.hidden:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)

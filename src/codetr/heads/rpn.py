@@ -11,8 +11,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, relu
 from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
 from codetr.assign.sampling import sample_both
-from codetr.heads.common import assigned_boxes, flatten, init_normal, top_per_level
-from codetr.nn.anchors import AnchorGrid, BoxCoder, clip
+from codetr.heads.common import assigned_boxes, flatten, init_normal, top_per_level, weighted
+from codetr.nn.anchors import AnchorGrid
+from codetr.nn.boxes import BoxCoder, clip
 from codetr.ops.distributed import mean_over_processes
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
@@ -68,7 +69,7 @@ class RPN(nn.Module):
 
     def losses(self, logits: Tensor, deltas: Tensor, pyramid: Pyramid, targets: Targets) -> dict[str, Tensor]:
         anchors, boxes = torch.cat(self.grid(pyramid)), targets.boxes_xyxy
-        inside = self.grid.valid(pyramid, targets.sizes)
+        inside = self.grid.valid(pyramid, targets.frames.sizes)
         owner = assign_max_iou(anchors, inside, boxes, targets.valid, *self.thresholds)
         positive, negative = sample_both(owner >= 0, owner == BACKGROUND, self.most_positive, self.num_samples)
         count = positive.sum(1).clamp(min=1) + negative.sum(1).clamp(min=1)
@@ -79,7 +80,7 @@ class RPN(nn.Module):
             "class": entropy.where(positive | negative, 0).sum() / count,
             "l1": l1.where(positive, 0).sum() / count,
         }
-        return {term: value * self.weights[term] for term, value in losses.items()}
+        return weighted(losses, self.weights)
 
     @torch.no_grad()
     def propose(

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from codetr.errors import UserError
 from codetr.queries.collaborative import CollaborativeQueries
 from codetr.queries.hybrid import HybridQueries
 from codetr.queries.two_stage import TwoStageQueries
-from codetr.types import MAIN
+from codetr.types import MAIN, AuxiliaryHead, Encoder, QuerySource
 
 _RULE = "model.detector.decoder.query_position"
 
 
 def check_agreement(
-    levels: int, encoder: Any, heads: Mapping[str, nn.Module], queries: Mapping[str, Any], decoder: Any
+    levels: int,
+    encoder: Encoder,
+    heads: Mapping[str, AuxiliaryHead],
+    queries: Mapping[str, QuerySource],
+    decoder: Any,
 ) -> None:
     """levels: that the neck makes. Raises UserError for parts of which one wants what the others do not bring, or
     brings what nothing takes: parameters without a gradient."""
@@ -32,7 +34,7 @@ def check_agreement(
     _check_sources(heads, queries)
 
 
-def _check_positions(queries: Mapping[str, Any], decoder: Any) -> None:
+def _check_positions(queries: Mapping[str, QuerySource], decoder: Any) -> None:
     rule = decoder.query_position
     wrong = [name for name, source in queries.items() if source.brings_position != rule.wants_position]
     if not wrong:
@@ -50,7 +52,7 @@ def _check_positions(queries: Mapping[str, Any], decoder: Any) -> None:
     )
 
 
-def _check_references(queries: Mapping[str, Any], decoder: Any) -> None:
+def _check_references(queries: Mapping[str, QuerySource], decoder: Any) -> None:
     rule = decoder.query_position
     points = [name for name, source in queries.items() if not source.brings_reference]
     if decoder.reference_head is None and points:
@@ -83,7 +85,7 @@ def _check_locations(decoder: Any) -> None:
         )
 
 
-def _check_sources(heads: Mapping[str, nn.Module], queries: Mapping[str, Any]) -> None:
+def _check_sources(heads: Mapping[str, AuxiliaryHead], queries: Mapping[str, QuerySource]) -> None:
     main = queries[MAIN]
     for name, source in queries.items():
         key = f"model.detector.queries.{name}"

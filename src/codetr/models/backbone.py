@@ -61,22 +61,59 @@ def _cached(hub_id: str | None) -> str | None:
     return None
 
 
-class Backbone(nn.Module):
-    """Any timm model with feature maps.
-
-    Normalises colours on the device, so that workers ship uint8 and the constants travel with the weights.
-
-    name: timm model. out_indices: timm's feature levels (a ResNet's 1..4 are C2..C5). pretrained: see
-    `pretrained_weights`. norm: "frozen" replaces
-    batch norms by their frozen form (the papers'), "batch" trains them, "group" builds the network with group
-    norm (training from scratch on small batches). frozen_stages: the first n stages are not trained, the stem
-    counts as the first. arguments: further keywords for `timm.create_model`.
-
-    Raises UserError when timm does not know the name, and for weights that cannot be had.
-    """
+class Normalize(nn.Module):
+    """Colours, normalised on the device: workers ship uint8, and the constants travel with the model."""
 
     mean: Tensor
     std: Tensor
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, padding: Tensor) -> Tensor:
+        """[B, 3, H, W] uint8 -> float, zero on the padding [B, H, W]."""
+        return ((images.float() - self.mean) / self.std).masked_fill(padding[:, None], 0)
+
+
+def feature_network(name: str, out_indices: tuple[int, ...], pretrained: bool | str, arguments: dict[str, Any]) -> Any:
+    """timm's model `name` with feature maps, which its `feature_info` describes.
+
+    out_indices: timm's feature levels. pretrained: see `pretrained_weights`. arguments: further keywords for
+    `timm.create_model`.
+
+    Raises UserError when timm does not know the name, and for weights that cannot be had.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
+        raise UserError(f"model.backbone.name={name}: timm has no such model (near: {near})")
+    weights = pretrained_weights(name, pretrained)
+    return timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **weights, **arguments)
+
+
+def freeze_stages(body: nn.Module, count: int) -> None:
+    """The first `count` stages are not trained; stage 0 is whatever comes before the first feature stage (`layer1`,
+    `stages_0`, ...)."""
+    stage = 0
+    for child_name, child in body.named_children():
+        if child_name.startswith(("layer", "stages", "layers")):
+            stage += 1
+        if stage < count:
+            child.requires_grad_(False)
+
+
+class Backbone(nn.Module):
+    """Any timm model with feature maps.
+
+    name: timm model. out_indices: timm's feature levels (a ResNet's 1..4 are C2..C5). pretrained: see
+    `pretrained_weights`. norm: "frozen" replaces batch norms by their frozen form (the papers'), "batch" trains them,
+    "group" builds the network with group norm (training from scratch on small batches). frozen_stages: the first n
+    stages are not trained, the stem counts as the first. mean, std: of the colours, 0 to 255. arguments: further
+    keywords for `timm.create_model`.
+
+    Raises UserError when timm does not know the name, and for weights that cannot be had.
+    """
 
     def __init__(
         self,
@@ -90,34 +127,16 @@ class Backbone(nn.Module):
         arguments: dict[str, Any],
     ) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
-            raise UserError(f"model.backbone.name={name}: timm has no such model (near: {near})")
         if norm == "group":
             arguments = {**arguments, "norm_layer": partial(nn.GroupNorm, 8)}
-        weights = pretrained_weights(name, pretrained)
-        body: Any = timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **weights, **arguments)
+        body = feature_network(name, out_indices, pretrained, arguments)
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(body.feature_info.reduction())
         body = freeze_batch_norm_2d(body) if norm == "frozen" else body
         # Faster convolutions on CPUs and GPUs, and levels that flatten into tokens without a copy.
         self.body = body.to(memory_format=torch.channels_last)
-        self._freeze_stages(frozen_stages)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def _freeze_stages(self, count: int) -> None:
-        """Stage 0 is whatever comes before the first feature stage (`layer1`, `stages_0`, ...)."""
-        stage = 0
-        for child_name, child in self.body.named_children():
-            if child_name.startswith(("layer", "stages", "layers")):
-                stage += 1
-            if stage < count:
-                child.requires_grad_(False)
-
-    def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
-        """[B, 3, H, W] uint8 -> float, zero on the padding."""
-        return ((images.float() - self.mean) / self.std).masked_fill(padding[:, None], 0)
+        freeze_stages(self.body, frozen_stages)
+        self.normalize = Normalize(mean, std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images -> feature maps [B, C_i, H_i, W_i], finest first."""

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from codetr.heads.refine_mask import Masks, RefineMaskHead
 from codetr.models.agreement import check_agreement
-from codetr.models.backbone import Backbone
-from codetr.types import MAIN, Detections, Memory, Output, Prediction, QueryContext, Targets, box_scale
+from codetr.models.decoder import Decoder
+from codetr.types import (
+    MAIN,
+    AuxiliaryHead,
+    Detections,
+    Encoder,
+    ImageBackbone,
+    MaskHead,
+    Masks,
+    Memory,
+    Neck,
+    Output,
+    Prediction,
+    Pyramid,
+    QueryContext,
+    QuerySource,
+    Targets,
+)
+
+Adapter = Callable[[Memory], Pyramid]
 
 
 class Detector(nn.Module):
@@ -26,14 +42,14 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
-        neck: nn.Module,
-        encoder: nn.Module,
-        adapter: nn.Module | None,
-        heads: Mapping[str, nn.Module],
-        queries: Mapping[str, nn.Module],
-        decoder: nn.Module,
-        mask_head: RefineMaskHead | None,
+        backbone: ImageBackbone,
+        neck: Neck,
+        encoder: Encoder,
+        adapter: Adapter | None,
+        heads: Mapping[str, AuxiliaryHead],
+        queries: Mapping[str, QuerySource],
+        decoder: Decoder,
+        mask_head: MaskHead | None,
         mask_groups: tuple[str, ...],
     ) -> None:
         super().__init__()
@@ -41,8 +57,8 @@ class Detector(nn.Module):
             raise ValueError(f"a detector needs a first query source named {MAIN!r}, got {list(queries)}")
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.adapter = adapter
-        self.heads = nn.ModuleDict(heads)
-        self.queries = nn.ModuleDict(queries)
+        self.heads = nn.ModuleDict(cast("Mapping[str, nn.Module]", heads))
+        self.queries = nn.ModuleDict(cast("Mapping[str, nn.Module]", queries))
         self.decoder = decoder
         self.mask_head, self.mask_groups = mask_head, mask_groups
 
@@ -55,16 +71,17 @@ class Detector(nn.Module):
         """With targets: every group and every head's loss. Without: the main group alone."""
         memory = self.encode(images, padding)
         context = QueryContext(memory, targets)
-        losses = {}
         pyramid = self.adapter(memory) if targets is not None and self.adapter is not None else None
+        head_losses = {}
         for name, head in self.heads.items() if pyramid is not None else ():
             output = head(pyramid, targets)
-            losses[name], context.positives[name] = output.losses, output.positives
+            head_losses[name], context.positives[name] = output.losses, output.positives
         self._ask_sources(context)
         predictions = self.decoder(context.groups, memory)
+        mask_losses = {}
         if self.mask_head is not None and pyramid is not None and targets is not None:
-            losses["masks"] = self.mask_head.losses(pyramid, self._candidates(predictions), targets)
-        return Output(context.groups, predictions, losses, memory)
+            mask_losses = self.mask_head.losses(pyramid, self._candidates(predictions), targets)
+        return Output(context.groups, predictions, head_losses, mask_losses, memory)
 
     def _candidates(self, predictions: dict[str, Prediction]) -> Prediction:
         """The last layer's predictions from which the mask head learns."""
@@ -81,33 +98,23 @@ class Detector(nn.Module):
         return self.forward(images, padding).predictions[MAIN].last
 
     @torch.no_grad()
-    def detect_with_heads(self, memory: Memory, sizes: Tensor, original_sizes: Tensor) -> dict[str, list[Detections]]:
-        """What each auxiliary head finds on its own (Co-DETR, table 11), in pixels of the original images.
+    def detect_with_heads(self, memory: Memory, sizes: Tensor) -> dict[str, list[Detections]]:
+        """What each auxiliary head finds on its own (Co-DETR, table 11), in network pixels.
 
-        sizes, original_sizes: [B, 2] (height, width) of the images in the network and in their files.
+        sizes: [B, 2] (height, width) of the images, as in `Frames`.
         """
         if self.adapter is None:
             return {}
         pyramid = self.adapter(memory)
-        scale = (box_scale(original_sizes) / box_scale(sizes)).to(memory.tokens.device)
-        heads: dict[str, Any] = dict(self.heads.items())
-        found = {name: head.detect(pyramid, sizes) for name, head in heads.items()}
-        return {
-            name: [replace(d, boxes_xyxy=d.boxes_xyxy * s) for d, s in zip(images, scale, strict=True)]
-            for name, images in found.items()
-        }
+        heads = cast("Mapping[str, AuxiliaryHead]", self.heads)
+        return {name: head.detect(pyramid, sizes) for name, head in heads.items()}
 
     @torch.no_grad()
-    def segment(
-        self, memory: Memory, detections: list[Detections], sizes: Tensor, original_sizes: Tensor
-    ) -> list[Masks]:
-        """Instance masks of detections in pixels of the original images. Raises ValueError without a mask head.
-
-        sizes, original_sizes: as in `detect_with_heads`.
-        """
+    def segment(self, memory: Memory, detections: list[Detections]) -> list[Masks]:
+        """Instance masks of detections in network pixels, each in its box. Raises ValueError without a mask head."""
         if self.mask_head is None or self.adapter is None:
             raise ValueError("this detector has no mask head (model.detector.mask_head)")
-        return self.mask_head.segment(self.adapter(memory), detections, sizes, original_sizes)
+        return self.mask_head.segment(self.adapter(memory), detections)
 
     def training_only_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the parameters that inference neither needs nor builds."""
@@ -116,16 +123,16 @@ class Detector(nn.Module):
 
 
 def build_detector(
-    backbone: Backbone,
-    neck: Callable[..., nn.Module],
-    encoder: nn.Module,
-    adapter: Callable[..., nn.Module],
-    heads: Mapping[str, nn.Module],
-    main: Callable[..., nn.Module],
+    backbone: ImageBackbone,
+    neck: Callable[..., Neck],
+    encoder: Encoder,
+    adapter: Callable[..., Adapter],
+    heads: Mapping[str, AuxiliaryHead],
+    main: Callable[..., QuerySource],
     query_groups: int,
-    queries: Mapping[str, nn.Module],
-    decoder: nn.Module,
-    mask_head: RefineMaskHead | None,
+    queries: Mapping[str, QuerySource],
+    decoder: Decoder,
+    mask_head: MaskHead | None,
     mask_groups: tuple[str, ...],
 ) -> Detector:
     """Put the parts together, with what follows from the backbone: the neck's input and the memory's strides.
@@ -136,7 +143,7 @@ def build_detector(
 
     Raises UserError when the parts do not fit together.
     """
-    levels: Any = neck(in_channels=backbone.channels)
+    levels = neck(in_channels=backbone.channels)
     strides = levels.strides(backbone.strides)
     replicas = {MAIN if k == 1 else f"group_{k}": main(weight=1 / query_groups) for k in range(1, query_groups + 1)}
     check_agreement(len(strides), encoder, heads, {**replicas, **queries}, decoder)

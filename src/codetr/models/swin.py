@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from codetr.errors import UserError
-from codetr.models.backbone import Backbone
+from codetr.models.backbone import Normalize, feature_network, freeze_stages
 
 
-class Swin(Backbone):
+class Swin(nn.Module):
     """timm's Swin for images of any size, as the detection code of Swin and of Co-DETR computes it.
 
     Layers, weights and names are timm's, which lacks:
@@ -35,7 +35,7 @@ class Swin(Backbone):
     ceil(side / stride_i) cells.
 
     out_indices: stages 0..3 have strides 4..32. checkpointing: blocks recompute their activations (less memory, more
-    time). The others: see `Backbone`.
+    time). The others: see `codetr.models.backbone.Backbone`.
 
     Raises UserError when `name` is no Swin of timm's.
     """
@@ -59,16 +59,22 @@ class Swin(Backbone):
             "always_partition": True,
             "embed_layer": partial(PatchEmbed, dynamic_img_pad=True),
         }
-        super().__init__(name, out_indices, pretrained, "batch", frozen_stages, mean, std, arguments)
+        super().__init__()
+        body = feature_network(name, out_indices, pretrained, arguments)
+        self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
+        self.strides: tuple[int, ...] = tuple(body.feature_info.reduction())
+        self.body = body.to(memory_format=torch.channels_last)
+        freeze_stages(self.body, frozen_stages)
         for child_name, child in self.body.named_children():
             if isinstance(child, SwinTransformerStage):
                 self.body[child_name] = Stage(child, checkpointing)
         self.norms = nn.ModuleDict(
             {str(i): nn.LayerNorm(width) for i, width in zip(out_indices, self.channels, strict=True)}
         )
+        self.normalize = Normalize(mean, std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        levels = super().forward(images)
+        levels = self.body(images.contiguous(memory_format=torch.channels_last))
         return [norm(level).permute(0, 3, 1, 2) for norm, level in zip(self.norms.values(), levels, strict=True)]
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from codetr.errors import UserError
-from codetr.models.backbone import Backbone
+from codetr.models.backbone import Normalize, feature_network
 
 UNITS = 16  # positions per side of the image in pretraining; every rotary table spans as many
 
 
-class ViT(Backbone):
+class ViT(nn.Module):
     """timm's EVA-02 for images of any size, as the detection code of EVA-02 and of Co-DETR computes it.
 
     Layers, weights and names are timm's, which lacks:
@@ -31,7 +31,7 @@ class ViT(Backbone):
     window: cells per side. global_blocks: indices of the blocks that attend to the whole map. rotary_canvas: image
     side in pixels that the rotary embedding of the global blocks spans, whatever the image's size; None: every image's
     own height and width. Both are the same for images of that size. checkpointed_blocks: the first n blocks recompute
-    their activations in the backward pass. The others: see `Backbone`.
+    their activations in the backward pass. The others: see `codetr.models.backbone.Backbone`.
 
     Raises UserError when `name` is no EVA-02 of timm's, or lacks one of `global_blocks`.
     """
@@ -51,9 +51,11 @@ class ViT(Backbone):
         if not name.startswith("eva02_"):
             raise UserError(f"model.backbone.name={name}: not an EVA-02 of timm's, which are named eva02_*")
         arguments = {**arguments, "dynamic_img_size": True, "dynamic_img_pad": True}
-        super().__init__(name, (-1,), pretrained, "batch", 0, mean, std, arguments)
-        eva: Any = self.body.model
-        del self.body
+        super().__init__()
+        network = feature_network(name, (-1,), pretrained, arguments)
+        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        self.strides: tuple[int, ...] = tuple(network.feature_info.reduction())
+        eva: Any = network.model.to(memory_format=torch.channels_last)
         if not set(global_blocks) <= set(range(len(eva.blocks))):
             raise UserError(f"model.backbone.global_blocks={list(global_blocks)}: {name} has {len(eva.blocks)} blocks")
         self.window, self.rotary_canvas = window, rotary_canvas
@@ -64,6 +66,7 @@ class ViT(Backbone):
         )
         self.norm = nn.LayerNorm(self.channels[0])
         self.head_width: int = eva.blocks[0].attn.head_dim
+        self.normalize = Normalize(mean, std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.patch_embed(images.contiguous(memory_format=torch.channels_last))

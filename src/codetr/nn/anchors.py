@@ -1,16 +1,13 @@
-"""Anchors on a pyramid, and the box deltas relative to them (Faster R-CNN, sec. 3.1.2)."""
+"""Anchors on a pyramid (Faster R-CNN, sec. 3.1.2)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from codetr.types import Pyramid, box_scale
-
-MAX_LOG_SCALE = abs(math.log(16 / 1000))  # no decoded side is more than 62.5 times its anchor's
+from codetr.types import Pyramid
 
 
 class AnchorGrid(nn.Module):
@@ -50,37 +47,3 @@ class AnchorGrid(nn.Module):
             inside = (y < sizes[:, :1])[:, :, None] & (x < sizes[:, 1:])[:, None, :]
             parts.append(inside.flatten(1).repeat_interleave(self.per_cell, 1))
         return torch.cat(parts, 1)
-
-
-class BoxCoder(nn.Module):
-    """Deltas (dx, dy, dw, dh) of boxes relative to anchors, divided by `stds`; boxes are xyxy in pixels."""
-
-    stds: Tensor
-
-    def __init__(self, stds: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("stds", torch.tensor(tuple(stds)), persistent=False)
-
-    def encode(self, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """[..., 4], [..., 4] -> [..., 4]."""
-        (anchor_center, anchor_size), (center, size) = _center_size(anchors), _center_size(boxes)
-        deltas = torch.cat([(center - anchor_center) / anchor_size, (size / anchor_size).log()], -1)
-        return deltas / self.stds
-
-    def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        """[..., 4], [..., 4] -> [..., 4], not clipped to the image."""
-        shift, log_scale = (deltas * self.stds).split(2, -1)
-        anchor_center, anchor_size = _center_size(anchors)
-        center = anchor_center + shift * anchor_size
-        half = anchor_size * log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp() / 2
-        return torch.cat([center - half, center + half], -1)
-
-
-def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = boxes.split(2, -1)
-    return (low + high) / 2, high - low
-
-
-def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clip xyxy boxes [B, N, 4] to their images. sizes: [B, 2] (height, width)."""
-    return boxes.clamp(min=0).minimum(box_scale(sizes)[:, None])

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from codetr.nn.class_rows import by_class
+
 Activation = Literal["relu", "prelu"]
 
 
@@ -42,7 +44,7 @@ def class_head(width: int, num_classes: int, prior: float = 0.01) -> nn.Linear:
     """A linear classifier whose sigmoid starts at `prior` (RetinaNet, sec. 4.1)."""
     head = nn.Linear(width, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
-    return head
+    return by_class(head)
 
 
 def box_head(width: int) -> MLP:

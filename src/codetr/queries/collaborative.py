@@ -52,7 +52,7 @@ class CollaborativeQueries(nn.Module):
         assert context.targets is not None
         positives = context.positives[self.head]
         chosen, valid = self._choose(positives)
-        scale = box_scale(context.targets.sizes)[:, None]
+        scale = box_scale(context.targets.frames.sizes)[:, None]
         boxes = box_convert(take(positives.boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
         goals = box_convert(take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
         labels = positives.labels.gather(1, chosen).masked_fill(~valid, -1)

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torchvision.ops import box_convert
 
 from codetr.nn.boxes import inverse_sigmoid
+from codetr.nn.class_rows import by_class
 from codetr.types import MAIN, Known, QueryContext, QueryGroup, Targets
 
 
@@ -46,7 +47,7 @@ class DenoisingQueries(nn.Module):
         self.label_noise, self.box_noise, self.weight = label_noise, box_noise, weight
         self.indicator, self.unused, self.eps = indicator, unused, eps
         self.brings_position, self.brings_reference = False, True
-        self.label_embedding = nn.Embedding(num_classes, width - indicator)
+        self.label_embedding = by_class(nn.Embedding(num_classes, width - indicator))
 
     def forward(self, context: QueryContext) -> QueryGroup:
         assert context.targets is not None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from codetr.errors import UserError
 from codetr.nn.boxes import inverse_sigmoid
+from codetr.nn.class_rows import ClassRows, by_class
 from codetr.nn.mlp import box_head, class_head
 from codetr.nn.position import cell_centres, sine_reference
 from codetr.ops.gather import take
@@ -68,7 +69,7 @@ class TwoStageQueries(nn.Module):
         self.num_queries, self.class_agnostic, self.eps = num_queries, class_agnostic, eps
         self.repeats, self.weight = repeats, weight
         self.projection = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
-        self.class_head = class_head(width, num_classes)
+        self.class_head = by_class(class_head(width, num_classes), ClassRows(agnostic=class_agnostic))
         self.box_head = box_head(width)
         self.content = nn.Embedding(num_queries, width) if mixed_selection else None
         self.embedding = ProposalEmbedding(width, temperature) if embed_position else None
@@ -84,13 +85,14 @@ class TwoStageQueries(nn.Module):
         selected = Prediction(take(logits, top), boxes)
         reference = selected.boxes.detach()
         position, content = self._embed(reference)
-        group = QueryGroup(content, reference, Matching(self.repeats), position, weight=self.weight)
+        targets = Matching(self.repeats)
+        group = QueryGroup(content, reference, targets, position, weight=self.weight)
         if context.targets is not None:
             if self.class_agnostic:
                 every = Prediction(logits, (self.box_head(tokens) + anchors).sigmoid())
-                group.proposals = Proposals(every, class_agnostic=True)
+                group.proposals = Proposals(every, targets, class_agnostic=True)
             else:
-                group.proposals = Proposals(selected)
+                group.proposals = Proposals(selected, targets)
         return group
 
     def _embed(self, reference: Tensor) -> tuple[Tensor | None, Tensor]:
