@@ -95,7 +95,7 @@ class Targets(_Movable):
 
 
 class Truth(TypedDict):
-    """What is known of an image: all its objects of an image, crowds included, in pixels of its file.
+    """What is known of an image: all its objects, crowds included, in pixels of its file.
 
     boxes: [m, 4] xyxy float64. labels: [m] int64. iscrowd: [m] bool. area: [m] float64, as in the file.
     ignore: [m] bool, objects that count neither as found nor as missed.

@@ -22,6 +22,9 @@ BUNDLES = [
     "co_dino_5scale_lsj_vit_lvis",
     "co_dino_5scale_vit_instance",
 ]
+# Where the record decided otherwise than we do, as docs/faithfulness.md says: topk took another one of two equally near
+# anchors.
+NOTES = {("co_dino_5scale_swin", "assignment"): {"ATSS, labels"}}
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
@@ -37,6 +40,7 @@ def test_a_stage_is_what_the_official_code_computes(bundle: Bundle, stage: str) 
     compared = lines(stage, bundle)
     assert len(compared) > 5
     assert [line for line in compared if not line.passes] == []
+    assert {line.stage for line in compared if line.note} == NOTES.get((bundle.folder.name, stage), set())
     assert any(": gradient" in line.stage for line in compared) == (stage == "training")
     # `check.py` must hold for other bundles too. In these, gradients are equal to about 1e-5, but for two parts: the
     # group norm over one or two cells of the coarsest level, and masks with their thresholds; and but for samples that
@@ -120,8 +124,7 @@ def test_recorded_boxes_without_height_are_named_and_left_out(small: Bundle) -> 
 
 
 def test_only_equally_near_anchors_are_accepted_as_recorded(small: Bundle) -> None:
-    """A record in which a positive anchor and its neighbour have changed places fails; that of Co-DINO with a Swin, in
-    which topk took another one of two equally near anchors, passes and says so."""
+    """A record in which a positive anchor and its neighbour have changed places fails."""
     labels = small.train["train.atss_target.labels"].clone()
     first = int((labels[0] < small.sizes["num_classes"]).nonzero()[0])
     labels[0, first], labels[0, first + 1] = labels[0, first + 1].item(), labels[0, first].item()
