@@ -161,7 +161,7 @@ def test_a_step_of_every_distinct_composition(row: Row) -> None:
 def test_commands() -> None:
     row = find(ROWS, "group_detr_t3_conditional_k11")
     one = command(row, 2, ["seed=1"])
-    assert {"model.query_groups=11", "schedule=12e_step", "trainer.devices=2", "data.batch_size=8", "seed=1"} <= set(
+    assert {"model.query_groups=11", "trainer.max_epochs=12", "trainer.devices=2", "data.batch_size=8", "seed=1"} <= set(
         one
     )
     many = torchrun(row, devices=8, nodes=2, extra=[])
