@@ -52,12 +52,13 @@ PARTS: Choices = [
     MODELS,
     [
         [],
-        *([MAIN_QUERIES + kind] for kind in ("learned", "positions", "anchors", "two_stage")),
+        *([MAIN_QUERIES + kind] for kind in ("learned", "two_stage")),
+        *([MAIN_QUERIES + "learned", f"model.detector.main.content={content}"] for content in ("zeros", "shared")),
         [MAIN_QUERIES + "two_stage", "model.detector.main.class_agnostic=false"],
         [MAIN_QUERIES + "two_stage", "model.detector.main.mixed_selection=false"],
     ],
     [[], *([POSITION + rule] for rule in ("given", "reference", "conditional", "modulated"))],
-    [[], ["model.embed_position=true"], ["model.embed_position=false"]],
+    [[], ["model.indicator=true"], ["model.detector.collaborative=null"], ["model/collaborator=[atss]"]],
     [[], [ATTENTION + "conditional"], [ATTENTION + "deformable"]],
     [[], ["model/encoder@model.detector.encoder=dense"], ["model/encoder@model.detector.encoder=deformable"]],
 ]
