@@ -99,6 +99,29 @@ def test_two_heads_of_one_kind() -> None:
     assert output.head_losses["atss"]["class"] != output.head_losses["second"]["class"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (["model.detector.collaborative.weight=0.5"], {"faster_rcnn": 0.5, "atss": 0.5}),
+        (["model.detector.collaborative=null"], {}),
+        (["+model.detector.queries.atss=null"], {"faster_rcnn": 1.0}),
+        (
+            ["+model/query@model.detector.queries.atss=collaborative", "model.detector.queries.atss.weight=0.5"],
+            {"faster_rcnn": 1.0, "atss": 0.5},
+        ),
+    ],
+)
+def test_the_groups_of_the_heads(overrides: list[str], weights: dict[str, float]) -> None:
+    """One for each, from one place; none; or a head's own."""
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        config = compose("train", ["model=co_deformable_tiny", "model.num_classes=3", *overrides])
+    with torch.device("meta"):
+        detector = instantiate(config.model.detector, _convert_="all")
+    assert list(detector.heads) == ["faster_rcnn", "atss"]
+    assert {name: source.weight for name, source in detector.queries.items() if name != "main"} == weights
+    assert all(detector.queries[name].head == name for name in weights)
+
+
 def test_the_readme_and_the_reproduction_page_are_up_to_date() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:

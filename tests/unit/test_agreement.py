@@ -3,6 +3,7 @@ refused with a sentence when it is built."""
 
 import itertools
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -141,3 +142,18 @@ def test_every_combination_trains_or_is_refused(choices: Choices, part: int) -> 
         except Exception as error:
             raise AssertionError(f"{' '.join(overrides)}: neither a step nor a refusal") from error
         assert refused == "" or "model." in refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model=deformable_pp", SOURCE + ".extra=denoising"], "denoising queries bring boxes alone"),
+        (["model=dn_detr", "model.detector.queries.denoising.indicator=false"], r"set model\.indicator alone"),
+        (["model=dino", "model.indicator=true"], r"denoising\.indicator=True: .* which learned ones can"),
+        (["model=deformable_detr", SOURCE + ".extra=collaborative"], r"queries\.extra: .*heads has none"),
+        (["model=deformable_pp", MAIN_QUERIES + "learned"], "reference_head=null: the query sources main"),
+        (["model=deformable_detr", POSITION + "reference"], "nothing is left for it to predict"),
+    ],
+)
+def test_a_refusal_says_what_does_not_fit(overrides: list[str], sentence: str) -> None:
+    assert re.search(sentence, outcome(overrides))

@@ -1,4 +1,4 @@
-"""What must hold for every auxiliary head of conf/model/collaborator: whom candidates go to, symmetries, padding, gradients."""
+"""What must hold for every auxiliary head of conf/: whom candidates go to, symmetries, padding, gradients."""
 
 from functools import cache
 

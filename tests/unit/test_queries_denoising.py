@@ -30,7 +30,9 @@ def group(
     memory = Memory(
         nothing, nothing, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2).int(), torch.ones(2, 0, 2)
     )
-    source = DenoisingQueries(WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, unused, 1e-6, 1.0, False)
+    source = DenoisingQueries(
+        WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, unused, 1e-6, 1.0, False
+    )
     made = source(QueryContext(memory, targets))
     return made, targets
 

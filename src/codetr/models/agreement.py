@@ -44,7 +44,7 @@ def _check_references(queries: Mapping[str, QuerySource], decoder: Any) -> None:
         raise UserError(
             f"model.detector.decoder.reference_head=null: the query sources {', '.join(points)} bring positions only, "
             "from which it must predict points; configure one (as conf/model/deformable_detr.yaml does), or choose "
-            f"main queries that are boxes: two_stage, or anchors, which model/position@{_RULE}=reference makes of learned"
+            f"main queries that are boxes: two_stage, or learned ones with model/position@{_RULE}=reference"
         )
     if decoder.reference_head is not None and not points:
         raise UserError(

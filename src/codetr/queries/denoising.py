@@ -49,8 +49,9 @@ class DenoisingQueries(nn.Module):
         super().__init__()
         if embed_position:
             raise UserError(
-                "denoising queries bring boxes alone, and the decoder takes the positions of its queries: leave them out, "
-                "or let it derive positions, model/position@model.detector.decoder.query_position=reference or modulated"
+                "denoising queries bring boxes alone, and the decoder takes the positions of its queries: leave them "
+                "out, or let it derive positions, model/position@model.detector.decoder.query_position=reference or "
+                "modulated"
             )
         self.num_classes, self.num_queries, self.contrastive = num_classes, num_queries, contrastive
         self.label_noise, self.box_noise, self.weight = label_noise, box_noise, weight

@@ -14,11 +14,13 @@ from codetr.types import Matching, QueryContext, QueryGroup
 class LearnedQueries(nn.Module):
     """The same queries for every image.
 
+    content: `zeros` (DETR), one vector `shared` by all (DN-DETR: the label "unknown"), or a vector of each query's own
+        (Deformable DETR).
+    indicator: the last channel of the content is 0, since denoising queries have 1 there (DN-DETR, sec. 3.5).
+    repeats: every object is matched so many times, the naive one-to-many assignment of Group DETR's figure 1.
     embed_position: each query owns a position, from which the decoder predicts a reference point (DETR, Conditional
-    DETR, Deformable DETR); otherwise an anchor box, from which it derives positions (DAB-DETR). content: `zeros` (DETR), one vector `shared` by all (DN-DETR: the
-    label "unknown"), or a vector of each query's own (Deformable DETR). indicator: the last channel of the content is
-    0, since denoising queries have 1 there (DN-DETR, sec. 3.5). repeats: every object is matched so many times, the
-    naive one-to-many assignment of Group DETR's figure 1. weight: of the group's losses.
+        DETR, Deformable DETR); otherwise an anchor box, from which it derives positions (DAB-DETR).
+    weight: of the group's losses.
     """
 
     def __init__(
