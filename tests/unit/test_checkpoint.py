@@ -157,7 +157,6 @@ def test_every_layer_that_grows_with_the_classes_declares_how() -> None:
         "model.detector.mask_head.iou.hidden_width=16",
         "+model/query@model.detector.queries.denoising=denoising",
         "model.detector.main.class_agnostic=false",
-        "model.embed_position=false",
         "model/position@model.detector.decoder.query_position=reference",
     )
     few, many = (detector(tuple("abcde")[:number], f"model/collaborator={heads}", *more) for number in (3, 5))
