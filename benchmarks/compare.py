@@ -77,7 +77,7 @@ STUDIES = {
         "compare",
         {
             "neither": _heads(),
-            "auxiliary head": [*_heads("atss"), "~model.detector.queries.atss"],
+            "auxiliary head": [*_heads("atss"), "model.detector.collaborative=null"],
             "positive queries": [*_heads("atss"), "criterion.lambda_2=0"],
             "both": _heads("atss"),
         },

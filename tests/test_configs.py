@@ -88,9 +88,7 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
 def test_two_heads_of_one_kind() -> None:
     """As the README adds them: each with weights and queries of its own."""
     overrides = ["model=co_deformable_tiny", "model/collaborator=[atss]", "model.num_classes=3"]
-    overrides += ["+model/head@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
-    overrides += ["+model/query@model.detector.queries.second=collaborative"]
-    overrides += ["model.detector.queries.second.head=second"]
+    overrides += ["+model/collaborator@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
     with initialize_config_module("codetr.conf", version_base="1.3"):
         config = compose("train", overrides)
     detector = instantiate(config.model.detector, _convert_="all")
@@ -99,6 +97,29 @@ def test_two_heads_of_one_kind() -> None:
     output = detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64).bool(), targets)
     assert list(output.groups) == ["main", "atss", "second"]
     assert output.head_losses["atss"]["class"] != output.head_losses["second"]["class"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (["model.detector.collaborative.weight=0.5"], {"faster_rcnn": 0.5, "atss": 0.5}),
+        (["model.detector.collaborative=null"], {}),
+        (["+model.detector.queries.atss=null"], {"faster_rcnn": 1.0}),
+        (
+            ["+model/query@model.detector.queries.atss=collaborative", "model.detector.queries.atss.weight=0.5"],
+            {"faster_rcnn": 1.0, "atss": 0.5},
+        ),
+    ],
+)
+def test_the_groups_of_the_heads(overrides: list[str], weights: dict[str, float]) -> None:
+    """One for each, from one place; none; or a head's own."""
+    with initialize_config_module("codetr.conf", version_base="1.3"):
+        config = compose("train", ["model=co_deformable_tiny", "model.num_classes=3", *overrides])
+    with torch.device("meta"):
+        detector = instantiate(config.model.detector, _convert_="all")
+    assert list(detector.heads) == ["faster_rcnn", "atss"]
+    assert {name: source.weight for name, source in detector.queries.items() if name != "main"} == weights
+    assert all(detector.queries[name].head == name for name in weights)
 
 
 def test_the_readme_and_the_reproduction_page_are_up_to_date() -> None:

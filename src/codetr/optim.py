@@ -130,9 +130,16 @@ def constant(epoch: float, epochs: float) -> float:
     return 1.0
 
 
-def multistep(epoch: float, epochs: float, milestones: Collection[float], gamma: float) -> float:
-    """Times gamma at each milestone (in epochs)."""
-    return gamma ** sum(epoch >= milestone for milestone in milestones)
+def multistep(
+    epoch: float, epochs: float, milestones: Mapping[str, Collection[float]], otherwise: float, gamma: float
+) -> float:
+    """Times gamma at each milestone.
+
+    milestones: in epochs, by the length of the training: {"12e": [11], "36e": [30]}.
+    otherwise: the only milestone of a training of any other length, as a share of it.
+    """
+    passed = milestones.get(f"{epochs:g}e", [otherwise * epochs])
+    return gamma ** sum(epoch >= milestone for milestone in passed)
 
 
 def cosine(epoch: float, epochs: float, final: float) -> float:

@@ -86,7 +86,10 @@ RULES = (
     ),
     Rule(("model.detector.backbone.pretrained",), Effect.NONE, "the weights are those of the run"),
     Rule(
-        ("model.dropout", "model.*.dropout", "model.*.checkpointed_layers", "model.detector.queries.*.weight"),
+        (
+            *("model.dropout", "model.*.dropout", "model.*.checkpointed_layers"),
+            *("model.detector.collaborative.weight", "model.detector.queries.*.weight"),
+        ),
         Effect.TAKES,
         "no weight depends on it",
     ),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from codetr import application, resume
+from codetr.derived import read_needed_masks
 from codetr.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def train(config: DictConfig) -> float | None:
     from codetr.trainer import build_trainer
 
     meet_anew()
+    read_needed_masks(config)
     # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     # Nothing changes a prediction in place.

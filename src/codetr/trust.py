@@ -37,6 +37,7 @@ _TRANSFORMS = [
     "Pad",
     "RandomAdjustSharpness",
     "RandomAffine",
+    "RandomApply",
     "RandomAutocontrast",
     "RandomChannelPermutation",
     "RandomChoice",

@@ -377,10 +377,9 @@ class Detections(_Movable):
 class QuerySource(Protocol):
     """Makes one query group. The source named MAIN is what inference keeps; the others only run in training.
 
-    brings_position, brings_reference: whether its groups have them; a detector asks when it is built.
+    brings_reference: whether its groups have references; a detector asks when it is built.
     """
 
-    brings_position: bool
     brings_reference: bool
 
     def __call__(self, context: QueryContext) -> QueryGroup: ...

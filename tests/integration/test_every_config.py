@@ -42,6 +42,7 @@ ELSEWHERE = {
     "convert": "test_convert_command.py",
     "data/voc": "test_formats.py",
     "data/yolo": "test_formats.py",
+    "metrics/lvis": "test_lvis.py",
     "trainer/gpu": "modes.py",
     "trainer/ddp": "modes.py",
     "trainer/fsdp": "modes.py",

@@ -15,10 +15,8 @@ from codetr.application import compose
 from codetr.predict import predict
 
 MASK_HEAD = (
-    "+model/head@model.detector.mask_head=refine_mask",
+    "model/mask_head=refine_mask",
     "model.detector.mask_head.iou.hidden_width=16",
-    "+model.needs_masks=true",
-    "+model.predicts_masks=true",
 )
 
 

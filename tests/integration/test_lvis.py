@@ -37,7 +37,7 @@ def test_training_with_federated_loss_and_ap(tmp_path: Path, monkeypatch: pytest
     make_coco(data, train=12, val=6)
     for split in ("train", "val"):
         as_lvis(data / f"{split}.json")
-    options = ("+criterion/fed_loss=sampled", "criterion.fed_loss.classes=2", "metrics.federated=true")
+    options = ("+criterion/fed_loss=sampled", "criterion.fed_loss.classes=2", "metrics=lvis")
     longer = ("trainer.max_epochs=6", "optimizer.lr=3e-3", "callbacks.ema.decay=0.5", "metrics.max_detections=20")
     done = train(data, tmp_path, *options, *longer)
     assert done.returncode == 0, done.stderr

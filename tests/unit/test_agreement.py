@@ -3,6 +3,7 @@ refused with a sentence when it is built."""
 
 import itertools
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -52,12 +53,13 @@ PARTS: Choices = [
     MODELS,
     [
         [],
-        *([MAIN_QUERIES + kind] for kind in ("learned", "positions", "anchors", "two_stage")),
+        *([MAIN_QUERIES + kind] for kind in ("learned", "two_stage")),
+        *([MAIN_QUERIES + "learned", f"model.detector.main.content={content}"] for content in ("zeros", "shared")),
         [MAIN_QUERIES + "two_stage", "model.detector.main.class_agnostic=false"],
         [MAIN_QUERIES + "two_stage", "model.detector.main.mixed_selection=false"],
     ],
     [[], *([POSITION + rule] for rule in ("given", "reference", "conditional", "modulated"))],
-    [[], ["model.embed_position=true"], ["model.embed_position=false"]],
+    [[], ["model.indicator=true"], ["model.detector.collaborative=null"], ["model/collaborator=[atss]"]],
     [[], [ATTENTION + "conditional"], [ATTENTION + "deformable"]],
     [[], ["model/encoder@model.detector.encoder=dense"], ["model/encoder@model.detector.encoder=deformable"]],
 ]
@@ -140,3 +142,18 @@ def test_every_combination_trains_or_is_refused(choices: Choices, part: int) -> 
         except Exception as error:
             raise AssertionError(f"{' '.join(overrides)}: neither a step nor a refusal") from error
         assert refused == "" or "model." in refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model=deformable_pp", SOURCE + ".extra=denoising"], "denoising queries bring boxes alone"),
+        (["model=dn_detr", "model.detector.queries.denoising.indicator=false"], r"set model\.indicator alone"),
+        (["model=dino", "model.indicator=true"], r"denoising\.indicator=True: .* which learned ones can"),
+        (["model=deformable_detr", SOURCE + ".extra=collaborative"], r"queries\.extra: .*heads has none"),
+        (["model=deformable_pp", MAIN_QUERIES + "learned"], "reference_head=null: the query sources main"),
+        (["model=deformable_detr", POSITION + "reference"], "nothing is left for it to predict"),
+    ],
+)
+def test_a_refusal_says_what_does_not_fit(overrides: list[str], sentence: str) -> None:
+    assert re.search(sentence, outcome(overrides))

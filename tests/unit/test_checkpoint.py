@@ -153,11 +153,10 @@ def test_every_layer_that_grows_with_the_classes_declares_how() -> None:
     """Against the shapes of detectors of 3 and of 5 classes: all heads, denoising, first stage by class, masks."""
     heads = "[faster_rcnn_small,atss,retinanet,fcos,gfl,paa,mask_rcnn_small]"
     more = (
-        "+model/head@model.detector.mask_head=refine_mask",
+        "model/mask_head=refine_mask",
         "model.detector.mask_head.iou.hidden_width=16",
         "+model/query@model.detector.queries.denoising=denoising",
         "model.detector.main.class_agnostic=false",
-        "model.embed_position=false",
         "model/position@model.detector.decoder.query_position=reference",
     )
     few, many = (detector(tuple("abcde")[:number], f"model/collaborator={heads}", *more) for number in (3, 5))

@@ -1,4 +1,4 @@
-"""What must hold for every auxiliary head of conf/model/head: whom candidates go to, symmetries, padding, gradients."""
+"""What must hold for every auxiliary head of conf/: whom candidates go to, symmetries, padding, gradients."""
 
 from functools import cache
 
@@ -34,7 +34,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
 
 
 def build(name: str) -> nn.Module:
-    """The head as in conf/model/head, small."""
+    """The head as in conf/model/collaborator, small."""
     own = [f"model.detector.heads.{name}.{o}" for o in SMALL_REGIONS + EVERY_ANCHOR if name in REGIONS]
     torch.manual_seed(0)
     return instantiate(composed(name, "model=co_deformable_tiny", *HEAD, *own).heads[name], _convert_="all")

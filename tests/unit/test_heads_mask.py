@@ -114,7 +114,6 @@ def mask_rcnn() -> FasterRCNNHead:
     overrides = ["model=conditional_detr_tiny", "model.num_classes=3", "model.width=16"]
     with initialize_config_module("codetr.conf", version_base="1.3"):
         config = compose("train", [*overrides, "model/collaborator=[mask_rcnn_small]"])
-    assert config.data.masks
     return instantiate(config.model.detector.heads.mask_rcnn, _convert_="all")
 
 

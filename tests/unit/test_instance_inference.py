@@ -26,7 +26,7 @@ from codetr.task import DetectionTask
 from codetr.types import Detections
 
 CLASSES = ("disc", "ring", "star")
-MASKS = ("+model/head@model.detector.mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
+MASKS = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
 HEIGHT, WIDTH = 60, 90
 CORNERS = [5, 5, 45, 5, 45, 20, 25, 20, 25, 35, 5, 35]  # of a polygon along the sides of pixels
 PIPELINES = {"resized": v2.Resize(64, max_size=96), "on a canvas": fit_canvas(96, 114)}

@@ -161,7 +161,7 @@ def test_the_rest_of_the_settings(name: str) -> None:
         ("codetr.losses.QualityFocal", 1.0) if dino else ("codetr.losses.Focal", 2.0)
     )
     assert config.criterion.matching_cost.focal == 2.0
-    assert [detector.queries[head].use_features for head in detector.heads] == [not dino] * 2
+    assert detector.collaborative.use_features == (not dino)
     queries = 1500 if "vit_large_coco" in name else 900 if dino or "900q" in name else 300
     assert detector.main.num_queries == queries
     if dino:
@@ -193,7 +193,7 @@ def test_the_rest_of_the_settings(name: str) -> None:
         large = "o365" in name or "vit" in name
         sizes = (1280, 2048) if large else (800, 1333)
         assert (config.data.val_transform.size, config.data.val_transform.max_size) == sizes
-        resize = config.data.train_transform.transforms[2]
+        resize = instantiate(config.data.train_transform).transforms[2]
         assert list(resize.min_size) == list(range(480, 1537 if large else 801, 32))
         assert resize.max_size == (2400 if "vit" in name else 2048 if large else 1333)
     single = dino and ("swin" in name or "vit" in name)

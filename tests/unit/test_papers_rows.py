@@ -77,10 +77,15 @@ def test_scores_are_in_their_order() -> None:
 
 
 def test_the_rate_drops_before_the_end() -> None:
+    """Once: every length that the papers train has its own milestone in conf/schedule/step.yaml."""
     with initialize_config_module("codetr.conf", version_base="1.3"):
-        for epochs in {row.epochs for row in ROWS.values() if not row.needs}:
-            (milestone,) = compose("train", [f"schedule={epochs}e_step"]).schedule.decay.milestones
-            assert 0.7 * epochs < milestone < epochs
+        config = compose("train")
+    schedule, own = instantiate(config.schedule), config.schedule.decay.milestones
+    for epochs in {row.epochs for row in ROWS.values() if not row.needs}:
+        (milestone,) = own[f"{epochs}e"]
+        assert 0.7 * epochs < milestone < epochs
+        for epoch, factor in ((milestone - 0.5, 1.0), (milestone, 0.1), (epochs - 0.5, 0.1)):
+            assert schedule.factor(1, epoch, float(epochs)) == pytest.approx(factor)
 
 
 def test_co_dino_has_the_official_number_of_parameters(official: Path) -> None:

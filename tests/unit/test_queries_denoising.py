@@ -30,7 +30,9 @@ def group(
     memory = Memory(
         nothing, nothing, torch.zeros(2, 0, dtype=torch.bool), (), torch.ones(2, 0, 2).int(), torch.ones(2, 0, 2)
     )
-    source = DenoisingQueries(WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, unused, 1e-6, 1.0)
+    source = DenoisingQueries(
+        WIDTH, CLASSES, 12, contrastive, label_noise, box_noise, indicator, unused, 1e-6, 1.0, False
+    )
     made = source(QueryContext(memory, targets))
     return made, targets
 
@@ -70,7 +72,7 @@ def test_without_noise_the_queries_are_the_objects() -> None:
 
 def test_the_share_of_changed_labels_is_the_label_noise() -> None:
     torch.manual_seed(0)
-    source = DenoisingQueries(WIDTH, 1000, 12, True, 0.25, 0.4, False, "masked", 1e-6, 1.0)
+    source = DenoisingQueries(WIDTH, 1000, 12, True, 0.25, 0.4, False, "masked", 1e-6, 1.0, False)
     labels = torch.full((200, 100), 7)
     changed = (source._content(labels) != source.label_embedding.weight[7]).any(-1).float().mean()
     assert abs(float(changed) - 0.25) < 0.02

@@ -64,7 +64,7 @@ def test_fewer_tokens_than_queries(context: QueryContext) -> None:
 
 @pytest.mark.parametrize("kind", ["per class", "learned"])
 def test_main_must_have_a_class_agnostic_first_stage(context: QueryContext, kind: str) -> None:
-    learned = LearnedQueries(WIDTH, MAIN_QUERIES, "position", "zeros", False, 1, 1.0)
+    learned = LearnedQueries(WIDTH, MAIN_QUERIES, "zeros", False, 1, True, 1.0)
     main = learned if kind == "learned" else two_stage(class_agnostic=False)
     context.groups[MAIN] = main(context)
     with pytest.raises(ValueError, match="class_agnostic: true"):

@@ -28,22 +28,22 @@ def context(dtype: torch.dtype = torch.float32) -> QueryContext:
     )
 
 
-def made(places: str, content: str, indicator: bool) -> tuple[LearnedQueries, QueryGroup]:
-    source = LearnedQueries(WIDTH, QUERIES, places, content, indicator, 1, 0.5)
+def made(embed_position: bool, content: str, indicator: bool) -> tuple[LearnedQueries, QueryGroup]:
+    source = LearnedQueries(WIDTH, QUERIES, content, indicator, 1, embed_position, 0.5)
     return source, source(context())
 
 
-@pytest.mark.parametrize("places", ["position", "box"])
+@pytest.mark.parametrize("embed_position", [True, False])
 @pytest.mark.parametrize("content", ["zeros", "shared", "learned"])
 @pytest.mark.parametrize("indicator", [True, False])
-def test_contents_and_places_are_the_parameters(places: str, content: str, indicator: bool) -> None:
-    source, group = made(places, content, indicator)
+def test_contents_and_places_are_the_parameters(embed_position: bool, content: str, indicator: bool) -> None:
+    source, group = made(embed_position, content, indicator)
     rows = torch.zeros(QUERIES, WIDTH)
     if content != "zeros":
         rows[:, : WIDTH - indicator] = source.content.weight  # the last channel says: no denoising query
     assert torch.equal(group.content, torch.stack([rows] * BATCH))
     assert group.weight == 0.5
-    if places == "position":
+    if embed_position:
         assert group.reference is None
         assert torch.equal(group.position, torch.stack([source.position.weight] * BATCH))
     else:
@@ -51,12 +51,12 @@ def test_contents_and_places_are_the_parameters(places: str, content: str, indic
         logits = source.anchors.weight.double()
         torch.testing.assert_close(group.reference[1].double(), 1 / (1 + (-logits).exp()))
     sizes = {"zeros": 0, "shared": WIDTH - indicator, "learned": QUERIES * (WIDTH - indicator)}
-    own = sizes[content] + QUERIES * {"position": WIDTH, "box": 4}[places]
+    own = sizes[content] + QUERIES * (WIDTH if embed_position else 4)
     assert sum(p.numel() for p in source.parameters()) == own
 
 
 def test_one_shared_content_collects_every_gradient() -> None:
-    source, group = made("box", "shared", True)
+    source, group = made(False, "shared", True)
     weights = torch.randn_like(group.content)
     (group.content * weights).sum().backward()
     torch.testing.assert_close(source.content.weight.grad[0], weights.sum((0, 1))[:-1])
@@ -68,20 +68,20 @@ def test_the_indicator_tells_denoising_from_main_queries() -> None:
     labels = torch.zeros(BATCH, 3, dtype=torch.long)
     valid = torch.ones(BATCH, 3, dtype=torch.bool)
     given.targets = Targets(torch.full((BATCH, 3, 4), 0.5), labels, valid, Frames.unscaled(torch.full((BATCH, 2), 64)))
-    noised = DenoisingQueries(WIDTH, 4, 9, False, 0.2, 0.4, True, "masked", 1e-6, 1.0)(given)
+    noised = DenoisingQueries(WIDTH, 4, 9, False, 0.2, 0.4, True, "masked", 1e-6, 1.0, False)(given)
     assert (noised.content[..., -1] == 1).all()
-    assert (made("box", "shared", True)[1].content[..., -1] == 0).all()
+    assert (made(False, "shared", True)[1].content[..., -1] == 0).all()
 
 
 def test_zeros_follow_the_memory_in_precision() -> None:
-    source = LearnedQueries(WIDTH, QUERIES, "position", "zeros", False, 1, 1.0).double()
+    source = LearnedQueries(WIDTH, QUERIES, "zeros", False, 1, True, 1.0).double()
     assert source(context(torch.float64)).content.dtype == torch.float64
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_every_object_gets_as_many_queries_as_repeats_at_least_cost(repeats: int) -> None:
     """Against all assignments of 6 queries to the repeated objects."""
-    group = LearnedQueries(WIDTH, 6, "position", "zeros", False, repeats, 1.0)(context())
+    group = LearnedQueries(WIDTH, 6, "zeros", False, repeats, True, 1.0)(context())
     assert group.targets == Matching(repeats)
     prediction = Prediction(torch.randn(1, 1, 6, 3), torch.rand(1, 1, 6, 4) * 0.5 + 0.1)
     targets = Targets(

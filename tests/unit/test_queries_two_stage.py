@@ -141,7 +141,7 @@ def test_fewer_tokens_than_queries(context: QueryContext, mixed: bool) -> None:
 
 
 def test_contents_need_a_source() -> None:
-    with pytest.raises(UserError, match=r"model\.embed_position=true"):
+    with pytest.raises(UserError, match=r"query_position=given"):
         source(mixed=False, embed=False)
 
 

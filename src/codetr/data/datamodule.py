@@ -68,8 +68,8 @@ class DetectionDataModule(LightningDataModule):
         classes: Sequence[str] | None,
         on_error: OnError,
         verify: Verify,
-        masks: bool,
-        val_masks: bool,
+        masks: bool | None,
+        val_masks: bool | None,
         prepare: Callable[[], Any] | None,
         copy_paste: CopyPaste | None = None,
         colour: Callable[[Image], Image] | None = None,
@@ -84,7 +84,7 @@ class DetectionDataModule(LightningDataModule):
         self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
         self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
         self.classes, self.on_error, self.verify = classes, on_error, verify
-        self.masks, self.val_masks = masks, val_masks
+        self.masks, self.val_masks = bool(masks), bool(val_masks)
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
         self.max_pixels = max_pixels
         self.train_set: CocoDetection | None = None

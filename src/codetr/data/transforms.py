@@ -7,7 +7,7 @@ normalised on the device, in the backbone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,34 @@ def large_scale_jitter(canvas: int, scale_range: tuple[float, float], flip: floa
             RandomSizeCrop(canvas, canvas),
             v2.RandomHorizontalFlip(flip),
             PadTo(canvas, fill),
+        ]
+    )
+
+
+def multiscale(
+    short_sides: Sequence[int],
+    long_side: int,
+    flip: float,
+    crop: float,
+    crop_short_sides: Sequence[int],
+    crop_long_side: int | None,
+    crop_window: tuple[int, int],
+) -> v2.Transform:
+    """Flip, perhaps cut out a window, and resize to a short side drawn from `short_sides`, a long side of at most
+    `long_side` pixels.
+
+    flip, crop: how often.
+    crop_short_sides, crop_long_side: what an image is resized to before a window is cut out of it.
+    crop_window: least and greatest height and width of the window, each drawn on its own.
+
+    Source: the training recipe of DETR (arXiv 2005.12872, appendix A.4).
+    """
+    window = [v2.RandomShortestSize(list(crop_short_sides), crop_long_side), RandomSizeCrop(*crop_window)]
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(flip),
+            v2.RandomApply(window, crop),
+            v2.RandomShortestSize(list(short_sides), long_side),
         ]
     )
 

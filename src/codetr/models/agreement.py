@@ -7,6 +7,7 @@ from typing import Any
 
 from codetr.errors import UserError
 from codetr.queries.collaborative import CollaborativeQueries
+from codetr.queries.denoising import DenoisingQueries
 from codetr.queries.hybrid import HybridQueries
 from codetr.queries.two_stage import TwoStageQueries
 from codetr.types import MAIN, AuxiliaryHead, Encoder, QuerySource
@@ -14,13 +15,17 @@ from codetr.types import MAIN, AuxiliaryHead, Encoder, QuerySource
 _RULE = "model.detector.decoder.query_position"
 
 
-def check_agreement(
-    levels: int,
-    encoder: Encoder,
-    heads: Mapping[str, AuxiliaryHead],
-    queries: Mapping[str, QuerySource],
-    decoder: Any,
-) -> None:
+def check_names(heads: Mapping[str, AuxiliaryHead], queries: Mapping[str, Any]) -> None:
+    """queries: makers of query sources. Raises UserError for collaborative queries of no head."""
+    for name, make in queries.items():
+        if getattr(make, "func", None) is CollaborativeQueries and name not in heads:
+            raise UserError(
+                f"model.detector.queries.{name}: collaborative queries bear the name of their head, and "
+                f"model.detector.heads has {', '.join(heads) or 'none'}"
+            )
+
+
+def check_agreement(levels: int, encoder: Encoder, queries: Mapping[str, QuerySource], decoder: Any) -> None:
     """levels: that the neck makes. Raises UserError for parts of which one wants what the others do not bring, or
     brings what nothing takes: parameters without a gradient."""
     if levels != encoder.num_levels:
@@ -28,48 +33,23 @@ def check_agreement(
             f"model.num_levels={levels}: model.detector.encoder ({type(encoder).__name__}) takes {encoder.num_levels}; "
             "set model.num_levels, or choose encoder@model.detector.encoder: dense (one level) or deformable"
         )
-    _check_positions(queries, decoder)
     _check_references(queries, decoder)
     _check_locations(decoder)
-    _check_sources(heads, queries)
-
-
-def _check_positions(queries: Mapping[str, QuerySource], decoder: Any) -> None:
-    rule = decoder.query_position
-    wrong = [name for name, source in queries.items() if source.brings_position != rule.wants_position]
-    if not wrong:
-        return
-    if rule.wants_position:
-        raise UserError(
-            f"{_RULE} ({type(rule).__name__}) takes the positions of the query sources, but {', '.join(wrong)} bring "
-            "none: leave them out, or let the decoder derive all positions: model.embed_position=false, "
-            f"model/position@{_RULE}=reference, and main queries that are boxes (anchors, two_stage)"
-        )
-    raise UserError(
-        f"{_RULE} ({type(rule).__name__}) derives positions from the references, but the query sources "
-        f"{', '.join(wrong)} bring some: set model.embed_position=false (two_stage), or choose main queries that are "
-        f"boxes (anchors), or model/position@{_RULE}=given"
-    )
+    _check_sources(queries)
 
 
 def _check_references(queries: Mapping[str, QuerySource], decoder: Any) -> None:
-    rule = decoder.query_position
     points = [name for name, source in queries.items() if not source.brings_reference]
     if decoder.reference_head is None and points:
         raise UserError(
             f"model.detector.decoder.reference_head=null: the query sources {', '.join(points)} bring positions only, "
             "from which it must predict points; configure one (as conf/model/deformable_detr.yaml does), or choose "
-            "main queries that are boxes (anchors, two_stage)"
+            f"main queries that are boxes: two_stage, or learned ones with model/position@{_RULE}=reference"
         )
     if decoder.reference_head is not None and not points:
         raise UserError(
             f"model.detector.decoder.reference_head: all query sources ({', '.join(queries)}) bring references, "
             "nothing is left for it to predict; set it to null"
-        )
-    if rule.wants_boxes and points:
-        raise UserError(
-            f"{_RULE} ({type(rule).__name__}) needs boxes, but the query sources {', '.join(points)} bring points: "
-            "choose main queries that are boxes (anchors, two_stage)"
         )
 
 
@@ -85,7 +65,7 @@ def _check_locations(decoder: Any) -> None:
         )
 
 
-def _check_sources(heads: Mapping[str, AuxiliaryHead], queries: Mapping[str, QuerySource]) -> None:
+def _check_sources(queries: Mapping[str, QuerySource]) -> None:
     main = queries[MAIN]
     for name, source in queries.items():
         key = f"model.detector.queries.{name}"
@@ -94,5 +74,8 @@ def _check_sources(heads: Mapping[str, AuxiliaryHead], queries: Mapping[str, Que
                 f"{key}: hybrid queries are the next proposals of a first stage over all tokens; choose "
                 "model/query@model.detector.main=two_stage with model.detector.main.class_agnostic=true"
             )
-        if isinstance(source, CollaborativeQueries) and source.head not in heads:
-            raise UserError(f"{key}.head={source.head}: model.detector.heads has {', '.join(heads) or 'none'}")
+        if isinstance(source, DenoisingQueries) and source.indicator != getattr(main, "indicator", False):
+            raise UserError(
+                f"{key}.indicator={source.indicator}: denoising queries have the last channel as indicator where the "
+                "main ones have, which learned ones can; set model.indicator alone"
+            )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from codetr.models.agreement import check_agreement
+from codetr.models.agreement import check_agreement, check_names
 from codetr.models.decoder import Decoder
 from codetr.types import (
     MAIN,
@@ -130,30 +131,43 @@ def build_detector(
     heads: Mapping[str, AuxiliaryHead],
     main: Callable[..., QuerySource],
     query_groups: int,
-    queries: Mapping[str, QuerySource],
-    decoder: Decoder,
-    mask_head: MaskHead | None,
+    collaborative: Callable[..., QuerySource] | None,
+    queries: Mapping[str, Callable[..., QuerySource] | None],
+    decoder: Any,
     mask_groups: tuple[str, ...],
+    mask_head: MaskHead | None = None,
 ) -> Detector:
-    """Put the parts together, with what follows from the backbone: the neck's input and the memory's strides.
+    """Put the parts together, with what follows from them: the neck's input and the memory's strides from the backbone,
+    whether query sources bring positions from the decoder's position rule, a query group from every head.
 
-    main: makes the main query source. query_groups: K of Group DETR: so many sources of this kind, with parameters of
-    their own, each matched on its own; all but the first only train. Their losses are averaged, as in the authors'
-    code.
+    main: makes the main query source.
+    query_groups: K of Group DETR: so many sources of this kind, with parameters of their own, each matched on its own;
+        all but the first only train. Their losses are averaged, as in the authors' code.
+    collaborative: makes the query source of each auxiliary head; None: heads only have their losses.
+    queries: make further sources. One under a head's name takes the place of that head's, None leaves it out.
 
     Raises UserError when the parts do not fit together.
     """
+    makers = {**dict.fromkeys(heads, collaborative), **queries}
+    check_names(heads, makers)
+    embed_position = decoder.query_position.wants_position
+    sources = {
+        name: make(embed_position=embed_position, **({"head": name} if name in heads else {}))
+        for name, make in makers.items()
+        if make is not None
+    }
     levels = neck(in_channels=backbone.channels)
     strides = levels.strides(backbone.strides)
-    replicas = {MAIN if k == 1 else f"group_{k}": main(weight=1 / query_groups) for k in range(1, query_groups + 1)}
-    check_agreement(len(strides), encoder, heads, {**replicas, **queries}, decoder)
+    main = partial(main, embed_position=embed_position, weight=1 / query_groups)
+    sources = {MAIN if k == 1 else f"group_{k}": main() for k in range(1, query_groups + 1)} | sources
+    check_agreement(len(strides), encoder, sources, decoder)
     return Detector(
         backbone=backbone,
         neck=levels,
         encoder=encoder,
         adapter=adapter(strides=strides) if heads or mask_head else None,
         heads=heads,
-        queries={**replicas, **queries},
+        queries=sources,
         decoder=decoder,
         mask_head=mask_head,
         mask_groups=tuple(mask_groups),

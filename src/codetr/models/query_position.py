@@ -27,7 +27,7 @@ class Placement:
 class GivenPosition(nn.Module):
     """The groups bring their positions, the same for every layer (Deformable DETR)."""
 
-    wants_position, wants_boxes, gives_location = True, False, False
+    wants_position, gives_location = True, False
 
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, given: Tensor | None, memory: Memory
@@ -42,7 +42,7 @@ class ReferencePosition(nn.Module):
     scaled: from the second layer on, multiplied by a function of the content (DAB-Deformable-DETR).
     """
 
-    wants_position, wants_boxes, gives_location = False, True, False
+    wants_position, gives_location = False, False
 
     def __init__(self, width: int, temperature: float, scaled: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ConditionalPosition(nn.Module):
     """The groups bring their positions; the location is the reference point, scaled by the content
     (Conditional DETR, sec. 3.3, eq. 2-5)."""
 
-    wants_position, wants_boxes, gives_location = True, False, True
+    wants_position, gives_location = True, True
 
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class ModulatedPosition(nn.Module):
     """Position and location from the reference box, anew in every layer; the spread of the location follows the box
     (DAB-DETR, eq. 3-6)."""
 
-    wants_position, wants_boxes, gives_location = False, True, True
+    wants_position, gives_location = False, True
 
     def __init__(self, width: int, temperature: float) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class ModulatedPosition(nn.Module):
 def _needed(given: Tensor | None) -> Tensor:
     if given is None:
         raise ValueError(
-            "the decoder's query_position wants positions from every query group: set embed_position: true (or "
-            "places: position) in the query sources, or choose a query_position that derives them from references"
+            "the decoder's query_position wants positions from every query group: make the query sources with "
+            "embed_position=True, or choose a query_position that derives them from references"
         )
     return given

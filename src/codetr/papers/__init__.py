@@ -65,7 +65,6 @@ class Row:
             raise UserError(f"{self.name} takes {self.batch} images per step, which {processes} processes cannot share")
         return [
             *self.overrides,
-            f"schedule={self.epochs}e_step",
             f"trainer.max_epochs={self.epochs}",
             f"data.batch_size={self.batch // processes}",
             f"name={self.name}",

@@ -42,7 +42,7 @@ class CollaborativeQueries(nn.Module):
         self.fill, self.weight = fill, weight
         self.temperature, self.eps = temperature, eps
         self.width = width
-        self.brings_position, self.brings_reference = embed_position, True
+        self.brings_reference = True
         out = 2 * width if embed_position else width
         self.coordinates = nn.Sequential(nn.Linear(2 * width, out), nn.LayerNorm(out))
         self.features = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) if use_features else None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.ops import box_convert
 
+from codetr.errors import UserError
 from codetr.nn.boxes import inverse_sigmoid
 from codetr.nn.class_rows import by_class
 from codetr.types import MAIN, Known, QueryContext, QueryGroup, Targets
@@ -26,7 +27,9 @@ class DenoisingQueries(nn.Module):
     replaced by a random class. indicator: the last channel of the content is 1 (DN-DETR). unused: slots of an image
     with fewer objects than another one are not seen at all ("masked"), or empty queries at the centre that must be
     called background ("background", the official Co-DINO). eps: no noised coordinate is nearer to 0 or 1 than about
-    this. weight: of its losses.
+    this. weight: of its losses. embed_position: whether the decoder wants positions.
+
+    Raises UserError when it does.
     """
 
     def __init__(
@@ -41,12 +44,19 @@ class DenoisingQueries(nn.Module):
         unused: Literal["masked", "background"],
         eps: float,
         weight: float,
+        embed_position: bool,
     ) -> None:
         super().__init__()
+        if embed_position:
+            raise UserError(
+                "denoising queries bring boxes alone, and the decoder takes the positions of its queries: leave them "
+                "out, or let it derive positions, model/position@model.detector.decoder.query_position=reference or "
+                "modulated"
+            )
         self.num_classes, self.num_queries, self.contrastive = num_classes, num_queries, contrastive
         self.label_noise, self.box_noise, self.weight = label_noise, box_noise, weight
         self.indicator, self.unused, self.eps = indicator, unused, eps
-        self.brings_position, self.brings_reference = False, True
+        self.brings_reference = True
         self.label_embedding = by_class(nn.Embedding(num_classes, width - indicator))
 
     def forward(self, context: QueryContext) -> QueryGroup:

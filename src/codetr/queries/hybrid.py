@@ -25,7 +25,7 @@ class HybridQueries(nn.Module):
         self.num_queries, self.repeats, self.weight = num_queries, repeats, weight
         self.content = nn.Embedding(num_queries, width)
         self.embedding = ProposalEmbedding(width, temperature) if embed_position else None
-        self.brings_position, self.brings_reference = embed_position, True
+        self.brings_reference = True
 
     def forward(self, context: QueryContext) -> QueryGroup:
         main = context.groups[MAIN]

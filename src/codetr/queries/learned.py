@@ -14,21 +14,23 @@ from codetr.types import Matching, QueryContext, QueryGroup
 class LearnedQueries(nn.Module):
     """The same queries for every image.
 
-    places: each query owns a `position`, from which the decoder predicts a reference point (DETR, Conditional DETR,
-    Deformable DETR), or an anchor `box` (DAB-DETR). content: `zeros` (DETR), one vector `shared` by all (DN-DETR: the
-    label "unknown"), or a vector of each query's own (Deformable DETR). indicator: the last channel of the content is
-    0, since denoising queries have 1 there (DN-DETR, sec. 3.5). repeats: every object is matched so many times, the
-    naive one-to-many assignment of Group DETR's figure 1. weight: of the group's losses.
+    content: `zeros` (DETR), one vector `shared` by all (DN-DETR: the label "unknown"), or a vector of each query's own
+        (Deformable DETR).
+    indicator: the last channel of the content is 0, since denoising queries have 1 there (DN-DETR, sec. 3.5).
+    repeats: every object is matched so many times, the naive one-to-many assignment of Group DETR's figure 1.
+    embed_position: each query owns a position, from which the decoder predicts a reference point (DETR, Conditional
+        DETR, Deformable DETR); otherwise an anchor box, from which it derives positions (DAB-DETR).
+    weight: of the group's losses.
     """
 
     def __init__(
         self,
         width: int,
         num_queries: int,
-        places: Literal["position", "box"],
         content: Literal["zeros", "shared", "learned"],
         indicator: bool,
         repeats: int,
+        embed_position: bool,
         weight: float,
     ) -> None:
         super().__init__()
@@ -36,9 +38,9 @@ class LearnedQueries(nn.Module):
         self.repeats, self.weight = repeats, weight
         rows = {"zeros": 0, "shared": 1, "learned": num_queries}[content]
         self.content = nn.Embedding(rows, width - indicator) if rows else None
-        self.position = nn.Embedding(num_queries, width) if places == "position" else None
-        self.anchors = nn.Embedding(num_queries, 4) if places == "box" else None
-        self.brings_position, self.brings_reference = places == "position", places == "box"
+        self.position = nn.Embedding(num_queries, width) if embed_position else None
+        self.anchors = None if embed_position else nn.Embedding(num_queries, 4)
+        self.brings_reference = not embed_position
 
     def forward(self, context: QueryContext) -> QueryGroup:
         batch = len(context.memory.tokens)

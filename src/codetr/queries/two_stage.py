@@ -64,7 +64,7 @@ class TwoStageQueries(nn.Module):
         if not (mixed_selection or embed_position):
             raise UserError(
                 "model.detector.main.mixed_selection=false: the contents then come from the proposals, which needs "
-                "model.embed_position=true"
+                "model/position@model.detector.decoder.query_position=given"
             )
         self.num_queries, self.class_agnostic, self.eps = num_queries, class_agnostic, eps
         self.repeats, self.weight = repeats, weight
@@ -73,7 +73,7 @@ class TwoStageQueries(nn.Module):
         self.box_head = box_head(width)
         self.content = nn.Embedding(num_queries, width) if mixed_selection else None
         self.embedding = ProposalEmbedding(width, temperature) if embed_position else None
-        self.brings_position, self.brings_reference = embed_position, True
+        self.brings_reference = True
 
     def forward(self, context: QueryContext) -> QueryGroup:
         memory = context.memory

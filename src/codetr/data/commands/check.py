@@ -72,8 +72,10 @@ def inspect(config: DictConfig) -> list[Split]:
     from omegaconf import OmegaConf
 
     from codetr.data.inspection import whole
+    from codetr.derived import read_needed_masks
     from codetr.errors import UserError
 
+    read_needed_masks(config)
     data = config.data
     if data.prepare is not None:
         instantiate(data.prepare)()
@@ -104,7 +106,7 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     data = config.data
     source = locate(data.root, data[f"{name}_annotations"])
     reads_masks = data.masks if name == "train" else data.val_masks
-    split = Split(name, locate(data.root, data[f"{name}_images"]), Findings(source, config.examples, bool(reads_masks)))
+    split = Split(name, locate(data.root, data[f"{name}_images"]), Findings(source, config.examples, reads_masks))
     try:
         document = _reader(data)(source)
         split.categories, split.images = list(document["categories"]), list(document["images"])

@@ -68,6 +68,7 @@ def _open(config: DictConfig) -> tuple[BatchLoader, CocoDetection, tuple[str, ..
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from codetr.derived import read_needed_masks
     from codetr.errors import UserError
 
     for key in ("images", "annotations"):
@@ -76,6 +77,7 @@ def _open(config: DictConfig) -> tuple[BatchLoader, CocoDetection, tuple[str, ..
         if OmegaConf.is_missing(config.data, f"val_{key}"):
             config.data[f"val_{key}"] = config.data[f"train_{key}"]
     config.data.num_workers = 0
+    read_needed_masks(config)
     data: Any = instantiate(config.data)
     data.prepare_data()
     data.setup("fit")
