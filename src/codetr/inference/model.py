@@ -32,11 +32,16 @@ _LARGEST_DIVISOR = 4096
 class Model:
     """A trained detector with everything that its checkpoint says about it, ready for images.
 
-    path: of the checkpoint. detector: in evaluation mode. class_names: of label 0, 1, ...; category_ids: of each class
-    in the data set that it was trained on, None where the file does not tell. transform: the preprocessing of an
-    image; size_divisor: batches are padded to multiples of so many pixels. postprocess: from predictions and the
-    images' sizes in the network to detections in its pixels. config: what the file says of model, criterion, postprocess, optimizer, schedule and
-    data, in plain containers; only what may be built (see `codetr.trust`). step: of the optimizer, when it was saved.
+    path: of the checkpoint.
+    detector: in evaluation mode.
+    class_names: of label 0, 1, ...
+    category_ids: of each class in the data set that it was trained on; None where the file does not tell.
+    transform: the preprocessing of an image.
+    size_divisor: batches are padded to multiples of so many pixels.
+    postprocess: from predictions and the images' sizes in the network to detections in its pixels.
+    config: what the file says of model, criterion, postprocess, optimizer, schedule and data, in plain containers; only
+        what may be built (see `codetr.trust`).
+    step: of the optimizer, when it was saved.
     dtype: of the weights, see `half`.
     """
 
@@ -81,9 +86,11 @@ class Model:
         """What is found in each image, in their order.
 
         images: a file, a folder, a pattern such as "photos/**/*.jpg", a Pillow image, an array [H, W, 3] or a tensor
-        [3, H, W] of uint8 in RGB, or a list of these. score_threshold: detections below it are left out. batch_size:
-        images that the network sees at once. num_workers: processes that read files. max_pixels: files of larger
-        images are refused.
+            [3, H, W] of uint8 in RGB, or a list of these.
+        score_threshold: detections below it are left out.
+        batch_size: images that the network sees at once.
+        num_workers: processes that read files.
+        max_pixels: larger images are refused before they are decoded.
 
         Raises UserError for names without a file, for what is no image, and for an image that cannot be read.
         """
@@ -142,9 +149,11 @@ def load(
 ) -> Model:
     """Open a checkpoint of `codetr train` or `codetr convert`, which is all that is needed.
 
-    path: the file; nothing in it is executed. device: where the detector runs; "auto": a GPU if there is one. weights:
-    "ema" for the averaged ones, where the file has them, or "raw" for those of the last step. trust: what else than
-    parts of codetr the file may build, by name: classes, or packages with all that they define; that runs their code.
+    path: the file; nothing in it is executed.
+    device: where the detector runs; "auto": a GPU if there is one.
+    weights: "ema" for the averaged ones, where the file has them, or "raw" for those of the last step.
+    trust: what else than parts of codetr the file may build, by name: classes, or packages with all that they define;
+        that runs their code.
 
     Raises UserError for a file that is missing, damaged or of another kind, and for a device that is not here.
     """

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 class Result:
     """The n objects that were found in one image, best first; all tensors are on the CPU.
 
-    detections: boxes in pixels of the image as a viewer shows it (a file's EXIF orientation is applied). size: its
-    (height, width). class_names: of every label that the model knows; category_ids: of each of them in its data set.
-    path: of its file, None for an image in memory. pixels: [3, H, W] uint8; None: read `path` where they are needed.
+    detections: with boxes in pixels of the image as a viewer shows it (a file's EXIF orientation is applied).
+    size: (height, width) of the image.
+    class_names: of every label that the model knows.
+    category_ids: of each of these classes in its data set.
+    path: of the file; None for an image in memory.
+    pixels: [3, H, W] uint8 RGB; None: `path` is read where they are needed.
     """
 
     detections: Detections
