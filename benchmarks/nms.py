@@ -22,7 +22,7 @@ def evaluate(checkpoint: Path, thresholds: Sequence[float | None], root: str | N
     config = load_weights(checkpoint).config["data"]
     if root:
         config |= {"root": root, "prepare": None}
-    data, detector = instantiate(config), codetr.load(checkpoint)
+    data, detector = instantiate(config), codetr.load(checkpoint, device="cpu").detector
     data.prepare_data()
     data.setup("validate")
     found = [(b, detector.detect(b.images, b.padding)) for b in track(data.val_dataloader(), "Predicting")]

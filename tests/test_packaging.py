@@ -6,6 +6,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("env")
     venv.create(home, with_pip=False)
     site = next(home.glob("lib/python*/site-packages"))
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    options = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+    run(sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", *options, wheel, cwd=home)
     # A path line, not a site directory: the editable install of the running environment stays out of it.
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"])
     return home / "bin" / "python"
@@ -54,6 +55,13 @@ def test_the_wheel_composes_a_run_from_an_empty_directory(python: Path, tmp_path
     assert str(ROOT) not in where
     job = run(python, "-m", "codetr.train", "--cfg", "job", "experiment=demo", cwd=tmp_path)
     assert "codetr.models.detector.build_detector" in job
+
+
+def test_the_wheel_brings_the_command(python: Path, tmp_path: Path) -> None:
+    command = python.with_name("codetr")
+    assert "predict" in run(command, "--help", cwd=tmp_path)
+    assert run(command, "--version", cwd=tmp_path) == f"{version('codetr')}\n"
+    assert run(command, "train", "--cfg", "job", "-p", "metrics", cwd=tmp_path).startswith("# @package metrics")
 
 
 @pytest.mark.slow

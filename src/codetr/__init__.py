@@ -1,18 +1,31 @@
-"""codetr: Co-DETR and Group DETR."""
+"""codetr: Co-DETR and Group DETR.
+
+`codetr.load(path)` opens a checkpoint, `codetr.train("experiment=demo")` makes one; docs/python.md shows more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from codetr.inference import Model, Result, load
+    from codetr.training import Run, train
+
+__all__ = ["Model", "Result", "Run", "load", "train"]
 
 
-def load(path: str | Path, average: bool = True, trust: Sequence[str] = ()) -> nn.Module:
-    """The `Detector` of a checkpoint, ready for inference on the CPU; see `codetr.application.load`."""
-    # By name: nothing below the entry points shall depend on them through this file.
-    from importlib import import_module
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for only then: `import codetr` is quick, and needs neither torch nor Lightning."""
+    if name in ("Model", "Result", "load"):
+        from codetr import inference
 
-    return import_module("codetr.application").load(path, average, trust)
+        return getattr(inference, name)
+    if name in ("Run", "train"):
+        from codetr import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

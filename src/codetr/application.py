@@ -1,4 +1,4 @@
-"""What the entry points share: composing the configuration, the run directory, errors a user can mend.
+"""What the entry points share: composing the configuration, deciding the run's directory, errors a user can mend.
 
 Everything is decided before Hydra starts, and written into the command line: processes that Lightning launches
 run the same command, and so agree on the directory.
@@ -7,17 +7,14 @@ run the same command, and so agree on the directory.
 from __future__ import annotations
 
 import difflib
-import glob
-import itertools
 import os
 import re
-import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -32,16 +29,18 @@ from omegaconf.errors import OmegaConfBaseException
 from codetr import failure
 from codetr.errors import UserError
 from codetr.names import shown_lines
-from codetr.trust import CONFIG_MODULE, check_run, parts
+from codetr.run_directory import (
+    GENERATIONS,
+    SAVED_CONFIG,
+    claim,
+    first_process,
+    fresh_directory,
+    make_unique,
+    newest_run,
+)
+from codetr.trust import CONFIG_MODULE, check_run
 
-if TYPE_CHECKING:
-    from codetr.models.detector import Detector
-
-LAST = Path("checkpoints") / "last.ckpt"
-_GENERATIONS = "checkpoints/last*.ckpt"  # and those before it: any of them is enough to go on
-SAVED_CONFIG = Path(".hydra") / "config.yaml"
-_NOW = re.compile(r"\$\{now:[^}]*\}")
-OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
+_NAME_IT = "name the directory, run_dir=outputs/mine: every process runs your program, and reads its own clock"
 
 
 def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -69,7 +68,7 @@ def run(application: Callable[[DictConfig], Any], config_name: str) -> None:
             raise SystemExit(1) from None
 
     try:
-        sys.argv[1:] = settle(sys.argv[1:], config_name)
+        sys.argv[1:] = with_run_directory(sys.argv[1:], config_name)
     except UserError as error:
         _fail(error)
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(guarded)()
@@ -80,8 +79,34 @@ def _fail(error: UserError) -> None:
     raise SystemExit(2) from None
 
 
-def settle(argv: list[str], config_name: str) -> list[str]:
-    """The command line with its run directory decided. Raises UserError for a configuration that is none."""
+def start(overrides: Sequence[str], config_name: str, config_dir: str | None = None) -> DictConfig:
+    """What `run` does for a command line, for a caller in Python: the configuration of a run, in its directory too.
+
+    config_dir: a folder with configurations of your own. Raises UserError as `with_run_directory`, for flags, and for
+    several devices without a named directory.
+    """
+    if flags := [override for override in overrides if override.startswith("-")]:
+        raise UserError(f"{flags[0]} is a flag of the command line; from Python give overrides, key=value")
+    if not any(override.startswith(("run_dir=", "resume=")) for override in overrides):
+        devices = compose(config_name, list(overrides), config_dir).trainer.devices
+        if devices not in (1, "1"):
+            raise UserError(f"trainer.devices={devices}: {_NAME_IT}")
+    own = [] if config_dir is None else [f"--config-dir={config_dir}"]
+    args = get_args_parser().parse_args(with_run_directory([*overrides, *own], config_name))
+    config = compose(args.config_name or config_name, args.overrides, args.config_dir, args.config_path)
+    directory = Path(config.run_dir).absolute()
+    if first_process():
+        (directory / SAVED_CONFIG).parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, directory / SAVED_CONFIG)
+    config.run_dir = str(directory)
+    return config
+
+
+def with_run_directory(argv: list[str], config_name: str) -> list[str]:
+    """The command line `argv` with its run directory decided, and made by the first process.
+
+    Raises UserError for a configuration that is none, and for a directory in which another run lies.
+    """
     args = get_args_parser().parse_args(argv)
     informs = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
     if args.experimental_rerun:
@@ -96,7 +121,7 @@ def settle(argv: list[str], config_name: str) -> list[str]:
         raise UserError(f"{error}\nOverrides look like key=value; quote values with special characters.") from error
     resume = _value(overrides, "resume")
     if args.multirun:
-        return _settle_sweep(argv, args, config_name, overrides)
+        return _with_sweep_directory(argv, args, config_name, overrides)
     if resume not in (None, "auto"):
         return _with_saved_config(Path(resume), args.overrides, as_names(_value(overrides, "trust")))
     config = compose(config_name, args.overrides, args.config_dir)
@@ -109,19 +134,15 @@ def settle(argv: list[str], config_name: str) -> list[str]:
             "the command line when it is meant"
         )
     if _value(overrides, "run_dir") is not None:
-        if _first_process():
-            _claim(Path(config.run_dir), bool(resume), overwrite)
+        if first_process():
+            claim(Path(config.run_dir), bool(resume), overwrite)
         return argv
     _refuse_disagreement()
-    directory = (newest_run(config) if resume else None) or _fresh_directory(config, bool(resume), overwrite)
+    directory = (newest_run(config) if resume else None) or fresh_directory(config, bool(resume), overwrite)
     return _with_override(argv, args, f"run_dir={_quoted(directory)}")
 
 
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
-
-
-def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides: list[Override]) -> list[str]:
+def _with_sweep_directory(argv: list[str], args: Namespace, config_name: str, overrides: list[Override]) -> list[str]:
     plain = [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
     config = compose(config_name, plain, args.config_dir)
     if config.get("resume"):
@@ -134,7 +155,7 @@ def _settle_sweep(argv: list[str], args: Namespace, config_name: str, overrides:
         )
     if _value(overrides, "hydra.sweep.dir") is not None:
         return argv
-    directory = _made(Path(compose(config_name, plain, args.config_dir, hydra_too=True).hydra.sweep.dir))
+    directory = make_unique(Path(compose(config_name, plain, args.config_dir, hydra_too=True).hydra.sweep.dir))
     return _with_override(argv, args, f"hydra.sweep.dir={_quoted(directory)}")
 
 
@@ -145,7 +166,7 @@ def _with_override(argv: list[str], args: Namespace, override: str) -> list[str]
 
 def _with_saved_config(directory: Path, overrides: list[str], trust: tuple[str, ...]) -> list[str]:
     """Go on with the run in `directory`, by its own configuration and what is given on top."""
-    for needed in (str(SAVED_CONFIG), _GENERATIONS):
+    for needed in (str(SAVED_CONFIG), GENERATIONS):
         if not any(directory.glob(needed)):
             raise UserError(f"resume={directory}: there is no {needed} in it; give the directory of a run")
     check_run(directory / SAVED_CONFIG, trust)
@@ -161,19 +182,29 @@ def _with_saved_config(directory: Path, overrides: list[str], trust: tuple[str, 
 
 
 def compose(
-    config_name: str, overrides: list[str], config_dir: str | None = None, hydra_too: bool = False
+    config_name: str,
+    overrides: list[str],
+    config_dir: str | None = None,
+    config_path: str | None = None,
+    hydra_too: bool = False,
 ) -> DictConfig:
-    """The configuration of an entry point, and Hydra's own. Raises UserError, with names that were perhaps meant."""
+    """The configuration of an entry point. Raises UserError, with names that were perhaps meant.
+
+    config_dir: a folder whose files join those of conf/; config_path: a folder in their place. hydra_too: with Hydra's
+    own part.
+    """
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with _configurations():
+        with _configurations(config_path):
             return hydra.compose(config_name, [*overrides, *search], return_hydra_config=hydra_too)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{error}{_suggestion(str(error), config_name)}") from error
 
 
-def _configurations() -> AbstractContextManager[None]:
-    """In which Hydra knows conf/; an entry point that runs is in one already."""
+def _configurations(folder: str | None = None) -> AbstractContextManager[None]:
+    """In which Hydra knows conf/, or a folder in its place; an entry point that runs is in one already."""
+    if folder is not None:
+        return hydra.initialize_config_dir(folder, version_base="1.3")
     if GlobalHydra.instance().is_initialized():
         return nullcontext()
     return hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3")
@@ -206,66 +237,10 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return names
 
 
-def newest_run(config: DictConfig) -> Path | None:
-    """The run that wrote a checkpoint last, of those whose directory is `run_dir` at some time."""
-    times = config.copy()
-    times.run_dir = _NOW.sub("<time>", _unresolved(config))
-    pattern = glob.escape(times.run_dir).replace("<time>", "*")
-    checkpoints = [Path(path) for path in glob.glob(f"{pattern}/{_GENERATIONS}")]
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1] if checkpoints else None
-
-
-def _unresolved(config: DictConfig) -> str:
-    return str(OmegaConf.to_container(config, resolve=False)["run_dir"])  # type: ignore[call-overload,index]
-
-
-def _fresh_directory(config: DictConfig, resume: bool, overwrite: bool) -> Path:
-    directory = Path(config.run_dir)
-    if not _first_process():
-        return directory
-    if _NOW.search(_unresolved(config)):
-        return _made(directory)
-    _claim(directory, resume, overwrite)
-    return directory
-
-
-def _made(directory: Path) -> Path:
-    """`directory`, which nobody else has made: of runs that start in one second, the later ones get a number."""
-    made = directory
-    for number in itertools.count(2):
-        try:
-            made.mkdir(parents=True)
-            break
-        except FileExistsError:
-            made = Path(f"{directory}_{number}")
-    return made
-
-
-def _claim(directory: Path, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder `.hydra`, which of two processes only one can. Raises UserError to the other."""
-    if resume:
-        return
-    if overwrite:
-        for name in OWN:
-            shutil.rmtree(directory / name, ignore_errors=True)
-    try:
-        if any(directory.glob(_GENERATIONS)):
-            raise FileExistsError
-        (directory / SAVED_CONFIG).parent.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(
-            f"run_dir={directory}: there is a run in it already. Go on with it (resume=auto), delete it "
-            "(overwrite=true) or choose another run_dir"
-        ) from None
-
-
 def _refuse_disagreement() -> None:
     """Processes that something else than Lightning starts would each make a directory of their own."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            "with processes started from outside (torchrun, Slurm) name the directory: run_dir=outputs/mine; "
-            "every process reads its own clock"
-        )
+        raise UserError(f"with processes started from outside (torchrun, Slurm) {_NAME_IT}")
 
 
 def _value(overrides: list[Override], key: str) -> Any:
@@ -279,64 +254,23 @@ def _quoted(path: Path) -> str:
     return f"'{escaped}'"
 
 
-def resume_from(config: DictConfig) -> Path | None:
-    """The checkpoint to go on with, or its name where only generations before it are left; None: there is none."""
-    directory = Path(config.run_dir)
-    return directory / LAST if config.resume and any(directory.glob(_GENERATIONS)) else None
-
-
-def keep_configuration(config: DictConfig, saved: dict[str, Any]) -> None:
-    """Hydra has written `config` into the run's directory before anybody could refuse it: write `saved` again."""
-    path = Path(config.run_dir) / SAVED_CONFIG
-    if _first_process() and path.exists():
-        OmegaConf.save(OmegaConf.create(saved), path)
-
-
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolved, in containers that any reader of a checkpoint knows."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
 
 
-def load(path: str | Path, average: bool = True, trust: Sequence[str] = ()) -> Detector:
-    """The detector of a checkpoint of `codetr.train`, in evaluation mode, on the CPU, from the file alone.
-
-    average: with its averaged weights (EMA), if it has them.
-    trust: what else than parts of codetr the file may call, by name: classes, or packages with all that they define.
-    Raises UserError for other files.
-    """
-    from codetr.checkpoint import load_weights
-    from codetr.models.detector import Detector
-
-    checkpoint = load_weights(path, average)
-    if checkpoint.config is None:
-        raise UserError(f"{path}: does not say which detector it belongs to; give a checkpoint of codetr.train")
-    detector = build(parts(checkpoint.config, path, trust)["model"].get("detector"), path)
-    if not isinstance(detector, Detector):
-        raise UserError(f"{path}: its model.detector is a {type(detector).__name__}; give a checkpoint of codetr.train")
-    try:
-        detector.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its weights do not fit its configuration; take another copy ({reason})") from error
-    return detector.eval()
+def require(config: DictConfig, **examples: str) -> None:
+    """Raises UserError for a key without a value, and shows an example of one."""
+    for key, example in examples.items():
+        if OmegaConf.is_missing(config, key) or config[key] is None:
+            raise UserError(f"{key} is not given: add {key}={example} (--help lists what there is to give)")
 
 
-def build(part: Any, source: str | Path) -> Any:
-    """What a part of a configuration says, of `codetr.trust.parts`. Raises UserError for one that says nothing that can
-    be built."""
-    from hydra.utils import instantiate
-
-    try:
-        made = instantiate(part, _convert_="all")
-    except Exception as error:  # whatever the constructors raise at what is in the file
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise UserError(f"{source}: {cause}") from error
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise UserError(f"{source}: its configuration cannot be built ({reason})") from error
-    if made is None or isinstance(made, (dict, list)):
-        raise UserError(f"{source}: its configuration names nothing to build; give a checkpoint of codetr.train")
-    return made
+def one_of(config: DictConfig, **choices: Sequence[str]) -> None:
+    """Raises UserError for a key whose value is none of its choices."""
+    for key, values in choices.items():
+        if config[key] not in values:
+            raise UserError(f"{key}={config[key]}: must be one of {', '.join(values)}")
 
 
 def as_names(value: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint: `python -m codetr.eval checkpoint=FILE`."""
+"""Evaluation of a checkpoint: `codetr eval checkpoint=FILE`."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ def evaluate(config: DictConfig) -> float:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    from codetr.inference import one_of, open_checkpoint
+    from codetr.inference import load
     from codetr.ops.distributed import meet_anew
     from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
+    from codetr.trust import build as build_part
 
     meet_anew()
-    one_of(config, split=("val", "train"))
-    trained = open_checkpoint(config)
-    saved, build = trained.config, partial(application.build, source=config.checkpoint)
+    application.require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt")
+    application.one_of(config, split=("val", "train"))
+    trust = application.as_names(config.trust)
+    model = load(config.checkpoint, device="cpu", weights=config.weights, trust=trust)  # the trainer moves it
+    saved, build = model.config, partial(build_part, source=model.path)
     kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
     seed_everything(config.seed, workers=True, verbose=False)
     task = DetectionTask(
-        detector=trained.detector,
+        detector=model.detector,
         criterion=build(saved["criterion"]),
         postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
-        metrics=instantiate(config.metrics)(trained.class_names),
+        metrics=instantiate(config.metrics)(model.class_names),
         branches=config.branches,
         optimizer=build(saved["optimizer"]),
         schedule=build(saved["schedule"]),
         settings={},
     )
-    given = data_config(config, saved["data"], trained.class_names)
-    given.val_masks = trained.detector.mask_head is not None
+    given = data_config(config, saved["data"], model.class_names)
+    given.val_masks = model.detector.mask_head is not None
     data = build(given)
     trainer = build_trainer(
         config.trainer,
-        callbacks=list(instantiate(callbacks_config(config, trained.step)).values()),
+        callbacks=list(instantiate(callbacks_config(config, model.step)).values()),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

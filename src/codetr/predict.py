@@ -1,8 +1,8 @@
-"""Detections for image files, from a checkpoint alone: `python -m codetr.predict checkpoint=FILE images=FOLDER`."""
+"""Detections for image files, from a checkpoint alone: `codetr predict checkpoint=FILE images=FOLDER`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from codetr.errors import UserError
 from codetr.names import shown_lines
 
 if TYPE_CHECKING:
-    from codetr.inference import Found, Trained, Unreadable, Writer
+    from codetr.inference import Model, Result
+    from codetr.inference.outputs import Writer
+    from codetr.inference.sources import Unreadable
 
 
 def predict(config: DictConfig) -> Path:
@@ -22,69 +24,54 @@ def predict(config: DictConfig) -> Path:
     What was found before an error is in predictions.json all the same.
     """
     # Imported here, so that --help and --cfg answer at once.
-
-    from codetr import inference
-    from codetr.application import build
     from codetr.data.readers.folder import find_images
+    from codetr.inference import load
 
-    inference.require(config, images="photos")
-    inference.one_of(config, on_error=("stop", "skip"))
-    trained = inference.open_checkpoint(config)
+    application.require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt", images="photos")
+    application.one_of(config, on_error=("stop", "skip"))
+    trust = application.as_names(config.trust)
+    model = load(config.checkpoint, device=config.device, weights=config.weights, trust=trust)
     paths = find_images(config.images)
-    device = inference.pick_device(config.device)
-    results = inference.detect(
-        inference.finder(
-            trained.detector.to(device), build(trained.config["postprocess"], config.checkpoint), config.score_threshold
-        ),
-        inference.ImageFiles(
-            paths, build(trained.config["data"].get("val_transform"), config.checkpoint), config.max_pixels
-        ),
-        device=device,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        size_divisor=trained.size_divisor,
-    )
-    with _writer(config, paths, trained) as writer:
+    with _writer(config, paths, model) as writer:
+        results = model.stream(paths, config.score_threshold, config.batch_size, config.num_workers, config.max_pixels)
         try:
             skipped = _write(results, writer, len(paths), config.on_error)
         except UserError as error:
-            done = f"{writer.done} of {len(paths)} images were done before and are in {writer.results.path}"
+            done = f"{writer.done} of {len(paths)} images were done before and are in {writer.records.path}"
             raise UserError(f"{error}; {done}") from error
-    path = writer.results.path
-    print(f"{writer.results.count} objects in {len(paths) - skipped} images, {skipped} skipped: {path}")
+    path = writer.records.path
+    print(f"{writer.records.count} objects in {len(paths) - skipped} images, {skipped} skipped: {path}")
     return path
 
 
-def _writer(config: DictConfig, paths: list[Path], trained: Trained) -> Writer:
-    """With the ids of `annotations`, or else those of the checkpoint's data set and running numbers."""
+def _writer(config: DictConfig, paths: list[Path], model: Model) -> Writer:
+    """With the ids of `annotations`, which the model takes over, or else running numbers and its own category ids."""
     from codetr.data import numbering
-    from codetr.inference import Writer
+    from codetr.inference.outputs import Writer
 
-    ids: Sequence[int] = trained.category_ids or range(len(trained.class_names))
-    numbers: Sequence[int] = range(len(paths))
-    inputs = [Path(config.checkpoint)]
+    numbers, inputs = list(range(len(paths))), [Path(config.checkpoint)]
     if config.annotations is not None:
         file = Path(config.annotations)
         inputs.append(file)
-        ids, numbers = numbering.category_ids(file, trained.class_names), numbering.image_ids(file, paths)
-    elif trained.category_ids is None:
+        model.category_ids = tuple(numbering.category_ids(file, model.class_names))
+        numbers = numbering.image_ids(file, paths)
+    elif model.category_ids is None:
         print(
             f"{config.checkpoint} does not tell the category ids of its data set: category_id is 0 for the first class "
             "and so on; annotations=FILE takes the ids of a COCO file"
         )
-    names, threshold = trained.class_names, config.score_threshold
-    return Writer(Path(config.out), paths, numbers, names, ids, threshold, config.pictures, inputs)
+    return Writer(Path(config.out), paths, numbers, config.pictures, inputs)
 
 
-def _write(results: Iterable[Found | Unreadable], writer: Writer, total: int, on_error: str) -> int:
+def _write(results: Iterable[Result | Unreadable], writer: Writer, total: int, on_error: str) -> int:
     """Returns how many files were skipped."""
     from rich.progress import track
 
-    from codetr.inference import Found
+    from codetr.inference import Result
 
     skipped = 0
     for one in track(results, "images", total=total):
-        if isinstance(one, Found):
+        if isinstance(one, Result):
             writer.add(one)
         elif on_error == "stop":
             raise UserError(f"{one.reason}; on_error=skip goes on without it")

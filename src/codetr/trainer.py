@@ -16,10 +16,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 from codetr.errors import UserError
+from codetr.nn.half import halve
 
 
 class TrueHalf(HalfPrecision):
@@ -27,8 +27,7 @@ class TrueHalf(HalfPrecision):
 
     The forward pass runs under autocast, as in mixed precision: convolutions, products of matrices and deformable
     attention are of half precision, boxes, references, matching and losses of float32. Lightning's own also rounds the
-    batch (bfloat16 knows no pixel 1001) and every number that the model makes. Of the buffers, the statistics of batch
-    norms go with their weights; constants stay as they are.
+    batch and every number that the model makes.
     """
 
     def __init__(self, precision: Any, device: str) -> None:
@@ -36,14 +35,7 @@ class TrueHalf(HalfPrecision):
         self.device = device
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        parts = (part for part in module.modules() if not isinstance(part, _NormBase))
-        constants = {id(buffer) for part in parts for buffer in part.buffers(recurse=False)}
-
-        def halved(tensor: Tensor) -> Tensor:
-            keep = id(tensor) in constants or not tensor.is_floating_point()
-            return tensor if keep else tensor.to(self._desired_input_dtype)
-
-        return module._apply(halved)
+        return halve(module, self._desired_input_dtype)
 
     def convert_input(self, data: Any) -> Any:
         return data

@@ -1,7 +1,7 @@
 """What a configuration that comes out of a file may build: named parts of codetr, and what the user allows by name.
 
 Hydra calls whatever `_target_` names, with the arguments beside it. A checkpoint, or the directory of a run, is often
-somebody else's: here it is looked through, all of it, before anything is built.
+somebody else's: here it is looked through, all of it, before anything is built (`parts`, then `build`).
 """
 
 from __future__ import annotations
@@ -84,6 +84,26 @@ def parts(config: Any, source: Path | str, trust: Sequence[str] = ()) -> dict[st
             if type(node) is str and "${" in node:
                 raise UserError(f"{source}: {shown(key)} is {_short(node)}: files hold values, not interpolations")
     return _without_weights(found)
+
+
+def build(part: Any, source: str | Path) -> Any:
+    """The object that one of the `parts` of a configuration describes.
+
+    source: the file that it comes from, for messages. Raises UserError for a part that says nothing that can be built.
+    """
+    from hydra.utils import instantiate
+
+    try:
+        made = instantiate(part, _convert_="all")
+    except Exception as error:  # whatever the constructors raise at what is in the file
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise UserError(f"{source}: {cause}") from error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"{source}: its configuration cannot be built ({reason})") from error
+    if made is None or isinstance(made, (dict, list)):
+        raise UserError(f"{source}: its configuration names nothing to build; give a checkpoint of codetr.train")
+    return made
 
 
 def check_run(path: Path, trust: Sequence[str] = ()) -> None:

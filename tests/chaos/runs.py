@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codetr import application
-from codetr.train import train
+from codetr.training import fit
 from integration.toy import overrides
 
 STATE = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "random_states", "callbacks", "loops")
@@ -97,7 +97,7 @@ def _fork(config: DictConfig, rank: int, processes: int, port: int, log: Path) -
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        train(config)
+        fit(config)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from codetr import application
-from codetr.train import train
+from codetr.training import fit
 from integration.toy import make_coco, overrides
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -79,7 +79,7 @@ def soak(steps: int, validations: int, folder: Path) -> list[list[float]]:
     file = folder / "rows"
     every = max(steps // SAMPLES, 1)
     options.append(f"+callbacks.sample={{_target_: chaos.soak.Sample, every: {every}, file: {file}}}")
-    train(application.compose("train", [*overrides(folder / "data"), *options]))
+    fit(application.compose("train", [*overrides(folder / "data"), *options]))
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from codetr import application
-from codetr.inference import Found, ImageFiles, detect, finder
+from codetr.inference import load
 
 NAMES = ["circle", "square", "star"]
 
@@ -51,26 +51,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         "global_step": 7,
     }
     torch.save(content, checkpoint)
-    (folder / "truth.json").write_text(json.dumps(annotate(checkpoint, config, sorted((folder / "images").iterdir()))))
+    (folder / "truth.json").write_text(json.dumps(annotate(checkpoint, sorted((folder / "images").iterdir()))))
     return Trained(checkpoint, folder / "images")
 
 
-def annotate(checkpoint: Path, config: dict, paths: list[Path]) -> dict:
+def annotate(checkpoint: Path, paths: list[Path]) -> dict:
     """A COCO instances file with the three best detections of each image, category ids in reverse order."""
-    files = ImageFiles(paths, instantiate(config["data"]["val_transform"]))
-    found = detect(
-        finder(application.load(checkpoint), instantiate(config["postprocess"]), score_threshold=0),
-        files,
-        device=torch.device("cpu"),
-        batch_size=1,
-        num_workers=0,
-        size_divisor=32,
-    )
+    found = load(checkpoint, device="cpu").predict(paths, score_threshold=0, batch_size=1)
     images, annotations = [], []
     for number, one in enumerate(found, start=100):
-        assert isinstance(one, Found)
         images.append({"id": number, "file_name": one.path.name, "height": 96, "width": 128})
-        for (x0, y0, x1, y1), label in zip(one.detections.boxes_xyxy[:3].tolist(), one.detections.labels, strict=False):
+        for (x0, y0, x1, y1), label in zip(one.boxes_xyxy[:3].tolist(), one.labels, strict=False):
             entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 9 - int(label), "iscrowd": 0}
             annotations.append(entry | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
     categories = [{"id": 9 - i, "name": name} for i, name in reversed(list(enumerate(NAMES)))]

@@ -168,11 +168,11 @@ def run_reference(row: Row, data: Path, directory: Path) -> None:
 
 def _train(given: list[str], directory: Path) -> None:
     from codetr.application import compose
-    from codetr.train import train
+    from codetr.training import fit
 
     directory.mkdir(parents=True, exist_ok=True)
     with fixed_draws():
-        train(compose("train", given))
+        fit(compose("train", given))
 
 
 def losses(row: Row, directory: Path) -> list[float]:

@@ -59,7 +59,7 @@ def converted(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_detector_is_the_official_one(official: Path, converted: Path) -> None:
     """From the file alone to the recorded detections of the official code's decoder."""
-    detector = codetr.load(converted / "ours.ckpt")
+    detector = codetr.load(converted / "ours.ckpt", device="cpu").detector
     inputs, forward = (load_file(official / BUNDLE / f"{name}.safetensors") for name in ("inputs", "forward"))
     rows, columns = (torch.arange(n) for n in inputs["img"].shape[2:])
     extent = inputs["img_shape"]
@@ -129,7 +129,7 @@ def test_it_is_fine_tuned_on_other_classes(converted: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "moved by class name" in " ".join(done.stdout.split())
-    before, after = (codetr.load(converted / f) for f in ("ours.ckpt", "tuned/checkpoints/best.ckpt"))
+    before, after = (codetr.load(converted / f).detector for f in ("ours.ckpt", "tuned/checkpoints/best.ckpt"))
     row = NAMES.index("red")
     assert torch.equal(before.decoder.class_heads[0].weight[row], after.decoder.class_heads[0].weight[0])
     assert len(after.decoder.class_heads[0].weight) == 3

@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy import make_coco, overrides, train
 
+import codetr
 from codetr import application
 
 
@@ -53,9 +54,7 @@ def evaluate_in_this_process(checkpoint: Path, data: Path) -> dict[str, float]:
     module = instantiate(config.data)
     module.setup("fit")
     metrics = instantiate(config.metrics)(module.class_names)
-    detector, postprocess = application.load(checkpoint), instantiate(config.postprocess)
+    model = codetr.load(checkpoint, device="cpu")
     for batch in module.val_dataloader():
-        prediction = detector.detect(batch.images, batch.padding)
-        found = batch.frames.to_files(postprocess(prediction, batch.frames.sizes))
-        metrics.update(batch.image_ids, found, batch.truth)
+        metrics.update(batch.image_ids, model.detect(batch, score_threshold=0), batch.truth)
     return metrics.compute()

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from toy import make_coco, overrides
 
 from codetr import application
-from codetr.train import train
+from codetr.training import fit
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -78,7 +78,7 @@ def test_trainings(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = application.compose("train", [*given(name, data), "run_dir=run"])
-    train(config)
+    fit(config)
     if config.trainer.get("fast_dev_run"):
         return
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
@@ -88,7 +88,7 @@ def test_trainings(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
         config = application.compose(
             "train", [*given(name, data), "run_dir=run", "resume=auto", "trainer.max_epochs=4"]
         )
-        train(config)
+        fit(config)
         assert len(list((tmp_path / "outputs/mlruns").glob("*/*/metrics/train/loss"))) >= 1
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from toy import make_coco, overrides, train
 
+import codetr
 from codetr import application
 from lvis_api import LVIS, LVISEval, LVISResults
 
@@ -71,10 +72,10 @@ def detections(run: Path, data: Path) -> list[dict]:
     config = application.compose("train", overrides(data))
     module = instantiate(config.data)
     module.setup("fit")
-    detector, postprocess = application.load(run / "checkpoints" / "best.ckpt"), instantiate(config.postprocess)
+    model = codetr.load(run / "checkpoints" / "best.ckpt", device="cpu")
     results = []
     for batch in module.val_dataloader():
-        found = batch.frames.to_files(postprocess(detector.detect(batch.images, batch.padding), batch.frames.sizes))
+        found = model.detect(batch, score_threshold=0)
         for i, one in zip(batch.image_ids.tolist(), found, strict=True):
             boxes = one.boxes_xyxy.double()
             boxes[:, 2:] -= boxes[:, :2]

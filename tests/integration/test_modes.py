@@ -32,7 +32,7 @@ from toy import make_coco
 
 from codetr.application import compose
 from codetr.errors import UserError
-from codetr.train import train
+from codetr.training import fit
 
 ROWS = rows()
 # Of one process, as many as `make test` has time for: both precisions below float32, with and without accumulation.
@@ -122,4 +122,4 @@ def test_a_mode_that_the_machine_cannot_run_is_refused_before_data_is_read(
 ) -> None:
     given = [o for o in settings(ALONE[0], tmp_path / "nowhere", tmp_path / "run") if not o.startswith("trainer.acc")]
     with pytest.raises(UserError, match=message):
-        train(compose("train", [*given, "trainer=cpu", *overrides]))
+        fit(compose("train", [*given, "trainer=cpu", *overrides]))

@@ -12,7 +12,7 @@ from toy import data_overrides, environment, make_coco, overrides
 
 from codetr import application
 from codetr.papers import main as papers
-from codetr.train import train
+from codetr.training import fit
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
@@ -86,7 +86,7 @@ def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypat
     small += ["model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
     small += ["~callbacks.progress", "trainer.max_epochs=1", "trainer.max_steps=1", "run_dir=run"]
     monkeypatch.chdir(tmp_path)
-    train(application.compose("train", [*given, *small]))
+    fit(application.compose("train", [*given, *small]))
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 

@@ -14,9 +14,8 @@ import torch
 from toy import make_coco, overrides
 from toy import train as train_alone
 
-from codetr import application, resume
+from codetr import application, resume, training
 from codetr.errors import UserError
-from codetr.train import train
 
 IMAGES, STEPS, LR = 12, 6, 1e-3
 pytestmark = [
@@ -45,7 +44,7 @@ def fit(data: Path, run: Path, *more: str) -> dict:
     seen = f"+callbacks.seen={{_target_: toy_callbacks.Seen, file: {run}/seen}}"
     (run / ".hydra").mkdir(parents=True, exist_ok=True)
     config = application.compose("train", [*overrides(data), *OWN, f"run_dir={run}", "resume=auto", seen, *more])
-    train(config)
+    training.fit(config)
     return last(run)
 
 

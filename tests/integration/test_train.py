@@ -10,7 +10,7 @@ import pytest
 from toy import CLASSES, make_coco, train
 
 import codetr
-from codetr import application
+from codetr import application, run_directory
 from codetr.errors import UserError
 
 
@@ -21,8 +21,8 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def settle(*argv: str) -> list[str]:
-    return application.settle(list(argv), "train")
+def decided(*argv: str) -> list[str]:
+    return application.with_run_directory(list(argv), "train")
 
 
 def make_run(directory: str, seconds: int) -> Path:
@@ -35,37 +35,37 @@ def make_run(directory: str, seconds: int) -> Path:
 
 
 def test_a_fresh_run_names_its_directory_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = settle("name=mine")
+    first = decided("name=mine")
     assert first[0] == "name=mine"
     assert first[1].startswith("run_dir='outputs/mine/20")
-    assert settle("name=mine", "--config-dir", ".")[2:] == ["--config-dir", "."]
+    assert decided("name=mine", "--config-dir", ".")[2:] == ["--config-dir", "."]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert settle(*first) == first  # what a process launched by Lightning sees
+    assert decided(*first) == first  # what a process launched by Lightning sees
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_runs_that_start_in_one_second_have_directories_of_their_own(name: str) -> None:
     """From many processes' point of view: whoever makes it has it, the others get numbers."""
     given = ["checkpoint=x"] if name == "eval" else []
-    directories = [application.settle([*given, "name=n"], name)[-1] for _ in range(6)]
+    directories = [application.with_run_directory([*given, "name=n"], name)[-1] for _ in range(6)]
     assert len(set(directories)) == 6
     assert len(list(Path("outputs/n").iterdir())) == 6
-    application.settle([*given, "run_dir=fixed"], name)
+    application.with_run_directory([*given, "run_dir=fixed"], name)
     with pytest.raises(UserError, match="run_dir=fixed: there is a run in it already"):
-        application.settle([*given, "run_dir=fixed"], name)
+        application.with_run_directory([*given, "run_dir=fixed"], name)
 
 
 def test_sweeps_that_start_in_one_second_have_directories_of_their_own() -> None:
-    first, second = (settle("-m", "name=n", "seed=1,2")[-1] for _ in range(2))
+    first, second = (decided("-m", "name=n", "seed=1,2")[-1] for _ in range(2))
     assert first.startswith("hydra.sweep.dir='outputs/n/multirun/20")
     assert first != second
 
 
 def test_the_demo_does_not_touch_another_run() -> None:
     make_run("outputs/demo", 1), make_run("outputs/other", 900), make_run("outputs/longer/2", 300)
-    assert settle("experiment=demo", "name=longer")[-1].startswith("run_dir='outputs/longer/20")
-    assert settle("experiment=demo", "name=longer", "resume=auto")[-1] == "run_dir='outputs/longer/2'"
-    assert settle("experiment=demo", "resume=auto")[-1].startswith("run_dir='outputs/demo/20")
+    assert decided("experiment=demo", "name=longer")[-1].startswith("run_dir='outputs/longer/20")
+    assert decided("experiment=demo", "name=longer", "resume=auto")[-1] == "run_dir='outputs/longer/2'"
+    assert decided("experiment=demo", "resume=auto")[-1].startswith("run_dir='outputs/demo/20")
     assert len(list(Path().rglob("last.ckpt"))) == 3
 
 
@@ -76,31 +76,31 @@ def test_a_configuration_file_neither_overwrites_nor_resumes_what_it_does_not_na
     (folder / "destroys.yaml").write_text("# @package _global_\nrun_dir: outputs/mine[1]\noverwrite: true\n")
     make_run("outputs/mine1", 900)
     own = ("--config-dir", str(folder.parent))
-    assert settle("experiment=fixed", "resume=auto", *own)[2] == "run_dir='outputs/mine[1]'"
+    assert decided("experiment=fixed", "resume=auto", *own)[2] == "run_dir='outputs/mine[1]'"
     run = make_run("outputs/mine[1]", 1)
-    assert settle("experiment=fixed", "resume=auto", *own)[2] == "run_dir='outputs/mine[1]'"
+    assert decided("experiment=fixed", "resume=auto", *own)[2] == "run_dir='outputs/mine[1]'"
     with pytest.raises(UserError, match=r"there is a run in it already"):
-        settle("experiment=fixed", *own)
+        decided("experiment=fixed", *own)
     with pytest.raises(UserError, match="overwrite=true stands in a configuration file"):
-        settle("experiment=destroys", *own)
+        decided("experiment=destroys", *own)
     assert (run / "checkpoints/last.ckpt").exists()
 
 
 def test_resume_auto_takes_the_newest_run_of_that_name() -> None:
     make_run("outputs/a/1", 300), make_run("outputs/a/2", 100), make_run("outputs/b/3", 900)
-    assert settle("name=a", "resume=auto") == ["name=a", "resume=auto", "run_dir='outputs/a/1'"]
-    assert settle("name=new", "resume=auto")[2].startswith("run_dir='outputs/new/20")
-    assert settle("resume=auto", "run_dir=outputs/b/3") == ["resume=auto", "run_dir=outputs/b/3"]
+    assert decided("name=a", "resume=auto") == ["name=a", "resume=auto", "run_dir='outputs/a/1'"]
+    assert decided("name=new", "resume=auto")[2].startswith("run_dir='outputs/new/20")
+    assert decided("resume=auto", "run_dir=outputs/b/3") == ["resume=auto", "run_dir=outputs/b/3"]
 
 
 def test_resume_of_a_directory_uses_its_own_config() -> None:
     run = make_run("out puts/it's", 1)
-    argv = settle(f"resume='{str(run).replace(chr(39), chr(92) + chr(39))}'", "trainer.max_epochs=5")
+    argv = decided(f"resume='{str(run).replace(chr(39), chr(92) + chr(39))}'", "trainer.max_epochs=5")
     assert argv[0] == f"--config-path={run.resolve() / '.hydra'}"
     assert argv[1] == "--config-name=config"
     assert argv[-1] == r"hydra.run.dir='out puts/it\'s'"
     with pytest.raises(UserError, match=r"resume=nowhere: there is no .*config.yaml"):
-        settle("resume=nowhere")
+        decided("resume=nowhere")
 
 
 def test_a_run_whose_last_checkpoint_was_deleted_goes_on_from_the_one_before() -> None:
@@ -108,21 +108,21 @@ def test_a_run_whose_last_checkpoint_was_deleted_goes_on_from_the_one_before() -
     last = run / "checkpoints/last.ckpt"
     last.rename(last.with_name("last.1.ckpt"))
     with pytest.raises(UserError, match="run_dir=fixed: there is a run in it already"):
-        settle("run_dir=fixed")
-    assert settle("resume=fixed")[0] == f"--config-path={run.resolve() / '.hydra'}"
+        decided("run_dir=fixed")
+    assert decided("resume=fixed")[0] == f"--config-path={run.resolve() / '.hydra'}"
     for resume, found in (("auto", last), ("null", None)):
         config = application.compose("train", [f"resume={resume}", "run_dir=fixed"])
-        assert application.resume_from(config) == found
+        assert run_directory.resume_from(config) == found
 
 
 def test_a_run_is_not_overwritten_by_accident() -> None:
     run = make_run("fixed", 1)
     (run / "notes.txt").touch()
     with pytest.raises(UserError, match="run_dir=fixed: there is a run in it already"):
-        settle("run_dir=fixed")
-    settle("run_dir=fixed", "resume=auto")
+        decided("run_dir=fixed")
+    decided("run_dir=fixed", "resume=auto")
     assert (run / "checkpoints/last.ckpt").exists()
-    settle("run_dir=fixed", "overwrite=true")
+    decided("run_dir=fixed", "overwrite=true")
     left = [path for path in run.rglob("*") if path.is_file()]
     assert left == [run / "notes.txt"]
 
@@ -141,14 +141,14 @@ def test_a_run_is_not_overwritten_by_accident() -> None:
 )
 def test_messages(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        settle(*argv)
+        decided(*argv)
 
 
 def test_processes_from_outside_need_a_named_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="run_dir="):
-        settle("name=a")
-    assert settle("run_dir=named") == ["run_dir=named"]
+        decided("name=a")
+    assert decided("run_dir=named") == ["run_dir=named"]
 
 
 def test_sweep_then_a_start_from_its_weights(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_sweep_then_a_start_from_its_weights(tmp_path: Path) -> None:
     done = train(data, tmp_path, "seed=1,2", "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "-m")
     assert done.returncode == 0, done.stderr
     best = [tmp_path / "sweep" / job / "checkpoints" / "best.ckpt" for job in ("0", "1")]
-    weights = [codetr.load(path).decoder.class_heads[0].weight for path in best]
+    weights = [codetr.load(path).detector.decoder.class_heads[0].weight for path in best]
     assert weights[0].shape[0] == len(CLASSES)
     assert not weights[0].equal(weights[1])
 
@@ -173,7 +173,7 @@ def test_sweep_then_a_start_from_its_weights(tmp_path: Path) -> None:
     )
     assert again.returncode == 0, again.stderr
     assert "moved by class name" in " ".join(again.stdout.split())
-    moved = codetr.load("again/checkpoints/best.ckpt").decoder.class_heads[0].weight
+    moved = codetr.load("again/checkpoints/best.ckpt").detector.decoder.class_heads[0].weight
     assert moved.equal(weights[0][[CLASSES.index("blue"), CLASSES.index("red")]])
 
 

@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from PIL import ImageFile
@@ -13,9 +14,9 @@ from codetr.data.coco import CocoDetection
 from codetr.data.images import UnreadableImage, read_image, seen_size
 from codetr.data.inspection.files import examine
 from codetr.errors import UserError
-from codetr.inference import ImageFiles, Unreadable
+from codetr.inference.sources import MAX_PIXELS, Images, Unreadable, find_sources
 
-LIMIT = 80_000_000
+LIMIT = MAX_PIXELS
 
 
 def bomb(path: Path, width: int, height: int) -> Path:
@@ -70,9 +71,13 @@ class TestRefused:
             assert "12000x12000" in file.fault[1]
 
     def test_by_prediction(self, large: Path) -> None:
-        (item,) = ImageFiles([large], lambda sample: sample, LIMIT)
+        (item,) = Images([large], lambda sample: sample)
         assert isinstance(item, Unreadable)
         assert "max_pixels" in item.reason
+
+    def test_by_prediction_of_a_pillow_image(self, large: Path) -> None:
+        with PIL.Image.open(large) as image, pytest.raises(UserError, match=r"large\.png .*12000x12000.*max_pixels"):
+            find_sources(image)
 
     def test_by_training(self, large: Path, tmp_path: Path) -> None:
         image = {"id": 1, "file_name": large.name, "width": 12_000, "height": 12_000}

@@ -141,8 +141,8 @@ def test_load_rebuilds_the_detector_from_the_file_alone(tmp_path: Path) -> None:
         },
         tmp_path / "x.ckpt",
     )
-    for use_average, expected in ((True, average), (False, model.state_dict())):
-        loaded = codetr.load(tmp_path / "x.ckpt", use_average)
+    for weights, expected in (("ema", average), ("raw", model.state_dict())):
+        loaded = codetr.load(tmp_path / "x.ckpt", device="cpu", weights=weights).detector
         assert not loaded.training
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, expected[name]), name

@@ -5,20 +5,23 @@ import resource
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
 from codetr.data.readers.folder import find_images
 from codetr.errors import UserError
-from codetr.inference import Found, ImageFiles, Unreadable, Writer, detect
-from codetr.outputs import PICTURE_SUFFIXES, Results, picture_names
+from codetr.inference import Model, Result
+from codetr.inference.outputs import PICTURE_SUFFIXES, Records, Writer, picture_names
+from codetr.inference.sources import MAX_PIXELS, Images, Unreadable
 from codetr.postprocess import PostProcess
-from codetr.types import Batch, Detections, Prediction
+from codetr.types import MAIN, Output, Prediction
 
 
 def paint(path: Path, size: tuple[int, int], box: tuple[int, int, int, int], orientation: int = 1) -> Path:
@@ -34,8 +37,22 @@ def paint(path: Path, size: tuple[int, int], box: tuple[int, int, int, int], ori
     return path
 
 
+class Brightest(nn.Module):
+    """A detector whose only layer finds the bounding box of what is bright, as class 1 of 2, normalised by the image
+    without its padding."""
+
+    mask_head = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor, padding: Tensor) -> Output:
+        last = brightest(images, padding)
+        return Output({}, {MAIN: Prediction(last.logits[None], last.boxes[None])})
+
+
 def brightest(images: Tensor, padding: Tensor) -> Prediction:
-    """The bounding box of what is bright, as class 1 of 2, normalised by the image without its padding."""
     boxes = []
     for image, pad in zip(images, padding, strict=True):
         height, width = (~pad).any(1).sum(), (~pad).any(0).sum()
@@ -46,18 +63,26 @@ def brightest(images: Tensor, padding: Tensor) -> Prediction:
     return Prediction(torch.tensor([[[-9.0, 2.0]]]).repeat(len(images), 1, 1), torch.stack(boxes)[:, None])
 
 
-def find(batch: Batch) -> list[Detections]:
-    return batch.frames.to_files(PostProcess(1, None)(brightest(batch.images, batch.padding), batch.frames.sizes))
+def model() -> Model:
+    return Model(
+        path=Path("brightest.ckpt"),
+        detector=Brightest(),
+        class_names=("cat", "dog"),
+        category_ids=(3, 7),
+        transform=Resize(64, max_size=100),
+        size_divisor=32,
+        postprocess=PostProcess(1, None),
+        config={},
+        step=0,
+    )
 
 
-def run(paths: list[Path], num_workers: int = 0) -> list[Found | Unreadable]:
-    files = ImageFiles(paths, Resize(64, max_size=100))
-    options = {"device": torch.device("cpu"), "batch_size": 3, "num_workers": num_workers, "size_divisor": 32}
-    return list(detect(find, files, **options))
+def run(paths: list[Path], num_workers: int = 0, score_threshold: float = 0.5) -> list[Result | Unreadable]:
+    return list(model().stream(paths, score_threshold, batch_size=3, num_workers=num_workers, max_pixels=MAX_PIXELS))
 
 
 def writer_of(out: Path, paths: list[Path], pictures: bool = True, inputs: Sequence[Path] = ()) -> Writer:
-    return Writer(out, paths, range(len(paths)), ["cat", "dog"], [3, 7], 0.5, pictures, inputs)
+    return Writer(out, paths, range(len(paths)), pictures, inputs)
 
 
 @pytest.fixture
@@ -76,10 +101,10 @@ TRUTH = {"a.png": (32, 16, 64, 96), "b.JPG": (64, 32, 192, 96), "c.jpg": (32, 64
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_boxes_come_in_pixels_of_the_file_as_it_is_seen(folder: Path, num_workers: int) -> None:
     results = run(find_images(str(folder)), num_workers)
-    found = {one.path.name: one for one in results if isinstance(one, Found)}
+    found = {one.path.name: one for one in results if isinstance(one, Result)}
     assert found.keys() == TRUTH.keys()
     for name, one in found.items():
-        boxes = one.detections.boxes_xyxy
+        boxes = one.boxes_xyxy
         assert torch.allclose(boxes, torch.tensor([TRUTH[name]]).float(), atol=3.0), name  # blurred by resizing
     failed = [one for one in results if isinstance(one, Unreadable)]
     assert [one.path.name for one in failed] == ["d.jpg"]
@@ -88,7 +113,7 @@ def test_boxes_come_in_pixels_of_the_file_as_it_is_seen(folder: Path, num_worker
 
 def test_a_batch_without_a_readable_image_is_no_batch(folder: Path) -> None:
     results = run([folder / "d.jpg"] * 3 + [folder / "a.png"])
-    assert [type(one) for one in results] == [Unreadable] * 3 + [Found]
+    assert [type(one) for one in results] == [Unreadable] * 3 + [Result]
 
 
 def test_results_are_coco_results_with_names(folder: Path, tmp_path: Path) -> None:
@@ -96,7 +121,7 @@ def test_results_are_coco_results_with_names(folder: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     with writer_of(out, paths) as writer:
         for one in run(paths):
-            if isinstance(one, Found):
+            if isinstance(one, Result):
                 writer.add(one)
     records = json.loads((out / "predictions.json").read_text())
     assert [(r["file_name"], r["image_id"], r["category_id"], r["category_name"]) for r in records] == [
@@ -112,13 +137,15 @@ def test_results_are_coco_results_with_names(folder: Path, tmp_path: Path) -> No
             assert max(picture.size) == 512
 
 
-def test_the_threshold_holds_for_files_and_pictures(tmp_path: Path) -> None:
-    path = paint(tmp_path / "in" / "a.png", (512, 512), (0, 0, 1, 1))
-    boxes = torch.tensor([[10.0, 10.0, 60.0, 60.0]]).repeat(2, 1)
-    found = Detections(torch.tensor([0.9, 0.2]), torch.tensor([0, 1]), boxes)
+@pytest.mark.parametrize(("threshold", "count"), [(0.88, 1), (0.89, 0)])
+def test_the_threshold_holds_for_files_and_pictures(tmp_path: Path, threshold: float, count: int) -> None:
+    path = paint(tmp_path / "in" / "a.png", (512, 512), (10, 10, 60, 60))
+    (one,) = run([path], score_threshold=threshold)  # of a score of 0.8808
+    assert isinstance(one, Result)
     with writer_of(tmp_path / "out", [path], pictures=False) as writer:
-        writer.add(Found(path, torch.zeros(3, 512, 512, dtype=torch.uint8), found))
-    assert [r["category_name"] for r in json.loads(writer.results.path.read_text())] == ["cat"]
+        writer.add(one)
+    assert [r["category_name"] for r in json.loads(writer.records.path.read_text())] == ["dog"] * count
+    assert bool((np.asarray(one.plot()) != one.pixels.permute(1, 2, 0).numpy()).any()) == bool(count)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
 
 
@@ -126,7 +153,7 @@ def test_equal_names_in_two_folders_do_not_meet(tmp_path: Path) -> None:
     paths = [paint(tmp_path / "in" / side / "a.png", (64, 64), (8, 8, 56, 56)) for side in ("left", "right")]
     with writer_of(tmp_path / "out", paths) as writer:
         for one in run(paths):
-            assert isinstance(one, Found)
+            assert isinstance(one, Result)
             writer.add(one)
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
         "left/a.png",
@@ -273,7 +300,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_a_full_disk_leaves_whole_results(tmp_path: Path, limit: int) -> None:
     path = tmp_path / "predictions.json"
     path.write_text("an older run")
-    results, records = Results(path), [{"image_id": i, "score": 1 / (i + 1)} for i in range(40)]
+    results, records = Records(path), [{"image_id": i, "score": 1 / (i + 1)} for i in range(40)]
     refused = pytest.raises(UserError, match=r"cannot write .*predictions\.json: File too large")
     with files_of_at_most(limit), refused:
         list(map(results.add, (records[i : i + 2] for i in range(0, 40, 2))))
@@ -286,10 +313,8 @@ def test_a_full_disk_leaves_whole_results(tmp_path: Path, limit: int) -> None:
 
 def test_a_picture_without_space_is_not_there_at_all(tmp_path: Path) -> None:
     paths = [paint(tmp_path / "in" / f"{i}.png", (64, 64), (8, 8, 56, 56)) for i in range(2)]
-    found = [
-        Found(p, torch.randint(0, 256, (3, 600, 600), dtype=torch.uint8), one.detections)
-        for p, one in zip(paths, run(paths), strict=True)
-    ]
+    pixels = torch.randint(0, 256, (3, 600, 600), dtype=torch.uint8)
+    found = [replace(one, pixels=pixels) for one in run(paths)]
     writer = writer_of(tmp_path / "out", paths)
     with (
         writer,
@@ -298,7 +323,7 @@ def test_a_picture_without_space_is_not_there_at_all(tmp_path: Path) -> None:
     ):
         writer.add(found[0])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
-    assert [r["file_name"] for r in json.loads(writer.results.path.read_text())] == ["0.png"]
+    assert [r["file_name"] for r in json.loads(writer.records.path.read_text())] == ["0.png"]
 
 
 @pytest.mark.parametrize(("size", "box"), [((10, 20000), (0, 4000, 10, 12000)), ((200, 1), (50, 0, 150, 1))])
@@ -306,15 +331,15 @@ def test_the_thinnest_images_keep_a_pixel(
     tmp_path: Path, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
     (one,) = run([paint(tmp_path / "a.png", size, box)])
-    assert isinstance(one, Found)
-    (found,) = one.detections.boxes_xyxy.tolist()
+    assert isinstance(one, Result)
+    (found,) = one.boxes_xyxy.tolist()
     steps = [max(1, side / 100) for side in size] * 2  # a pixel of the network
     assert all(abs(a - b) <= 2 * step for a, b, step in zip(found, box, steps, strict=True)), found
 
 
 def test_a_transform_that_fails_is_the_files_fault(tmp_path: Path) -> None:
     paths = [paint(tmp_path / f"{i}.png", (size, 64), (1, 1, 9, 9)) for i, size in enumerate((64, 65))]
-    files = ImageFiles(paths, lambda parts: {**parts, "image": parts["image"].reshape(3, 64, 64)})
+    files = Images(paths, lambda parts: {**parts, "image": parts["image"].reshape(3, 64, 64)})
     assert not isinstance(files[0], Unreadable)
     assert isinstance(files[1], Unreadable)
     assert files[1].reason.startswith(f"{paths[1]} (65x64 pixels) cannot be transformed: ")
@@ -324,8 +349,9 @@ def test_files_of_other_kinds_are_named(folder: Path) -> None:
     for name in ("e.heic", "f.MP4", "g.avif", ".h.heic"):
         (folder / name).write_bytes(b"\0\0\0\x1cftypheic")
     Image.new("RGB", (64, 64)).save(folder / "ppm.ppm")
-    files = ImageFiles(find_images(str(folder)), Resize(64, max_size=100))
-    items = {p.name: files[i] for i, p in enumerate(files.paths)}
+    paths = find_images(str(folder))
+    files = Images(paths, Resize(64, max_size=100))
+    items = {p.name: files[i] for i, p in enumerate(paths)}
     bad = {name: item.reason for name, item in items.items() if isinstance(item, Unreadable)}
     assert bad.keys() == {"d.jpg", "e.heic", "f.MP4", "g.avif"}
     for name, reason in bad.items():

@@ -18,7 +18,9 @@ from codetr.data.readers import coco
 from codetr.data.sampling import Uniform
 from codetr.data.transforms import Transform, fit_canvas, transformed
 from codetr.evaluation.metrics import DetectionMetrics
-from codetr.inference import Found, ImageFiles, Writer, detect, finder
+from codetr.inference import Model
+from codetr.inference.outputs import Writer
+from codetr.inference.sources import Images
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.postprocess import PostProcess
@@ -30,6 +32,21 @@ MASKS = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_wid
 HEIGHT, WIDTH = 60, 90
 CORNERS = [5, 5, 45, 5, 45, 20, 25, 20, 25, 35, 5, 35]  # of a polygon along the sides of pixels
 PIPELINES = {"resized": v2.Resize(64, max_size=96), "on a canvas": fit_canvas(96, 114)}
+
+
+def opened(detector: Detector, transform: Transform, most: int) -> Model:
+    """As `codetr.load` makes it of a file."""
+    return Model(
+        path=Path("toy.ckpt"),
+        detector=detector,
+        class_names=CLASSES,
+        category_ids=tuple(range(len(CLASSES))),
+        transform=transform,
+        size_divisor=32,
+        postprocess=PostProcess(most, None),
+        config={},
+        step=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +80,15 @@ def inside(masks: np.ndarray, boxes: torch.Tensor) -> np.ndarray:
 def test_masks_have_the_size_of_the_file_and_lie_in_their_boxes(
     model: Detector, files: list[Path], name: str, tmp_path: Path
 ) -> None:
-    options = {"device": torch.device("cpu"), "batch_size": 2, "num_workers": 0, "size_divisor": 32}
     out = tmp_path / "found"
-    find = finder(model, PostProcess(8, None), score_threshold=0.0)
-    results = detect(find, ImageFiles(files, PIPELINES[name]), **options)
-    with Writer(out, files, range(2), CLASSES, range(len(CLASSES)), score_threshold=0.0, pictures=True) as writer:
+    results = opened(model, PIPELINES[name], 8).predict(files, score_threshold=0.0, batch_size=2)
+    with Writer(out, files, range(2), pictures=True) as writer:
         for one, size in zip(results, [(90, 60), (60, 90)], strict=True):
-            assert isinstance(one, Found)
             masks = coco_mask.decode(one.detections.runs)
             assert masks.shape == (*size, 8)
             assert masks.any()
-            assert inside(masks, one.detections.boxes_xyxy).all()
+            assert inside(masks, one.boxes_xyxy).all()
+            assert np.array_equal(one.masks.permute(1, 2, 0), masks)
             writer.add(one)
     records = json.loads((out / "predictions.json").read_text())
     assert len(records) == 16
@@ -83,21 +98,19 @@ def test_masks_have_the_size_of_the_file_and_lie_in_their_boxes(
 
 
 def test_masks_of_weak_detections_are_not_made(model: Detector, files: list[Path]) -> None:
-    options = {"device": torch.device("cpu"), "batch_size": 1, "num_workers": 0, "size_divisor": 32}
-    everything, some = (
-        next(iter(detect(finder(model, PostProcess(9, None), t), ImageFiles(files, PIPELINES["resized"]), **options)))
-        for t in (0.0, 2.0)
-    )
+    every = opened(model, PIPELINES["resized"], 9)
+    everything, some = (every.predict(files[0], score_threshold=t)[0] for t in (0.0, 2.0))
     best = everything.detections.scores[4].item()
     found = everything.detections.above(best)
     assert len(found.scores) == len(found.runs) == len(found.mask_scores) == 5
     assert some.detections.runs == []
+    assert some.masks.shape == (0, 90, 60)
 
 
 def test_a_canvas_changes_nothing_but_the_padding(model: Detector, files: list[Path]) -> None:
     """A resize to 64 x 96 with a canvas of 96 x 96 below it: the head sees the same places of the same features."""
     path = files[1]
-    batches = [collate([ImageFiles([path], t)[0][0]], 1) for t in (PIPELINES["on a canvas"], v2.Resize(64))]
+    batches = [collate([Images([path], t)[0][0]], 1) for t in (PIPELINES["on a canvas"], v2.Resize(64))]
     for batch in batches:
         torch.testing.assert_close(batch.frames.file_sizes * batch.frames.scale, torch.tensor([[64.0, 96.0]]))
         assert batch.frames.file_sizes.tolist() == [[HEIGHT, WIDTH]]

@@ -24,9 +24,8 @@ def convert(config: DictConfig) -> Path:
     """Writes and returns `out`. Raises UserError for a source that cannot be read or does not fit."""
     # Imported here, so that --help answers at once.
     from codetr.checkpoint import read
-    from codetr.inference import require
 
-    require(config, source="co_dino_5scale_r50_1x_coco.pth", out="co_dino.ckpt")
+    application.require(config, source="co_dino_5scale_r50_1x_coco.pth", out="co_dino.ckpt")
     source, out = Path(config.source), Path(config.out)
     if out.exists() and not config.overwrite:
         raise UserError(f"out={out}: is there already; overwrite=true writes over it")
@@ -139,16 +138,16 @@ def _to_official(source: Path, config: DictConfig) -> dict[str, Any]:
     import torch
     from rich import print
 
+    from codetr import trust
     from codetr.checkpoint import load_weights
     from codetr.convert import weights
-    from codetr.trust import parts
 
     checkpoint = load_weights(source)
     if checkpoint.config is None:
         raise UserError(f"{source}: does not say which detector it belongs to; give a checkpoint of codetr.train")
-    known = parts(checkpoint.config, source, application.as_names(config.trust))
+    known = trust.parts(checkpoint.config, source, application.as_names(config.trust))
     with torch.device("meta"):
-        detector = application.build(known["model"].get("detector"), source)
+        detector = trust.build(known["model"].get("detector"), source)
     result = weights.to_official(checkpoint.weights, detector)
     print(result.table())
     result.settle(str(source))

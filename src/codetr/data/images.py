@@ -52,12 +52,16 @@ class UnreadableImage(UserError):
 def opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
     """An image file, of which only the header is read. Raises ValueError for one of more than `max_pixels` pixels."""
     with _open(path) as image:
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise ValueError(
-                f"it has {image.width}x{image.height} pixels, more than max_pixels={max_pixels}; give a larger one (in "
-                "a data set: data.max_pixels) if such images are meant"
-            )
+        _refuse_more(image, max_pixels)
         yield image
+
+
+def _refuse_more(image: Image.Image, max_pixels: int | None) -> None:
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(
+            f"it has {image.width}x{image.height} pixels, more than max_pixels={max_pixels}; give a larger one (in "
+            "a data set: data.max_pixels) if such images are meant"
+        )
 
 
 def _open(path: Path) -> Image.Image:
@@ -135,6 +139,18 @@ def _decode(path: Path, size: tuple[int, int], max_pixels: int | None) -> np.nda
         rgb = _to_rgb(image)
         turned = rgb if turn is None else rgb.transpose(turn)
         return np.array(turned if turned.size == size[::-1] else rgb)
+
+
+def pixels_of(image: Image.Image, max_pixels: int | None = None) -> Tensor:
+    """[3, H, W] uint8 RGB of a Pillow image, with the pixels and the strides that `read_image` gives to its file: the
+    right way up by its EXIF orientation, whatever its mode.
+
+    Raises ValueError for more than `max_pixels` pixels, and what Pillow raises where the image does not decode.
+    """
+    _refuse_more(image, max_pixels)
+    turn = _TURNS.get(orientation(image))
+    rgb = _to_rgb(image)
+    return torch.from_numpy(np.array(rgb if turn is None else rgb.transpose(turn))).permute(2, 0, 1)
 
 
 def orientation(image: Image.Image) -> int:

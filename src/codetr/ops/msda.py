@@ -64,22 +64,31 @@ def _decision(wish: str, device: torch.device, double: bool) -> bool:
 @cache
 def _decide(wish: str, device: torch.device, double: bool) -> bool:
     """Once per situation: whether a kernel runs. Logs which implementation, and why."""
+    name, reason, remedy = choose(device, wish, double)
+    if remedy:
+        log.warning("deformable attention on %s: reference, several times slower: %s; %s", device, reason, remedy)
+    else:
+        log.info("deformable attention on %s: %s", device, f"{name} ({reason})" if reason else f"{name} kernel")
+    return name != "reference"
+
+
+def choose(device: torch.device, wish: str = "", double: bool = False) -> tuple[str, str, str]:
+    """Which implementation runs on `device`: (its name, why it is not the kernel, what to do about that), the latter
+    two empty where there is nothing to say.
+
+    wish: the value of CODETR_MSDA. double: for float64. Raises UserError for a wish that cannot be.
+    """
     if wish not in ("", "reference", *KERNELS.values()):
         raise UserError(f"CODETR_MSDA={wish!r} is unknown; unset it, or set it to reference, numba or triton")
     if wish == "reference":
-        log.info("deformable attention on %s: reference (CODETR_MSDA)", device)
-        return False
+        return wish, "CODETR_MSDA", ""
     kernel = KERNELS.get(device.type, "")
     if wish and wish != kernel:
         raise UserError(f"CODETR_MSDA={wish}: it cannot run on {device}; unset it to let codetr choose")
     reason, remedy = ("it has no float64", "") if double else _obstacle(kernel, device)
     if reason and wish:
         raise UserError(f"CODETR_MSDA={wish}: {reason}; {remedy or 'unset it to let codetr choose'}")
-    if remedy:
-        log.warning("deformable attention on %s: reference, several times slower: %s; %s", device, reason, remedy)
-    else:
-        log.info("deformable attention on %s: %s", device, f"reference ({reason})" if reason else f"{kernel} kernel")
-    return not reason
+    return "reference" if reason else kernel, reason, remedy
 
 
 def _obstacle(kernel: str, device: torch.device) -> tuple[str, str]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codetr.errors import UserError
+import PIL.Image
 
+from codetr.errors import UserError
+from codetr.inference.result import Result
+
+RESULTS = "predictions.json"
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
 _CLOSING = b"\n]\n"
 
@@ -100,7 +106,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
-class Results:
+class Records:
     """A list of records in the JSON file `path`, which is there from `close` on, as a whole.
 
     Until then it grows beside `path` and is valid JSON after every `add`, whether or not there was space for it; an
@@ -144,3 +150,49 @@ class Results:
                 self._partial.replace(self.path)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
+
+
+@dataclass
+class Writer:
+    """Annotated pictures and COCO results of one run, in the folder `out`, as a context: at its end, however it comes,
+    predictions.json holds what was added.
+
+    paths: all files of the run, none twice; pictures keep their names, and their folders below the deepest common one.
+    image_ids: of each path. pictures: whether to draw at all. inputs: other files that the run reads. done: number of
+    images so far.
+
+    Raises UserError, before anything is written, where an input would be overwritten; and for what cannot be written.
+    """
+
+    out: Path
+    paths: Sequence[Path]
+    image_ids: Sequence[int]
+    pictures: bool
+    inputs: Sequence[Path] = ()
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        names = names_below(self.paths)
+        targets = [self.out / name for name in picture_names(names)] if self.pictures else []
+        refuse_inputs([*targets, self.out / RESULTS], [*self.paths, *self.inputs])
+        self._targets = dict(zip(self.paths, targets, strict=False))
+        self._about = dict(zip(self.paths, zip(self.image_ids, names, strict=True), strict=True))
+        self.records = Records(self.out / RESULTS)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.records.close()
+
+    def add(self, result: Result) -> None:
+        """Write what was found in one of `paths`."""
+        assert result.path is not None, "only files are written about"
+        image_id, name = self._about[result.path]
+        self.records.add(result.to_coco(image_id, name.as_posix()))
+        if target := self._targets.get(result.path):
+            # In memory: a full disk shows as what it is, not as an encoder's failure.
+            content = io.BytesIO()
+            result.plot().save(content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92)
+            write(target, content.getvalue())
+        self.done += 1

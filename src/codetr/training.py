@@ -1,0 +1,165 @@
+"""Training: `codetr train experiment=...`, and `codetr.train("experiment=...")` in Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from codetr import application, resume, run_directory
+from codetr.derived import read_needed_masks
+from codetr.errors import UserError
+
+if TYPE_CHECKING:
+    from codetr.inference import Model
+    from codetr.models.detector import Detector
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that is over.
+
+    folder: its configuration, checkpoints, logs, tables and pictures. best: the checkpoint of the best validation, None
+    where none was written. metrics: of that checkpoint on the validation images, by name: "map", "map_50", ...,
+    "ap/<class>". score: its value of `optimized_metric`.
+    """
+
+    folder: Path
+    best: Path | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    score: float | None = None
+
+    def model(self) -> Model:
+        """The best checkpoint, opened. Raises UserError where there is none."""
+        from codetr.inference import load
+
+        if self.best is None:
+            raise UserError(f"{self.folder}: no best checkpoint was written; train for at least one validation")
+        return load(self.best)
+
+
+def train(*overrides: str, config_dir: str | None = None) -> Run:
+    """Train a detector, as `codetr train` does with the same overrides, and wait for its end.
+
+    overrides: "experiment=demo", "data.root=/data/coco", "trainer.max_epochs=3", ... (`codetr train --help` lists
+    groups and examples). config_dir: a folder with configurations of your own. With several devices each process runs
+    your program, so that `run_dir` has to be given.
+
+    Raises UserError for a configuration or data that is wrong.
+    """
+    from hydra.errors import HydraException
+
+    from codetr import failure
+
+    config = application.start(overrides, "train", config_dir)
+    try:
+        return fit(config)
+    except HydraException as error:
+        if refused := failure.refusal(error):
+            raise refused from error
+        raise
+
+
+def fit(config: DictConfig) -> Run:
+    """Train, then evaluate the best checkpoint."""
+    # Imported here, so that --help and --cfg answer at once.
+    from hydra.utils import instantiate
+    from lightning import seed_everything
+
+    from codetr.callbacks.resume import AtomicCheckpointIO, Checkpoints
+    from codetr.checkpoint import load_weights, newest_whole
+    from codetr.ops.distributed import meet_anew
+    from codetr.task import DetectionTask
+    from codetr.trainer import build_trainer
+
+    meet_anew()
+    read_needed_masks(config)
+    # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+    # Nothing changes a prediction in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    checkpoint = run_directory.resume_from(config)
+    if checkpoint is not None:
+        checkpoint, earlier = newest_whole(checkpoint)
+        config.resumed_step = earlier["global_step"]
+        config.model.num_classes = len(earlier["codetr"]["class_names"])
+        _compare(config, lambda: resume.check_configuration(checkpoint, earlier, application.plain(config)), earlier)
+    elif config.resume:  # a run that was killed before its first checkpoint: all that it logged is logged again
+        config.resumed_step = 0
+    seed_everything(config.seed, workers=True, verbose=False)
+    # Before any data is read: it may refuse.
+    trainer = build_trainer(
+        config.trainer,
+        callbacks=list(instantiate(config.callbacks).values()),
+        logger=list(instantiate(config.logger).values()),
+        plugins=[AtomicCheckpointIO()],
+    )
+    data = instantiate(config.data)
+    data.prepare_data()
+    data.setup("fit")
+    config.model.num_classes = len(data.class_names)
+    about: dict[str, Any] = {"class_names": list(data.class_names), "train_set": data.train_set.fingerprint}
+    if checkpoint is not None:
+        _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
+        del earlier  # the file stays mapped as long as its tensors
+    category_ids = list(map(int, data.train_set.category_ids))
+    settings = {"config": application.plain(config), "category_ids": category_ids, **about}
+    task = DetectionTask(
+        detector=instantiate(config.model.detector, _convert_="all"),
+        criterion=instantiate(config.criterion, _convert_="all"),
+        postprocess=instantiate(config.postprocess),
+        metrics=instantiate(config.metrics)(data.class_names),
+        branches=config.branches,
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule),
+        settings=settings,
+    )
+    if task.criterion.fed_loss is not None:
+        task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))
+    if checkpoint is None:
+        _initialise(config, task.detector, data.class_names)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings["config"])
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    saved, folder = trainer.checkpoint_callback, Path(config.run_dir)
+    best = saved.best_model_path if isinstance(saved, Checkpoints) else ""
+    if not best or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return Run(folder)
+    task.load_detector(load_weights(best).weights)
+    trainer.validate(task, datamodule=data, verbose=False)
+    numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    of_best = {name.removeprefix("val/"): value for name, value in numbers.items() if name.startswith("val/")}
+    return Run(folder, Path(best), of_best, numbers[config.optimized_metric])
+
+
+def _compare(config: DictConfig, check: Callable[[], list[str]], earlier: Mapping[str, Any]) -> None:
+    """Say what has changed since the checkpoint `earlier`; when it is refused, the run keeps its own configuration."""
+    from lightning.pytorch.utilities import rank_zero_info
+
+    try:
+        lines = check()
+    except UserError:
+        run_directory.keep_configuration(config, earlier["codetr"]["config"])
+        raise
+    for line in lines:
+        rank_zero_info(f"resumed with a change: {line}")
+
+
+def _initialise(config: DictConfig, detector: Detector, class_names: tuple[str, ...]) -> None:
+    if config.initialise.checkpoint is None:
+        return
+    from rich import print
+
+    from codetr.checkpoint import initialise_from, load_weights
+
+    weights = load_weights(Path(config.initialise.checkpoint), config.initialise.average)
+    print(initialise_from(detector, weights, class_names, config.initialise.strict).table())
+
+
+def main() -> None:
+    """From the command line; a sweep maximises what this returns."""
+    application.run(lambda config: fit(config).score, config_name="train")
