@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from codetr.data.inspection.files import File
-    from codetr.data.inspection.findings import Severity
     from codetr.data.inspection.split import Split
+    from codetr.data.rules import Severity
 
 
 def main(overrides: list[str]) -> int:
@@ -95,8 +95,8 @@ def inspect(config: DictConfig) -> list[Split]:
 
 
 def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None) -> Split:
-    from codetr.data.inspection import boxes, masks, records
-    from codetr.data.inspection.findings import Findings
+    from codetr.data.findings import Findings
+    from codetr.data.inspection import masks, objects, records
     from codetr.data.inspection.split import Split
     from codetr.data.readers import locate
     from codetr.errors import UserError
@@ -112,12 +112,9 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     except UserError as error:
         split.add("unusable annotation file", str(error))
         return split
-    records.mend_images(split)
     records.inspect_categories(split, classes if name == "train" else None)
     records.inspect_images(split, config.decode, _progress(name), config.data.max_pixels)
-    records.mend_annotations(split)
-    boxes.inspect_boxes(split)
-    records.inspect_annotations(split)
+    objects.inspect_objects(split)
     masks.inspect_masks(split)
     return split
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
+from codetr.data.findings import Box, Example, Picture
 from codetr.data.images import opened
-from codetr.data.inspection.findings import KINDS, SEVERITIES, Box, Example, Picture
 from codetr.data.inspection.split import Split
 from codetr.data.inspection.statistics import Statistics
 from codetr.data.inspection.summary import class_names
+from codetr.data.rules import RULES, SEVERITIES
 
 _SIDE = 240  # pixels of a picture
 _AROUND = 1.5  # what is shown around a box, in sides of the box
@@ -84,7 +85,7 @@ def write(path: Path, splits: Sequence[Split], numbers: Sequence[Statistics], pi
         _classes(splits, numbers),
         "<h2>Findings</h2>",
         _overview(splits),
-        *(_finding(s, i, kind, pictures) for i, s in enumerate(splits) for kind in s.findings.kinds()),
+        *(_finding(s, i, kind, pictures) for i, s in enumerate(splits) for kind in s.findings.rules()),
     ]
     text = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -210,10 +211,10 @@ def _overview(splits: Sequence[Split]) -> str:
             s.name,
             f"{s.findings.counts[kind]:,}",
             f'<a href="#{_anchor(i, kind)}">{escape(kind)}</a>',
-            escape(KINDS[kind].mend),
+            escape(RULES[kind].mend),
         ]
         for i, s in enumerate(splits)
-        for kind in s.findings.kinds()
+        for kind in s.findings.rules()
         for severity in (s.findings.severity(kind),)
     ]
     if not rows:
@@ -222,7 +223,7 @@ def _overview(splits: Sequence[Split]) -> str:
 
 
 def _anchor(split: int, kind: str) -> str:
-    return f"f{split}-{list(KINDS).index(kind)}"
+    return f"f{split}-{list(RULES).index(kind)}"
 
 
 def _finding(split: Split, number: int, kind: str, pictures: int) -> str:
@@ -238,7 +239,7 @@ def _finding(split: Split, number: int, kind: str, pictures: int) -> str:
     return (
         f'<div class="card" id="{_anchor(number, kind)}"><h3><span class="badge {severity}">{severity}</span> '
         f"{escape(kind)} <span class='faint'>{split.findings.counts[kind]:,} in {split.name}</span></h3>"
-        f"<div>{_sentence(KINDS[kind].advice)}</div>"
+        f"<div>{_sentence(RULES[kind].advice)}</div>"
         f'<div class="pictures">{shown}</div>{_records(examples, listed, opened=not shown)}</div>'
     )
 

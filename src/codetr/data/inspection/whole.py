@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from codetr.data.findings import Picture
 from codetr.data.inspection.files import SUFFIXES, same_content
-from codetr.data.inspection.findings import Picture
 from codetr.data.inspection.split import Split
 
 
