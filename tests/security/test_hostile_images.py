@@ -11,9 +11,9 @@ from PIL import ImageFile
 
 from codetr.data.coco import CocoDetection
 from codetr.data.images import UnreadableImage, read_image, seen_size
-from codetr.data.inspection.files import examine
 from codetr.errors import UserError
 from codetr.inference import ImageFiles, Unreadable
+from codetr.inspection.files import examine
 
 LIMIT = 80_000_000
 

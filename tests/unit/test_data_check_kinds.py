@@ -18,10 +18,10 @@ from PIL import Image
 
 from codetr import application
 from codetr.data.commands.check import inspect
-from codetr.data.inspection.clean import targets, write_clean
-from codetr.data.inspection.split import Split
 from codetr.data.rules import RULES
 from codetr.errors import UserError
+from codetr.inspection.clean import targets, write_clean
+from codetr.inspection.split import Split
 
 WIDTH, HEIGHT = 60, 50
 NAN = float("nan")

@@ -29,9 +29,9 @@ from codetr.names import shown_lines
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from codetr.data.inspection.files import File
-    from codetr.data.inspection.split import Split
     from codetr.data.rules import Severity
+    from codetr.inspection.files import File
+    from codetr.inspection.split import Split
 
 
 def main(overrides: list[str]) -> int:
@@ -39,9 +39,9 @@ def main(overrides: list[str]) -> int:
     from rich import get_console
 
     from codetr import application
-    from codetr.data.inspection import page, summary
-    from codetr.data.inspection.statistics import statistics
     from codetr.errors import UserError
+    from codetr.inspection import page, summary
+    from codetr.inspection.statistics import statistics
 
     config = application.compose("check", overrides)
     splits = inspect(config)
@@ -71,8 +71,8 @@ def inspect(config: DictConfig) -> list[Split]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from codetr.data.inspection import whole
     from codetr.errors import UserError
+    from codetr.inspection import whole
 
     data = config.data
     if data.prepare is not None:
@@ -96,10 +96,10 @@ def inspect(config: DictConfig) -> list[Split]:
 
 def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None) -> Split:
     from codetr.data.findings import Findings
-    from codetr.data.inspection import masks, objects, records
-    from codetr.data.inspection.split import Split
     from codetr.data.readers import locate
     from codetr.errors import UserError
+    from codetr.inspection import masks, objects, records
+    from codetr.inspection.split import Split
 
     data = config.data
     source = locate(data.root, data[f"{name}_annotations"])
@@ -148,8 +148,8 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _fix(splits: Sequence[Split], output: str | None) -> dict[Path, str]:
     """Original -> what was done about it. Raises UserError for files that are not COCO's."""
-    from codetr.data.inspection.clean import targets, write_clean
     from codetr.errors import UserError
+    from codetr.inspection.clean import targets, write_clean
 
     readable = [s for s in splits if "unusable annotation file" not in s.findings.counts]
     for split in readable:

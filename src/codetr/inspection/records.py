@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from codetr.data.checks import root_category
 from codetr.data.findings import Picture
 from codetr.data.image_records import judge_images
-from codetr.data.inspection.files import File, examine
-from codetr.data.inspection.split import Split
 from codetr.data.judge import WRITTEN, Record
 from codetr.data.names import advice_on, find_files
 from codetr.data.values import whole
+from codetr.inspection.files import File, examine
+from codetr.inspection.split import Split
 
 Progress = Callable[[Iterable[File], int], Iterable[File]]
 _SMALL_IMAGE = 32  # pixels on the shorter side

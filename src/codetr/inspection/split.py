@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from codetr.data.findings import Box, Findings, Picture
-from codetr.data.inspection.files import File
 from codetr.data.judge import Record
+from codetr.inspection.files import File
 
 
 @dataclass

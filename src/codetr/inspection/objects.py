@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from codetr.data.inspection.split import Split
 from codetr.data.judge import Judge
 from codetr.data.rules import BOX_RULES, RULES
+from codetr.inspection.split import Split
 
 
 def inspect_objects(split: Split) -> None:

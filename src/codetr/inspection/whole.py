@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from codetr.data.findings import Picture
-from codetr.data.inspection.files import SUFFIXES, same_content
-from codetr.data.inspection.split import Split
+from codetr.inspection.files import SUFFIXES, same_content
+from codetr.inspection.split import Split
 
 
 def inspect_balance(split: Split, classes: Sequence[str] | None, step: int) -> None:

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codetr.data.inspection.split import Split
-from codetr.data.inspection.statistics import Statistics
 from codetr.data.rules import RULES, SEVERITIES
+from codetr.inspection.split import Split
+from codetr.inspection.statistics import Statistics
 from codetr.names import shown
 
 COLORS = {"error": "bold red", "warning": "yellow", "note": "dim"}

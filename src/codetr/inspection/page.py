@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageOps
 
 from codetr.data.findings import Box, Example, Picture
 from codetr.data.images import opened
-from codetr.data.inspection.split import Split
-from codetr.data.inspection.statistics import Statistics
-from codetr.data.inspection.summary import class_names
 from codetr.data.rules import RULES, SEVERITIES
+from codetr.inspection.split import Split
+from codetr.inspection.statistics import Statistics
+from codetr.inspection.summary import class_names
 
 _SIDE = 240  # pixels of a picture
 _AROUND = 1.5  # what is shown around a box, in sides of the box
