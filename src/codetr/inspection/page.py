@@ -1,4 +1,7 @@
-"""One HTML page that stands alone: numbers, histograms, and every kind of finding with pictures."""
+"""One HTML page that stands alone: numbers, histograms, and every kind of finding with pictures.
+
+`page.html` is its template.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
+from jinja2 import Environment
+from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageOps
 
-from codetr.data.findings import Box, Example, Picture
+from codetr.data.findings import Box, Picture
 from codetr.data.images import opened
 from codetr.data.rules import RULES, SEVERITIES
 from codetr.inspection.split import Split
@@ -24,234 +30,97 @@ _AROUND = 1.5  # what is shown around a box, in sides of the box
 _MOST_PIXELS = 80_000_000  # of a file that is unpacked for a picture
 _LEAST = 48  # pixels of the image that a picture shows at least
 _RED, _BLUE = (214, 40, 40), (20, 90, 220)
-_STYLE = """
-:root {
-  --ink:#1f2933; --faint:#7b8794; --line:#e4e7eb; --paper:#fff; --back:#f5f7fa; --train:#2f6fb3; --val:#e08e2b;
-  --error:#c62828; --warning:#b26a00; --note:#52606d;
+_WIDE, _HIGH = 330, 130  # of a chart
+_MEANINGS = {
+    "error": "training would stop, or learn or measure something wrong",
+    "warning": "probably not meant",
+    "note": "good to know",
 }
-*{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,"DejaVu Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:26px;margin:0}
-h2{font-size:19px;margin:34px 0 10px}
-.faint{color:var(--faint)}
-.card{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:14px 18px;margin:12px 0}
-.row{display:flex;flex-wrap:wrap;gap:12px}
-.row>.card{flex:1 1 330px;margin:0}
-.total{font-size:24px;font-weight:600}
-.error{color:var(--error)}
-.warning{color:var(--warning)}
-.note{color:var(--note)}
-table{border-collapse:collapse;width:100%}
-th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th{font-weight:600;font-size:13px;color:var(--faint);cursor:pointer;user-select:none;white-space:nowrap}
-th:hover{color:var(--ink)}
-td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
-.scroll{max-height:560px;overflow:auto}
-.badge{display:inline-block;border-radius:4px;padding:0 8px;font-size:13px;font-weight:600;color:#fff}
-.badge.error{background:var(--error)}
-.badge.warning{background:var(--warning)}
-.badge.note{background:var(--note)}
-.pictures{display:flex;flex-wrap:wrap;gap:12px;margin:10px 0}
-figure{margin:0;width:240px}
-figure img{display:block;max-width:240px;border-radius:4px;border:1px solid var(--line)}
-figcaption{font-size:12px;line-height:1.35;color:var(--faint);overflow-wrap:anywhere;margin-top:4px}
-details{margin-top:6px}
-summary{cursor:pointer;color:var(--faint)}
-li{overflow-wrap:anywhere;font-size:13px}
-h3{font-size:16px;margin:0 0 2px}
-h4{font-size:14px;margin:0 0 6px}
-.bar{height:11px;border-radius:2px;display:block;min-width:1px;margin:3px 0}
-svg text{font:11px system-ui,"DejaVu Sans",sans-serif;fill:var(--ink)}
-a{color:inherit}
-"""
-_SCRIPT = """
-document.querySelectorAll("th").forEach(th=>th.addEventListener("click",()=>{
-const body=th.closest("table").tBodies[0],i=th.cellIndex,up=th.dataset.up!=="1";th.dataset.up=up?"1":"0";
-const value=r=>{const c=r.cells[i];return c.dataset.value??c.textContent};
-[...body.rows].sort((a,b)=>{const x=value(a),y=value(b),d=isNaN(x)||isNaN(y)?x.localeCompare(y):x-y;return up?d:-d})
-.forEach(r=>body.append(r))}));
-"""
+_CHARTS = {
+    "shares": "Size of a box: √(box area / image area)",
+    "aspects": "Width / height of a box",
+    "crowding": "Objects in an image",
+}
 
 
 def write(path: Path, splits: Sequence[Split], numbers: Sequence[Statistics], pictures: int) -> None:
     """pictures: of each kind, at most. Raises OSError."""
-    parts = [
-        _head(splits),
-        "<h2>Numbers</h2>",
-        _counts(splits, numbers),
-        _histograms(splits, numbers),
-        "<h2>Objects per class</h2>",
-        _classes(splits, numbers),
-        "<h2>Findings</h2>",
-        _overview(splits),
-        *(_finding(s, i, kind, pictures) for i, s in enumerate(splits) for kind in s.findings.rules()),
-    ]
+    source = files("codetr.inspection").joinpath("page.html").read_text(encoding="utf-8")
     text = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Data check</title><style>{_STYLE}</style>"
-        f"<main>{''.join(parts)}</main><script>{_SCRIPT}</script></html>"
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(source)
+        .render(
+            splits=splits,
+            names=[s.name for s in splits],
+            pairs=list(zip(splits, numbers, strict=True)),
+            totals={s: (sum(p.findings.total(s) for p in splits), _MEANINGS[s]) for s in SEVERITIES},
+            charts=[(t, *_chart([getattr(n, key) for n in numbers], splits)) for key, t in _CHARTS.items()],
+            classes=_classes(numbers),
+            findings=[_finding(s, i, rule, pictures) for i, s in enumerate(splits) for rule in s.findings.rules()],
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _head(splits: Sequence[Split]) -> str:
-    cards = []
-    for severity in SEVERITIES:
-        count = sum(s.findings.total(severity) for s in splits)
-        meaning = {
-            "error": "training would stop, or learn or measure something wrong",
-            "warning": "probably not meant",
-            "note": "good to know",
-        }[severity]
-        word = severity if count == 1 else f"{severity}s"
-        tone = severity if count else "faint"
-        cards.append(f'<div class="card"><div class="total {tone}">{count:,} {word}</div><div>{meaning}</div></div>')
-    files = "".join(
-        f'<div class="faint">{s.name}: {escape(str(s.findings.source))}, images in {escape(str(s.root))}</div>'
-        for s in splits
-    )
-    return f'<h1>Data check</h1>{files}<div class="row" style="margin-top:16px">{"".join(cards)}</div>'
+@dataclass(frozen=True)
+class _Bar:
+    """Of a chart: the part of `split` in one class of a histogram, in pixels."""
+
+    split: str
+    title: str
+    x: str
+    y: str
+    width: str
+    height: str
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """Cells are HTML; columns `numeric` are to the right, and sorted as numbers."""
-
-    def cell(tag: str, i: int, text: str) -> str:
-        if i not in numeric:
-            return f"<{tag}>{text}</{tag}>"
-        value = f' data-value="{text.replace(",", "")}"' if tag == "td" else ""
-        return f'<{tag} class="number"{value}>{text}</{tag}>'
-
-    head = "".join(cell("th", i, c) for i, c in enumerate(columns))
-    body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _counts(splits: Sequence[Split], numbers: Sequence[Statistics]) -> str:
-    columns = ("split", "images", "without objects", "objects", "small", "medium", "large", "crowds", "categories")
-    rows = [
-        [s.name] + [f"{v:,}" for v in (n.images, n.empty_images, n.objects, *n.sizes.values(), n.crowds, n.categories)]
-        for s, n in zip(splits, numbers, strict=True)
-    ]
-    sizes = "".join(_image_sizes(s.name, n.image_sizes) for s, n in zip(splits, numbers, strict=True) if n.image_sizes)
-    return _table(columns, rows, range(1, len(columns))) + sizes
-
-
-def _image_sizes(name: str, sizes: dict[str, int]) -> str:
-    sides = (
-        f"{side} {sizes[f'min {side}']:,} to {sizes[f'max {side}']:,} pixels (median {sizes[f'median {side}']:,})"
-        for side in ("width", "height")
-    )
-    return f'<div class="faint">{name} images: {", ".join(sides)}</div>'
-
-
-def _histograms(splits: Sequence[Split], numbers: Sequence[Statistics]) -> str:
-    titles = {
-        "shares": "Size of a box: √(box area / image area)",
-        "aspects": "Width / height of a box",
-        "crowding": "Objects in an image",
-    }
-    names = [s.name for s in splits]
-    cards = "".join(
-        f'<div class="card"><h4>{title}</h4>{_svg([getattr(n, key) for n in numbers], names)}</div>'
-        for key, title in titles.items()
-    )
-    legend = "".join(
-        f'<span class="badge" style="background:var(--{name});margin-right:8px">{name}</span>' for name in names
-    )
-    legend = f'<div style="margin:14px 0 8px">{legend}<span class="faint">in parts of each split</span></div>'
-    return f'{legend}<div class="row">{cards}</div>'
-
-
-def _svg(histograms: Sequence[Sequence[tuple[str, int]]], names: Sequence[str]) -> str:
-    """Bars of each split side by side, in parts of that split, so that splits of unequal size compare."""
-    labels = [label for label, _ in histograms[0]]
+def _chart(
+    histograms: Sequence[Sequence[tuple[str, int]]], splits: Sequence[Split]
+) -> tuple[list[_Bar], list[tuple[str, str]]]:
+    """Bars of each split side by side, in parts of that split, so that splits of unequal size compare; (x, label)."""
     parts = [[count / max(1, sum(c for _, c in h)) for _, count in h] for h in histograms]
     top = max((p for row in parts for p in row), default=0) or 1
-    width, height, below = 330, 130, 60
-    step = width / len(labels)
+    step = _WIDE / len(histograms[0])
     thick = step * 0.8 / len(parts)
-    marks = []
-    for i, label in enumerate(labels):
-        for j, row in enumerate(parts):
-            tall, x = height * row[i] / top, i * step + step * 0.1 + j * thick
-            count = histograms[j][i][1]
-            marks.append(
-                f'<rect x="{x:.1f}" y="{height - tall + 4:.1f}" width="{thick:.1f}" height="{tall:.1f}" '
-                f'fill="var(--{names[j]})"><title>{names[j]}, {escape(label)}: {count:,} ({row[i]:.1%})</title></rect>'
-            )
-        x = i * step + step / 2
-        turn = f'transform="rotate(-35 {x:.1f} {height + 16})" text-anchor="end"'
-        marks.append(f'<text x="{x:.1f}" y="{height + 16}" {turn}>{escape(label)}</text>')
-    marks.append(f'<line x1="0" x2="{width}" y1="{height + 4}" y2="{height + 4}" stroke="var(--faint)"/>')
-    return f'<svg viewBox="-34 0 {width + 36} {height + below}" width="100%" role="img">{"".join(marks)}</svg>'
+    bars = []
+    for j, (split, histogram) in enumerate(zip(splits, histograms, strict=True)):
+        for i, (label, count) in enumerate(histogram):
+            tall, x = _HIGH * parts[j][i] / top, i * step + step * 0.1 + j * thick
+            title = f"{split.name}, {label}: {count:,} ({parts[j][i]:.1%})"
+            places = (f"{v:.1f}" for v in (x, _HIGH - tall + 4, thick, tall))
+            bars.append(_Bar(split.name, title, *places))
+    return bars, [(f"{i * step + step / 2:.1f}", label) for i, (label, _) in enumerate(histograms[0])]
 
 
-def _classes(splits: Sequence[Split], numbers: Sequence[Statistics]) -> str:
-    names = class_names(numbers)
+def _classes(numbers: Sequence[Statistics]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Of each class and split, the objects, and these in per cent of the split's most frequent class."""
     most = [max(n.classes.values(), default=0) or 1 for n in numbers]
-    rows = []
-    for name in names:
-        counts = [n.classes.get(name, 0) for n in numbers]
-        bars = "".join(
-            f'<span class="bar" style="width:{100 * c / m:.1f}%;background:var(--{s.name})"></span>'
-            for c, m, s in zip(counts, most, splits, strict=True)
-        )
-        rows.append([escape(name), *(f"{c:,}" for c in counts), bars])
-    columns = ["class", *(s.name for s in splits), "share of the most frequent class"]
-    return _table(columns, rows, range(1, 1 + len(splits)))
+    counts = {name: [n.classes.get(name, 0) for n in numbers] for name in class_names(numbers)}
+    return [(name, [(c, 100 * c / m) for c, m in zip(row, most, strict=True)]) for name, row in counts.items()]
 
 
-def _overview(splits: Sequence[Split]) -> str:
-    rows = [
-        [
-            f'<span class="badge {severity}">{severity}</span>',
-            s.name,
-            f"{s.findings.counts[kind]:,}",
-            f'<a href="#{_anchor(i, kind)}">{escape(kind)}</a>',
-            escape(RULES[kind].mend),
-        ]
-        for i, s in enumerate(splits)
-        for kind in s.findings.rules()
-        for severity in (s.findings.severity(kind),)
-    ]
-    if not rows:
-        return '<div class="card">Nothing.</div>'
-    return _table(("severity", "split", "count", "finding", "fix=true"), rows, (2,))
+def _finding(split: Split, number: int, rule: str, pictures: int) -> dict[str, object]:
+    """What the page shows of one rule in one split."""
+    examples, count = split.findings.examples[rule], split.findings.counts[rule]
+    seen = ((e.record, data) for e in examples if e.picture and (data := _thumbnail(e.picture)))
+    return {
+        "rule": rule,
+        "split": split.name,
+        "severity": split.findings.severity(rule),
+        "count": count,
+        "mend": RULES[rule].mend,
+        "anchor": f"f{number}-{list(RULES).index(rule)}",
+        "advice": _sentence(RULES[rule].advice),
+        "pictures": list(islice(seen, pictures)),
+        "listed": f"{len(examples)} of {count:,} records" if count > len(examples) else "Records",
+        "records": [e.record for e in examples],
+    }
 
 
-def _anchor(split: int, kind: str) -> str:
-    return f"f{split}-{list(RULES).index(kind)}"
-
-
-def _finding(split: Split, number: int, kind: str, pictures: int) -> str:
-    severity, examples = split.findings.severity(kind), split.findings.examples[kind]
-    seen = ((e, data) for e in examples if e.picture and (data := _thumbnail(e.picture)))
-    shown = "".join(
-        f'<figure><img src="data:image/jpeg;base64,{data}" alt="">'
-        f"<figcaption>{escape(example.record)}</figcaption></figure>"
-        for example, data in islice(seen, pictures)
-    )
-    more = split.findings.counts[kind] - len(examples)
-    listed = f"{len(examples)} of {split.findings.counts[kind]:,} records" if more else "Records"
-    return (
-        f'<div class="card" id="{_anchor(number, kind)}"><h3><span class="badge {severity}">{severity}</span> '
-        f"{escape(kind)} <span class='faint'>{split.findings.counts[kind]:,} in {split.name}</span></h3>"
-        f"<div>{_sentence(RULES[kind].advice)}</div>"
-        f'<div class="pictures">{shown}</div>{_records(examples, listed, opened=not shown)}</div>'
-    )
-
-
-def _sentence(advice: str) -> str:
+def _sentence(advice: str) -> Markup:
     """With a capital letter and a full stop, and `words` of files as code."""
-    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(advice[0].upper() + advice[1:])) + "."
-
-
-def _records(examples: Sequence[Example], title: str, opened: bool) -> str:
-    items = "".join(f"<li>{escape(e.record)}</li>" for e in examples)
-    return f"<details{' open' if opened else ''}><summary>{title}</summary><ul>{items}</ul></details>"
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(advice[0].upper() + advice[1:])) + ".")
 
 
 def _thumbnail(picture: Picture) -> str | None:
