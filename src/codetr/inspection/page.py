@@ -120,7 +120,7 @@ def _finding(split: Split, number: int, rule: str, pictures: int) -> dict[str, o
 
 def _sentence(advice: str) -> Markup:
     """With a capital letter and a full stop, and `words` of files as code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(advice[0].upper() + advice[1:])) + ".")
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(advice[0].upper() + advice[1:]))) + ".")
 
 
 def _thumbnail(picture: Picture) -> str | None:
