@@ -29,7 +29,7 @@ READERS = ("json", "ijson", "msgspec", "pycocotools", "codetr, first time", "cod
 def generate(source: Path, boxes: int) -> None:
     """The table of an annotation file `source` as if it had been read: straight into the cache's format."""
     from codetr.data import cache
-    from codetr.data.checks import Report
+    from codetr.data.findings import Findings
     from codetr.data.readers import coco
     from codetr.data.tabulate import Tabulated
 
@@ -38,7 +38,7 @@ def generate(source: Path, boxes: int) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{cache._stem(source, coco.read, False)}-") as temporary:
         table = Tabulated(columns(Path(temporary), boxes), [f"class {i}" for i in range(CLASSES)], None)
         sources = [cache._fingerprint(source)]
-        cache._keep(folder, cache._stem(source, coco.read, False), Path(temporary), table, Report(source), sources)
+        cache._keep(folder, cache._stem(source, coco.read, False), Path(temporary), table, Findings(source), sources)
 
 
 def columns(folder: Path, boxes: int) -> dict[str, np.ndarray]:

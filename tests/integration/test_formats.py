@@ -13,7 +13,7 @@ import pytest
 from toy import data_overrides, environment, overrides
 
 from codetr.data.__main__ import run
-from codetr.data.shapes import PRESETS, generate
+from codetr.shapes import PRESETS, generate
 
 SPLITS = ("train", "val")
 

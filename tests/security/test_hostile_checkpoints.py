@@ -81,7 +81,7 @@ CONFIGURATIONS: dict[str, tuple[str, Any]] = {
     "in the arguments of an allowed part": ("postprocess.suppression", TOUCH),
     "a walk over attributes": ("model.detector.backbone", called("codetr.models.backbone.torch.load", f="x")),
     "a module's builtins": ("criterion", called("codetr.errors.__builtins__.exec", source="x")),
-    "a codetr function that writes": ("criterion", called("codetr.data.shapes.generate", root="canary")),
+    "a codetr function that writes": ("criterion", called("codetr.shapes.generate", root="canary")),
     "a codetr method": ("model.detector", called("codetr.checkpoint.read", path="x")),
     "hydra's own call": ("model.detector", called("hydra.utils.call", config=TOUCH)),
     "a target that is a list": ("model.detector", called(["os", "system"])),

@@ -12,9 +12,9 @@ from PIL import ImageFile
 
 from codetr.data.coco import CocoDetection
 from codetr.data.images import UnreadableImage, read_image, seen_size
-from codetr.data.inspection.files import examine
 from codetr.errors import UserError
 from codetr.inference.sources import MAX_PIXELS, Images, Unreadable, find_sources
+from codetr.inspection.files import examine
 
 LIMIT = MAX_PIXELS
 

@@ -68,6 +68,7 @@ def test_errors_are_told_in_text_page_and_json(data: Path, capsys: pytest.Captur
     assert report["val"]["statistics"]["images"] == 6
     page = (data / "out" / "check.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;.jpg" in page
+    assert "<code>bbox</code> is [x, y, width, height]" in page
     assert "<b>.jpg" not in page
 
 

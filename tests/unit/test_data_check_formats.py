@@ -75,7 +75,7 @@ def agree(overrides: list[str], kind: str, pattern: str) -> None:
     config.data.on_error = "skip"
     data = instantiate(config.data)
     data.setup("fit")
-    assert sum(data.train_set.report.counts.values()) == 1
+    assert sum(data.train_set.report.errors.values()) == 1
 
 
 @pytest.mark.parametrize("name", VOC)

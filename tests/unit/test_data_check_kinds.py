@@ -18,10 +18,10 @@ from PIL import Image
 
 from codetr import application
 from codetr.data.commands.check import inspect
-from codetr.data.inspection.clean import targets, write_clean
-from codetr.data.inspection.findings import KINDS
-from codetr.data.inspection.split import Split
+from codetr.data.rules import RULES
 from codetr.errors import UserError
+from codetr.inspection.clean import targets, write_clean
+from codetr.inspection.split import Split
 
 WIDTH, HEIGHT = 60, 50
 NAN = float("nan")
@@ -546,7 +546,7 @@ def test_check_finds_it_and_names_the_record(planted: Planted, composed: DictCon
     record = findings.examples[case.kind][0].record
     assert re.search(case.record, record), record
     assert findings.source.parent == planted.folder
-    assert KINDS[case.kind].advice
+    assert RULES[case.kind].advice
 
 
 # What `fix=true` does not decide for the user.
@@ -561,7 +561,7 @@ def errors(splits: list[Split], left: bool = False) -> int:
     return sum(s.findings.left("error") if left else s.findings.total("error") for s in splits)
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if KINDS[c.kind].severity == "error"])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if RULES[c.kind].severity == "error"])
 def test_a_mended_file_passes_and_keeps_the_rest(planted: Planted, composed: DictConfig, name: str) -> None:
     case = CASES[name]
     case.plant(planted)
@@ -586,6 +586,17 @@ def test_a_mended_file_passes_and_keeps_the_rest(planted: Planted, composed: Dic
     assert all(r in cleaned["annotations"] for r in pristine["annotations"] if r["image_id"] not in case.removed)
 
 
+def test_training_refuses_what_check_calls_an_error() -> None:
+    """Every rule has a case, but for those of the check alone; what training does with it follows from the table."""
+    refused = {rule for rule, r in RULES.items() if r.severity == "error" and r.training}
+    by_training = {case.kind: set() for case in CASES.values()}
+    for case in CASES.values():
+        by_training[case.kind].add(case.training)
+    for rule, answers in by_training.items():
+        assert answers <= ({"drops", "stops"} if rule in refused else {"reads"}), rule
+    assert refused - by_training.keys() == {"fewer images than one step takes"}
+
+
 def module(config: DictConfig, on_error: str) -> Any:
     """The data module of training, after it read both splits."""
     config.data.on_error = on_error
@@ -604,8 +615,9 @@ def test_training_stops_with_a_named_error_or_counts(planted: Planted, composed:
     ):
         module(config, "stop")
     data = module(config, "skip")
-    assert sum(data.train_set.report.counts.values()) == case.lost
-    assert not data.val_set.report.counts
+    assert data.train_set.report.errors == inspect(config)[0].findings.errors
+    assert sum(data.train_set.report.errors.values()) == case.lost
+    assert not data.val_set.report.errors
     for dataset in (data.train_set, data.val_set):
         for index in range(len(dataset)):
             assert dataset[index].image_id == dataset.image_ids[index]
@@ -625,7 +637,7 @@ def test_training_reads_what_it_can_make_sense_of(planted: Planted, composed: Di
     CASES[name].plant(planted)
     data = module(written(planted, composed), "stop")
     for dataset in (data.train_set, data.val_set):
-        assert not dataset.report.counts
+        assert not dataset.report.errors
         assert dataset.class_names == ("disc", "square", "star") or "near" in name or "lacks" in name
         for index in range(len(dataset)):
             sample = dataset[index]

@@ -106,7 +106,7 @@ def test_a_bad_record_is_skipped_and_counted(tmp_path: Path, case: str, caplog: 
     with caplog.at_level(logging.WARNING):
         dataset = CocoDetection(*files, on_error="skip")
     assert [len(dataset), sum(dataset.label_counts.values())] == [images, objects]
-    assert sum(dataset.report.counts.values()) == 1
+    assert sum(dataset.report.errors.values()) == 1
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "1 bad records dropped" in caplog.text
     for index in range(len(dataset)):
@@ -115,7 +115,7 @@ def test_a_bad_record_is_skipped_and_counted(tmp_path: Path, case: str, caplog: 
 
 def test_good_data_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = CocoDetection(*write(tmp_path, good()))
-    assert dataset.report.counts == {}
+    assert dataset.report.errors == {}
     assert not caplog.records
 
 

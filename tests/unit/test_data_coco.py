@@ -82,8 +82,8 @@ def test_a_box_that_reaches_out_is_clipped_for_training_only(tmp_path: Path) -> 
     dataset = CocoDetection(*write(tmp_path, doc))
     assert dataset[0].boxes.tolist() == [[0, 30, 15, 40]]
     assert dataset[0].truth["boxes"].tolist() == [[-5, 30, 15, 60]]
-    assert dataset.report.clipped == 1
-    assert "1 x box partly outside" in str(dataset.report)
+    assert not dataset.report.errors
+    assert "1 x box that reaches out of its image: annotation 1000 of image 100" in str(dataset.report)
 
 
 def test_a_data_set_travels_to_workers_as_a_few_arrays(files: tuple[Path, Path]) -> None:

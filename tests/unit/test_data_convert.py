@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded set, tiny: crowds, masks with holes and in pieces."""
-    from codetr.data.shapes import PRESETS, generate
+    from codetr.shapes import PRESETS, generate
 
     root = tmp_path_factory.mktemp("data") / "shapes"
     generate(root, PRESETS["tiny"], seed=0, workers=1)

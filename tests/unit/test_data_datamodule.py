@@ -291,7 +291,7 @@ def test_standard_layouts_need_their_root(tmp_path: Path, name: str) -> None:
     data = instantiate(compose(name, f"data.root={tmp_path}"), num_workers=0)
     data.setup("fit")
     for dataset, folder in ((data.train_set, folders[0]), (data.val_set, folders[1])):
-        assert dataset.report.counts == {}
+        assert dataset.report.errors == {}
         assert [dataset.path(i).resolve() for i in range(4)] == [tmp_path / folder / f"{i}.jpg" for i in range(4)]
         assert len(dataset[3].labels) > 0
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from codetr.data import images
 from codetr.data.images import UnreadableImage, read_image, seen_size
-from codetr.data.inspection.files import examine
+from codetr.inspection.files import examine
 
 WIDTH, HEIGHT = 75, 53  # no multiples of a block of 8 or 16 pixels
 RNG = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from coco_files import document, write
 
 from codetr.data import cache, tabulate
 from codetr.data.cache import open_table
-from codetr.data.checks import Report
 from codetr.data.coco import CocoDetection
+from codetr.data.findings import Findings
 from codetr.data.image_records import take_lists
 from codetr.data.readers import Document, coco
 from codetr.data.table import Table
@@ -41,7 +41,7 @@ def logged(path: Path, note: Path) -> Document:
     return coco.read(path)
 
 
-Read = Callable[..., tuple[Table, Report]]
+Read = Callable[..., tuple[Table, Findings]]
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def test_a_warm_start_reports_the_same(source: Path, tmp_path: Path, caplog: pyt
     (tmp_path / "train/000.jpg").unlink()
     with caplog.at_level(logging.WARNING):
         report = CocoDetection(tmp_path / "train", source, on_error="skip").report
-    assert report.counts["missing image file"] == 1
-    assert report.clipped == 1
+    assert report.errors["missing image file"] == 1
+    assert report.counts["box that reaches out of its image"] == 1
     assert "6 bad records dropped" in caplog.text
 
 
@@ -310,7 +310,7 @@ def test_batches_do_not_show(source: Path, tmp_path: Path, batch: int, monkeypat
     assert table.counts.tolist() == [sum(a["category_id"] == c for a in usable) for c in (7, 3, 12)]
     pairs = {(a["image_id"], a["category_id"]) for a in usable}
     assert table.image_counts.tolist() == [sum(c == category for _, c in pairs) for category in (7, 3, 12)]
-    assert report.counts == {
+    assert report.errors == {
         "bad image record": 1,
         "duplicate image id": 1,
         "annotation of an unknown image": 1,

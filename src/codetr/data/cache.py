@@ -10,9 +10,9 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from codetr.data import table
-from codetr.data.checks import Report
+from codetr.data.findings import Example, Findings
 from codetr.data.readers import Document, Reader
 from codetr.data.table import Table
 from codetr.data.tabulate import Tabulated, tabulate
 from codetr.errors import UserError
 
 # Changes with what a table holds, or what the checks let pass.
-_VERSION = 4
+_VERSION = 5
 _log = logging.getLogger(__name__)
 _TICK = 2 * 10**9  # nanoseconds, of the coarsest file systems' clocks
 _PATIENCE = 2.0  # seconds without a progress bar
@@ -37,7 +37,7 @@ _PATIENCE = 2.0  # seconds without a progress bar
 
 def open_table(
     annotations: Path, reader: Reader, *, masks: bool, cache: Path | None, progress: bool = True
-) -> tuple[Table, Report]:
+) -> tuple[Table, Findings]:
     """The table of an annotation file and what its checks found, read by `reader` only if that is news.
 
     A table is kept per file, reader with its options, and `masks`; it is made anew when the content of what was read
@@ -86,7 +86,7 @@ def _describe(reader: Any) -> str:
     return f"{reader.__module__}.{reader.__qualname__}{options}"
 
 
-def _load(folder: Path, stem: str) -> tuple[Table, Report] | None:
+def _load(folder: Path, stem: str) -> tuple[Table, Findings] | None:
     """The table that is there, unless it is stale or broken."""
     path = folder / f"{stem}.json"
     if not path.exists():
@@ -95,7 +95,7 @@ def _load(folder: Path, stem: str) -> tuple[Table, Report] | None:
         head = json.loads(path.read_bytes())
         if head["version"] != _VERSION:
             return None
-        report = Report(**head["report"] | {"source": Path(head["report"]["source"])})
+        findings = _findings(head["findings"])
         result = Table(folder / head["data"], head["layout"])
         sources = [_unchanged(s) for s in head["sources"]]
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -105,31 +105,38 @@ def _load(folder: Path, stem: str) -> tuple[Table, Report] | None:
         return None
     if sources != head["sources"]:
         _replace(path, head | {"sources": sources})
-    return result, report
+    return result, findings
+
+
+def _findings(found: dict[str, Any]) -> Findings:
+    counts, records = found["counts"], found["records"]
+    examples = {rule: [Example(record) for record in records[rule]] for rule in records}
+    return Findings(Path(found["source"]), counts=Counter(counts), unmended=Counter(counts), examples=examples)
 
 
 def _build(
     folder: Path, stem: str, annotations: Path, reader: Reader, masks: bool, progress: bool
-) -> tuple[Table, Report]:
-    report = Report(annotations)
+) -> tuple[Table, Findings]:
+    findings = Findings(annotations)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}-") as temporary:
         document = reader(annotations)
         # Before the records are read: what changes meanwhile makes the table stale.
         sources = [_fingerprint(source) for source in document.get("sources", [annotations])]
         with _shown(document, annotations, progress) as shown:
-            tabulated = tabulate(shown, Path(temporary), masks, report)
-        return _keep(folder, stem, Path(temporary), tabulated, report, sources), report
+            tabulated = tabulate(shown, Path(temporary), masks, findings)
+        return _keep(folder, stem, Path(temporary), tabulated, findings, sources), findings
 
 
 def _keep(
-    folder: Path, stem: str, temporary: Path, tabulated: Tabulated, report: Report, sources: list[dict[str, Any]]
+    folder: Path, stem: str, temporary: Path, tabulated: Tabulated, findings: Findings, sources: list[dict[str, Any]]
 ) -> Table:
     """Put it where the next process looks for it."""
     layout = table.write(temporary / "table", *tabulated)
     name = f"{temporary.name}.table"
     (temporary / "table").rename(folder / name)
-    found = asdict(report) | {"source": str(report.source)}
-    head = {"version": _VERSION, "data": name, "layout": layout, "report": found, "sources": sources}
+    records = {rule: [e.record for e in examples] for rule, examples in findings.examples.items()}
+    found = {"source": str(findings.source), "counts": findings.counts, "records": records}
+    head = {"version": _VERSION, "data": name, "layout": layout, "findings": found, "sources": sources}
     _replace(folder / f"{stem}.json", head)
     for old in folder.glob(f"{glob.escape(stem)}-*.table"):
         if old.name != name:

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set, found before any training time is spent on it.
+"""What can be wrong with classes and image files, found before any training time is spent on them.
 
 Structural faults (no file, no JSON, no categories) always stop. Bad records follow `on_error`: "stop" raises one
 UserError that names the first few of every kind; "skip" drops them and logs one summary.
@@ -8,82 +8,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from codetr.data.findings import Findings
 from codetr.data.images import UnreadableImage, looks_complete, read_image
 from codetr.data.names import advice_on, find_misspelt
-from codetr.data.rules import BOX_KINDS, KINDS, REFUSED_BOXES, box_kinds
 from codetr.data.table import Table, texts
 from codetr.errors import UserError
 
-OnError = Literal["stop", "skip"]
 Verify = Literal["exists", "complete", "decode"]
 
 _log = logging.getLogger(__name__)
-_SHOWN = 3
 _NAMES = 1 << 18  # at once
-
-
-@dataclass
-class Report:
-    """Problems found in one annotation file. counts: kind -> number; examples: kind -> the first few records.
-
-    told: of kinds that cost no record, what is read instead or what to know. clipped: number of boxes that reach out of
-    their image and were clipped for training. All kinds are those of `codetr.data.rules`.
-    """
-
-    source: Path
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    told: dict[str, int] = field(default_factory=dict)
-    clipped: int = 0
-
-    def add(self, kind: str, record: str) -> None:
-        self.add_all(kind, np.ones(1, bool), lambda _: record)
-
-    def add_all(self, kind: str, bad: np.ndarray, name: Callable[[int], str]) -> None:
-        """Add every record i where bad[i]; name(i) is asked for those that are shown."""
-        rows = bad.nonzero()[0]
-        if not len(rows):
-            return
-        shown = self.examples.setdefault(kind, [])
-        shown += [name(int(i)) for i in rows[: _SHOWN - len(shown)]]
-        counts = self.counts if KINDS[kind].severity == "error" else self.told
-        counts[kind] = counts.get(kind, 0) + len(rows)
-
-    def __str__(self) -> str:
-        lines = []
-        for kind, count in (self.counts | self.told).items():
-            more = "" if count <= _SHOWN else ", ..."
-            lines.append(f"  {count} x {kind}: {', '.join(self.examples[kind])}{more} ({KINDS[kind].advice})")
-        if self.clipped:
-            lines.append(f"  {self.clipped} x box partly outside its image: clipped for training")
-        return "\n".join(lines)
-
-    def settle(self, on_error: OnError) -> None:
-        """Raise UserError on problems when `on_error` is "stop", and on those of the whole file; log what is dropped
-        when it is "skip", and what is told."""
-        total = sum(self.counts.values())
-        if any(KINDS[kind].whole for kind in self.counts):
-            raise UserError(f"{self.source}: nothing can be learned from this file as it is\n{self}")
-        if total and on_error == "stop":
-            raise UserError(
-                f"{self.source}: {total} bad record{'s' * (total > 1)}\n{self}\n"
-                "Mend them, or set data.on_error=skip to train without them."
-            )
-        if total:
-            _log.warning("%s: %d bad records dropped\n%s", self.source, total, self)
-        elif any(KINDS[kind].severity == "warning" for kind in self.told):
-            _log.warning("%s:\n%s", self.source, self)
-        elif self.told or self.clipped:
-            _log.info("%s:\n%s", self.source, self)
 
 
 def select_classes(
@@ -134,7 +76,7 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
 
 
 def check_files(
-    table: Table, root: Path, verify: Verify, report: Report, max_pixels: int | None = None
+    table: Table, root: Path, verify: Verify, findings: Findings, max_pixels: int | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """[n] bool, which image files of `table` can be used; they lie below `root`. Image -> name of those that are found
     under another name than the table's.
@@ -151,7 +93,7 @@ def check_files(
     found = find_misspelt(root, missing, (name for name, there in zip(others, present, strict=True) if there))
     present[list(found)] = True
     for i, name in found.items():
-        report.add("image file of another spelling", f"image {table.image_ids[i]} ({missing[i]}) is {name}")
+        findings.add("image file of another spelling", f"image {table.image_ids[i]} ({missing[i]}) is {name}")
 
     def place(i: int) -> Path:
         return root / found.get(i, table.name(i))
@@ -159,7 +101,7 @@ def check_files(
     def named(i: int) -> str:
         return f"image {table.image_ids[i]} ({place(i)}{advice_on(table.name(i))})"
 
-    report.add_all("missing image file", ~present, named)
+    findings.add_all("missing image file", ~present, named)
     if verify == "exists":
         return present, found
     with ThreadPoolExecutor(16) as pool:
@@ -167,7 +109,7 @@ def check_files(
         faults = pool.map(lambda i: _fault(place(i), tuple(table.sizes[i].tolist()), verify, max_pixels), rows)
         for i, fault in zip(rows, faults, strict=True):
             if fault:
-                report.add("unreadable image file", f"image {table.image_ids[i]} ({fault})")
+                findings.add(fault.rule, f"image {table.image_ids[i]} ({fault})")
                 present[i] = False
     return present, found
 
@@ -184,30 +126,15 @@ def _present(root: Path, table: Table) -> np.ndarray:
     return np.fromiter(chain.from_iterable(parts), bool, len(table))
 
 
-def _fault(path: Path, size: tuple[int, int], verify: Verify, max_pixels: int | None) -> str:
+def _fault(path: Path, size: tuple[int, int], verify: Verify, max_pixels: int | None) -> UnreadableImage | None:
     small = max_pixels is None or size[0] * size[1] <= max_pixels
     if verify == "complete" and small and looks_complete(path, size):
-        return ""
+        return None
     try:
         read_image(path, size, max_pixels)
     except UnreadableImage as error:
-        return str(error)
-    return ""
-
-
-def check_boxes(boxes: np.ndarray, extent: np.ndarray, report: Report, name: Callable[[int], str]) -> np.ndarray:
-    """[n] bool, which `boxes` ([n, 4] xywh in pixels) are good; counts those that reach out of their image.
-
-    extent: [n, 2] (width, height) of their images. name: what messages call box i.
-    """
-    kinds = box_kinds(boxes, extent)
-    for position, kind in enumerate(BOX_KINDS[:REFUSED_BOXES]):
-        report.add_all(kind, kinds == position, name)
-    good = (kinds < 0) | (kinds >= REFUSED_BOXES)
-    with np.errstate(over="ignore", invalid="ignore"):
-        reach_out = (boxes[:, :2] < 0) | (boxes[:, :2] + boxes[:, 2:] > extent)
-    report.clipped += int((reach_out.any(1) & good).sum())
-    return good
+        return error
+    return None
 
 
 def check_trainable(counts: Mapping[str, int], source: Path) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
 from codetr.data.cache import open_table
-from codetr.data.checks import OnError, Verify, check_files, select_classes
+from codetr.data.checks import Verify, check_files, select_classes
+from codetr.data.findings import OnError
 from codetr.data.image_records import take_lists
 from codetr.data.images import read_image
 from codetr.data.readers import Reader, coco
@@ -53,7 +54,7 @@ class CocoDetection(Dataset[Sample]):
     reader: turns the file into COCO's records (see `codetr.data.readers`). Labels are 0, 1, ... in the order of
     `class_names`: all categories in the order of the file, or `classes`. `category_ids` holds the file's id of each
     label, -1 where it has none. absent: classes of which the file knows nothing may be among `classes`, if not all.
-    `report` tells what was dropped (see `codetr.data.checks`). masks, runs: also read the objects'
+    `report` tells what was dropped (see `codetr.data.rules`). masks, runs: also read the objects'
     segmentations, for `masks` to train with, or for `runs` of the truth. cache: where tables are kept (see
     `codetr.data.cache`). max_pixels: of an image; larger ones are not decoded.
 

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torchvision.tv_tensors import Image
 
-from codetr.data.checks import OnError, Verify, check_trainable, check_val_classes
+from codetr.data.checks import Verify, check_trainable, check_val_classes
 from codetr.data.coco import CocoDetection
 from codetr.data.copy_paste import CopyPaste
+from codetr.data.findings import OnError
 from codetr.data.loader import BatchLoader, TrainLoader
 from codetr.data.readers import Reader, locate
 from codetr.data.sampler import EvalSampler, TrainSampler

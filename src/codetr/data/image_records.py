@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from codetr.data.checks import Report
+from codetr.data.findings import Findings
+from codetr.data.judge import WRITTEN, Record, repeated
 from codetr.data.values import mended_image
+
+_HIGHEST = 2**62  # of an id
+
+
+class JudgedImage(NamedTuple):
+    """An image record with values as they are meant.
+
+    changes: the values that are written otherwise; was: how, in words. fault: why the image cannot be used, or "".
+    """
+
+    record: Record
+    changes: Record
+    was: str
+    fault: str
+
+
+def judge_images(records: Iterable[Record]) -> Iterator[JudgedImage]:
+    """The records in their order."""
+    for written in records:
+        changes = mended_image(written)
+        record = written | changes if changes else written
+        yield JudgedImage(record, changes, ", ".join(f"{key} {written[key]!r}" for key in changes), _fault(record))
+
+
+def _fault(record: Record) -> str:
+    for key in ("id", "width", "height"):
+        value = record.get(key)
+        if type(value) is not int:
+            return f"{key} is {value!r}, not a whole number" if key in record else f"has no {key}"
+        if not (-_HIGHEST < value < _HIGHEST if key == "id" else 0 < value < 2**31):
+            return f"{key} is {value}"
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        return f"file_name is {name!r}" if "file_name" in record else "has no file_name"
+    return ""
 
 
 def image_columns(
-    records: Iterable[dict[str, Any]], categories: np.ndarray, report: Report
-) -> tuple[dict[str, np.ndarray], set[Any]]:
+    records: Iterable[Record], categories: np.ndarray, findings: Findings
+) -> tuple[dict[str, np.ndarray], set[str]]:
     """The columns of a `Table` that tell of images, in the order of `records`.
 
     categories: ids of all categories. Second: `repr` of the ids of images that cannot be used.
@@ -23,14 +59,12 @@ def image_columns(
     ids, sizes, names, ends, broken = array("q"), array("i"), bytearray(), array("q", [0]), set()
     folders: dict[str, None] = {}
     lists = {key: _Lists(categories) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
-    for position, written in enumerate(records):
-        changes = mended_image(written)
-        record = written | changes
+    for position, (record, changes, was, fault) in enumerate(judge_images(records)):
+        name = f"image {record.get('id', f'number {position}')}"
         if changes:
-            was = ", ".join(f"{key} {written[key]!r}" for key in changes)
-            report.add("value of another type", f"image {record.get('id', f'number {position}')}: {was}")
-        if not _is_image(record):
-            report.add("bad image record", record.get("where") or f"image {record.get('id', f'number {position}')}")
+            findings.add(WRITTEN, f"{name}: {was}")
+        if fault:
+            findings.add("bad image record", record.get("where") or f"{name}: {fault}")
             broken.add(repr(record.get("id")))
             continue
         ids.append(record["id"])
@@ -49,16 +83,7 @@ def image_columns(
     }
     for name, column in zip(("negative", "not_exhaustive"), lists.values(), strict=True):
         columns[name], columns[f"{name}_offsets"] = column.arrays()
-    return _without_repeated_images(columns, report), broken
-
-
-def _is_image(record: Mapping[str, Any]) -> bool:
-    numbers = [record.get(k) for k in ("id", "width", "height")]
-    if not all(type(n) is int and abs(n) < 2**62 for n in numbers):
-        return False
-    name = record.get("file_name")
-    fits = 0 < min(record["width"], record["height"]) <= max(record["width"], record["height"]) < 2**31
-    return fits and isinstance(name, str) and "\0" not in name
+    return _without_repeated_images(columns, findings), broken
 
 
 class _Lists:
@@ -78,19 +103,18 @@ class _Lists:
         return np.array(self._values, np.int32), np.array(self._ends if self._any else [], np.int64)
 
 
-def _without_repeated_images(columns: dict[str, np.ndarray], report: Report) -> dict[str, np.ndarray]:
+def _without_repeated_images(columns: dict[str, np.ndarray], findings: Findings) -> dict[str, np.ndarray]:
     """An id's first image stays."""
     ids, ends = columns["image_ids"], columns["name_offsets"]
-    repeated = np.ones(len(ids), bool)
-    repeated[np.unique(ids, return_index=True)[1]] = False
-    if not repeated.any():
+    again = repeated(ids)
+    if not again.any():
         return columns
 
     def name(i: int) -> str:
         return f"image {ids[i]} ({os.fsdecode(columns['names'][ends[i] : ends[i + 1] - 1].tobytes())})"
 
-    report.add_all("duplicate image id", repeated, name)
-    kept = (~repeated).nonzero()[0]
+    findings.add_all("duplicate image id", again, name)
+    kept = (~again).nonzero()[0]
     result = {"image_ids": ids[kept], "sizes": columns["sizes"][kept], "folders": columns["folders"]}
     for lists in ("names", "negative", "not_exhaustive"):
         offsets = "name_offsets" if lists == "names" else f"{lists}_offsets"

@@ -45,7 +45,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of
 
 
 class UnreadableImage(UserError):
-    """An image file that cannot be decoded, or is not the image that the annotations describe."""
+    """An image file that cannot be decoded, or is not the image that the annotations describe.
+
+    rule: which of `codetr.data.rules` it breaks.
+    """
+
+    rule = "unreadable image file"
 
 
 @contextmanager
@@ -104,14 +109,19 @@ def read_image(path: Path, size: tuple[int, int], max_pixels: int | None = None)
 
 
 def _of_another_size(path: Path, width: int, height: int, size: tuple[int, int]) -> UnreadableImage:
-    return UnreadableImage(f"{path} holds {width}x{height} pixels, but the annotations say {size[1]}x{size[0]}")
+    error = UnreadableImage(f"{path} holds {width}x{height} pixels, but the annotations say {size[1]}x{size[0]}")
+    error.rule = "image of another size"
+    return error
 
 
 def unreadable(path: Path, error: Exception) -> UnreadableImage:
     """The error that names the file, which Pillow's own messages seldom do."""
     unknown = isinstance(error, UnidentifiedImageError)
     reason = "not an image of a kind that can be read here; convert it to JPEG or PNG" if unknown else str(error)
-    return UnreadableImage(f"{path} cannot be decoded: {reason or type(error).__name__}")
+    result = UnreadableImage(f"{path} cannot be decoded: {reason or type(error).__name__}")
+    if unknown and path.is_file() and path.stat().st_size == 0:
+        result.rule = "empty image file"
+    return result
 
 
 def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:

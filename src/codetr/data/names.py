@@ -32,6 +32,13 @@ def find_misspelt(root: Path, missing: Mapping[int, str], taken: Iterable[str] =
     return {position: file for position, file in found.items() if uses[file] == 1}
 
 
+def find_files(root: Path, names: Mapping[int, str]) -> dict[int, str]:
+    """The file below `root` of each of `names` (position -> name) that has one, as it is spelt there."""
+    there = {position: name for position, name in names.items() if (root / name).is_file()}
+    missing = {position: name for position, name in names.items() if position not in there}
+    return there | find_misspelt(root, missing, there.values())
+
+
 def advice_on(name: str) -> str:
     """What may be wrong with a name that no file has."""
     odd = [sign for sign in ("%", "\\") if sign in name]

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codetr.data.checks import Report, root_category, select_classes
+from codetr.data import segmentations
+from codetr.data.checks import root_category, select_classes
+from codetr.data.findings import Findings
 from codetr.data.image_records import image_columns
-from codetr.data.object_records import ObjectRecords
+from codetr.data.judge import REPEATED, Judge, Judged, repeated
 from codetr.data.readers import Document
+from codetr.data.values import flag
 
 _BATCH = 1 << 13  # larger ones are slower: their records leave the caches of the processor
 _COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
@@ -39,30 +42,31 @@ class Tabulated(NamedTuple):
     frequencies: list[str] | None
 
 
-def tabulate(document: Document, folder: Path, masks: bool, report: Report) -> Tabulated:
-    """The usable records of `document`; what is wrong with the others goes into `report`.
+def tabulate(document: Document, folder: Path, masks: bool, findings: Findings) -> Tabulated:
+    """The usable records of `document`; what is wrong with the others goes into `findings`.
 
     folder: for temporary files, to which the columns are mapped. masks: keep segmentations, and only objects that have
     a usable one; crowds need none. Raises UserError where the categories make no sense.
     """
     categories = list(document["categories"])
     root = root_category(categories)
-    select_classes([c for i, c in enumerate(categories) if i != root], None, report.source)
+    select_classes([c for i, c in enumerate(categories) if i != root], None, findings.source)
     ids, names = np.array([c["id"] for c in categories], np.int64), [c["name"] for c in categories]
-    columns, broken = image_columns(document["images"], ids, report)
-    objects = ObjectRecords(columns, broken, ids, masks, report)
+    columns, broken = image_columns(document["images"], ids, findings)
+    judge = Judge(columns["image_ids"], columns["sizes"], broken, ids)
     read, sorted_ = _Files(folder / "read"), _Files(folder / "sorted")
     for records in _batches(document["annotations"]):
-        batch = objects.columns(records)
-        read.append(batch.columns | _joined(batch.packed, masks))
-    for kind, why in objects.habits.found(names).items():
-        report.add(kind, why)
+        judged = judge.judge(records)
+        judged.tell(findings)
+        read.append(_good_objects(judged, masks, findings))
+    for rule, why in judge.habits.found(names).items():
+        findings.add(rule, why)
     chosen = np.ones(len(ids), bool)
-    if root is not None and not objects.habits.objects[root]:
+    if root is not None and not judge.habits.objects[root]:
         chosen[root] = False
-        report.add("root of the categories", f"category {ids[root]} ({names[root]})")
-    classes = select_classes([c for c, stays in zip(categories, chosen, strict=True) if stays], None, report.source)
-    rows, columns["offsets"] = _by_image(read, columns["image_ids"], report)
+        findings.add("root of the categories", f"category {ids[root]} ({names[root]})")
+    classes = select_classes([c for c, stays in zip(categories, chosen, strict=True) if stays], None, findings.source)
+    rows, columns["offsets"] = _by_image(read, columns["image_ids"], findings)
     _copy(read, sorted_, rows, masks)
     columns |= {"category_ids": ids[chosen]} | {
         name: sorted_.column(name) for name in ("boxes", "categories", "crowd", "ignore", "areas", "segmentations")
@@ -79,6 +83,47 @@ def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
     iterator = iter(records)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
+
+
+def _good_objects(judged: Judged, masks: bool, findings: Findings) -> dict[str, np.ndarray]:
+    """The columns `_COLUMNS` of the good ones; an area that is not known is that of the box."""
+    rows = judged.good.nonzero()[0]
+    packed: list[bytes] = []
+    if masks:
+        rows, packed = _pack(judged, rows, findings)
+    boxes = judged.boxes[rows]
+    boxes[:, 2:] += boxes[:, :2]
+    areas = judged.areas[rows]
+    return {
+        "id": judged.ids[rows],
+        "owner": judged.owner[rows],
+        "boxes": boxes,
+        "categories": judged.category[rows],
+        "crowd": judged.crowd[rows],
+        "ignore": judged.ignore[rows],
+        "areas": np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], 1), areas),
+    } | _joined(packed, masks)
+
+
+def _pack(judged: Judged, rows: np.ndarray, findings: Findings) -> tuple[np.ndarray, list[bytes]]:
+    """Those of `rows` that have a usable mask, and their masks; a crowd without one covers its box."""
+    kept, masks, sizes = [], [], []
+    for i in rows.tolist():
+        record = judged.records[i]
+        width, height = map(int, judged.extent[i])
+        segmentation = record.get("segmentation")
+        if wrong := segmentations.fault(segmentation, (height, width)):
+            if not flag(record.get("iscrowd")):
+                what = f"{judged.name(i)} of image {record['image_id']}: {wrong}"
+                findings.add("object without a usable mask", what)
+                continue
+            x0, y0, w, h = judged.boxes[i].tolist()
+            x1, y1 = x0 + w, y0 + h
+            segmentation = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+        kept.append(i)
+        masks.append(segmentation)
+        sizes.append((height, width))
+    return np.array(kept, np.int64), segmentations.pack(masks, sizes)
 
 
 def _joined(packed: Sequence[bytes], masks: bool) -> dict[str, np.ndarray]:
@@ -109,15 +154,12 @@ class _Files:
         return np.asarray(np.memmap(path, dtype, "r")).reshape(-1, *shape)
 
 
-def _by_image(read: _Files, images: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
+def _by_image(read: _Files, images: np.ndarray, findings: Findings) -> tuple[np.ndarray, np.ndarray]:
     """Which objects stay, sorted by image, and where each image's begin; an id's first object stays."""
     ids, owner = read.column("id"), read.column("owner")
-    kept = np.ones(len(ids), bool)
-    if not np.all(ids[1:] > ids[:-1]):
-        order = np.argsort(ids, kind="stable")
-        kept[order[1:][ids[order[1:]] == ids[order[:-1]]]] = False
-        report.add_all("duplicate annotation id", ~kept, lambda i: f"annotation {ids[i]} of image {images[owner[i]]}")
-    rows = kept.nonzero()[0]
+    again = repeated(ids)
+    findings.add_all(REPEATED, again, lambda i: f"annotation {ids[i]} of image {images[owner[i]]}")
+    rows = (~again).nonzero()[0]
     if not np.all(owner[1:] >= owner[:-1]):
         rows = rows[np.argsort(owner[rows], kind="stable")]
     return rows, _ends(np.bincount(owner[rows], minlength=len(images)))

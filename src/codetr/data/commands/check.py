@@ -29,9 +29,9 @@ from codetr.names import shown_lines
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from codetr.data.inspection.files import File
-    from codetr.data.inspection.findings import Severity
-    from codetr.data.inspection.split import Split
+    from codetr.data.rules import Severity
+    from codetr.inspection.files import File
+    from codetr.inspection.split import Split
 
 
 def main(overrides: list[str]) -> int:
@@ -39,9 +39,9 @@ def main(overrides: list[str]) -> int:
     from rich import get_console
 
     from codetr import application
-    from codetr.data.inspection import page, summary
-    from codetr.data.inspection.statistics import statistics
     from codetr.errors import UserError
+    from codetr.inspection import page, summary
+    from codetr.inspection.statistics import statistics
 
     config = application.compose("check", overrides)
     splits = inspect(config)
@@ -71,9 +71,9 @@ def inspect(config: DictConfig) -> list[Split]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from codetr.data.inspection import whole
     from codetr.derived import read_needed_masks
     from codetr.errors import UserError
+    from codetr.inspection import whole
 
     read_needed_masks(config)
     data = config.data
@@ -97,11 +97,11 @@ def inspect(config: DictConfig) -> list[Split]:
 
 
 def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None) -> Split:
-    from codetr.data.inspection import boxes, masks, records
-    from codetr.data.inspection.findings import Findings
-    from codetr.data.inspection.split import Split
+    from codetr.data.findings import Findings
     from codetr.data.readers import locate
     from codetr.errors import UserError
+    from codetr.inspection import masks, objects, records
+    from codetr.inspection.split import Split
 
     data = config.data
     source = locate(data.root, data[f"{name}_annotations"])
@@ -114,12 +114,9 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     except UserError as error:
         split.add("unusable annotation file", str(error))
         return split
-    records.mend_images(split)
     records.inspect_categories(split, classes if name == "train" else None)
     records.inspect_images(split, config.decode, _progress(name), config.data.max_pixels)
-    records.mend_annotations(split)
-    boxes.inspect_boxes(split)
-    records.inspect_annotations(split)
+    objects.inspect_objects(split)
     masks.inspect_masks(split)
     return split
 
@@ -153,8 +150,8 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _fix(splits: Sequence[Split], output: str | None) -> dict[Path, str]:
     """Original -> what was done about it. Raises UserError for files that are not COCO's."""
-    from codetr.data.inspection.clean import targets, write_clean
     from codetr.errors import UserError
+    from codetr.inspection.clean import targets, write_clean
 
     readable = [s for s in splits if "unusable annotation file" not in s.findings.counts]
     for split in readable:

@@ -124,7 +124,7 @@ def _read(config: DictConfig, name: str) -> Split:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from codetr.data.checks import Report
+    from codetr.data.findings import Findings
     from codetr.data.judged import judged
     from codetr.data.readers import locate
     from codetr.data.writers import Split
@@ -134,9 +134,9 @@ def _read(config: DictConfig, name: str) -> Split:
             raise UserError(f"data.{key} is not given; splits=[...] leaves a split out")
     root, source = (locate(config.root, config[f"{name}_{what}"]) for what in ("images", "annotations"))
     document = instantiate(config.reader)(source)
-    report = Report(source)
-    split = Split(root, *judged(document, root, report), names={})
-    report.settle(config.on_error)
+    findings = Findings(source)
+    split = Split(root, *judged(document, root, findings), names={})
+    findings.settle(config.on_error)
     return split
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from codetr.data import segmentations
-from codetr.data.inspection.findings import Box, Picture
-from codetr.data.inspection.split import Split
+from codetr.data.findings import Box, Picture
+from codetr.inspection.split import Split
 
 _PIXELS, _SHARE = 3.0, 0.15  # how far a mask's side may lie from its box's, in pixels and in the box's own side
 

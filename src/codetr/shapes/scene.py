@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from codetr.data.shapes.outlines import SHAPES, Outline, Shape, blob, deform, frequencies, strand
-from codetr.data.shapes.textures import background, develop, surface
+from codetr.shapes.outlines import SHAPES, Outline, Shape, blob, deform, frequencies, strand
+from codetr.shapes.textures import background, develop, surface
 
 Window = tuple[slice, slice]
 

@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from codetr.data.shapes.outlines import SHAPES
-from codetr.data.shapes.regions import box, segmentation
-from codetr.data.shapes.scene import Difficulty, draw
 from codetr.errors import UserError
+from codetr.shapes.outlines import SHAPES
+from codetr.shapes.regions import box, segmentation
+from codetr.shapes.scene import Difficulty, draw
 
 EDITION = 3  # raise it when the same preset and seed give other files
 _STAMP = "shapes.json"
@@ -59,7 +59,7 @@ def generate(root: Path, preset: Preset, seed: int, workers: int, progress: bool
     Does nothing when it already does. The result depends on `preset` and `seed` alone, never on `workers`. Processes
     that ask at once wait for the first one. Raises UserError when `root` holds something else.
     """
-    stamp = {"generator": "codetr.data.shapes", "edition": EDITION, "seed": seed, **asdict(preset)}
+    stamp = {"generator": "codetr.shapes", "edition": EDITION, "seed": seed, **asdict(preset)}
     stamp = json.loads(json.dumps(stamp))  # as it will be read back
     if _is_complete(root, stamp):
         return

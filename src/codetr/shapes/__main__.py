@@ -1,4 +1,4 @@
-"""python -m codetr.data.shapes --preset demo --root data/shapes-demo --seed 0"""
+"""python -m codetr.shapes --preset demo --root data/shapes-demo --seed 0"""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from codetr.data.shapes import PRESETS, generate
 from codetr.errors import UserError
+from codetr.shapes import PRESETS, generate
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         f"{name}: {p.train} train + {p.val} val images, long side {p.long_side}" for name, p in PRESETS.items()
     )
     parser = argparse.ArgumentParser(
-        prog="python -m codetr.data.shapes",
+        prog="python -m codetr.shapes",
         description="Draw a detection data set of shapes in COCO's format. The same preset and seed give the same "
         "files; nothing is done when the folder already holds them.",
     )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codetr.data.inspection.files import File
-from codetr.data.inspection.findings import Box, Findings, Picture, Repair
+from codetr.data.findings import Box, Findings, Picture
+from codetr.data.judge import Record
+from codetr.inspection.files import File
 
-Record = dict[str, Any]
+
+@dataclass
+class Repair:
+    """What `fix=true` would do to one file: positions in its lists to remove, and keys of its records to set."""
+
+    images: set[int] = field(default_factory=set)
+    categories: set[int] = field(default_factory=set)
+    annotations: set[int] = field(default_factory=set)
+    changes: dict[int, Record] = field(default_factory=dict)
+    image_changes: dict[int, Record] = field(default_factory=dict)
 
 
 @dataclass
@@ -32,25 +41,26 @@ class Split:
     usable: dict[int, int] = field(default_factory=dict)
     boxes: dict[int, Box] = field(default_factory=dict)
 
-    def add(self, kind: str, record: str, picture: Picture | None = None) -> None:
+    def add(self, rule: str, record: str, picture: Picture | None = None) -> None:
         """A finding that `fix=true` leaves as it is."""
-        self.findings.add(kind, record, picture)
+        self.findings.add(rule, record, picture)
 
-    def drop_image(self, position: int, kind: str, record: str, picture: Picture | None = None) -> None:
+    def drop_image(self, position: int, rule: str, record: str, picture: Picture | None = None) -> None:
         self.repair.images.add(position)
-        self.findings.add(kind, record, picture, mended=True)
+        self.findings.add(rule, record, picture, mended=True)
 
-    def drop_annotation(self, position: int, kind: str, record: str) -> None:
+    def drop_annotation(self, position: int, rule: str, record: str) -> None:
         self.repair.annotations.add(position)
-        self.findings.add(kind, record, self.picture(position), mended=True)
+        self.findings.add(rule, record, self.picture(position), mended=True)
 
-    def change(self, position: int, kind: str, record: str, **values: Any) -> None:
+    def change(self, position: int, rule: str, record: str, **values: Any) -> None:
         self.repair.changes.setdefault(position, {}).update(values)
-        self.findings.add(kind, record, self.picture(position), mended=True)
+        self.findings.add(rule, record, self.picture(position), mended=True)
 
-    def change_image(self, position: int, kind: str, record: str, **values: Any) -> None:
+    def change_image(self, position: int, rule: str, record: str, **values: Any) -> None:
+        self.images[position] = self.images[position] | values
         self.repair.image_changes.setdefault(position, {}).update(values)
-        self.findings.add(kind, record, mended=True)
+        self.findings.add(rule, record, mended=True)
 
     def image_name(self, position: int) -> str:
         record = self.images[position]
@@ -92,14 +102,3 @@ class Split:
             return Picture(path)
         x, y, w, h = self.boxes[position]
         return Picture(path, (x, y, x + w, y + h))
-
-
-def repeated(values: Iterable[Any]) -> set[int]:
-    """Positions of values that appeared before."""
-    seen: set[Any] = set()
-    again = set()
-    for i, value in enumerate(values):
-        if value in seen:
-            again.add(i)
-        seen.add(value)
-    return again

@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from codetr.data.inspection.split import Split
 from codetr.errors import UserError
+from codetr.inspection.split import Split
 
 
 def targets(splits: Sequence[Split], folder: Path | None) -> list[Path]:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from codetr.data.inspection.files import SUFFIXES, same_content
-from codetr.data.inspection.findings import Picture
-from codetr.data.inspection.split import Split
+from codetr.data.findings import Picture
+from codetr.inspection.files import SUFFIXES, same_content
+from codetr.inspection.split import Split
 
 
 def inspect_balance(split: Split, classes: Sequence[str] | None, step: int) -> None:

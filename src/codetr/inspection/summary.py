@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codetr.data.inspection.findings import KINDS, SEVERITIES
-from codetr.data.inspection.split import Split
-from codetr.data.inspection.statistics import Statistics
+from codetr.data.rules import RULES, SEVERITIES
+from codetr.inspection.split import Split
+from codetr.inspection.statistics import Statistics
 from codetr.names import shown
 
 COLORS = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -62,7 +62,7 @@ def _findings(split: Split) -> Table:
     table = Table("", "", "what, where, and what to do", title_justify="left", show_header=False, show_lines=True)
     table.title = f"Findings in {split.findings.source} ({split.name})"
     table.columns[1].justify = "right"
-    for kind in split.findings.kinds():
+    for kind in split.findings.rules():
         severity = split.findings.severity(kind)
         text = Text(kind, "bold")
         shown = split.findings.examples[kind][: _RECORDS[severity]]
@@ -70,7 +70,7 @@ def _findings(split: Split) -> Table:
             text.append(f"\n  {example.record}", "none")
         if split.findings.counts[kind] > len(shown):
             text.append(f"\n  ... {split.findings.counts[kind] - len(shown):,} more", "dim")
-        text.append(f"\n  → {KINDS[kind].advice}", "italic")
+        text.append(f"\n  → {RULES[kind].advice}", "italic")
         table.add_row(Text(severity, COLORS[severity]), f"{split.findings.counts[kind]:,}", text)
     return table
 
@@ -91,10 +91,10 @@ def as_data(splits: Sequence[Split], numbers: Sequence[Statistics]) -> dict[str,
                     "kind": kind,
                     "severity": split.findings.severity(kind),
                     "count": split.findings.counts[kind],
-                    "advice": KINDS[kind].advice,
+                    "advice": RULES[kind].advice,
                     "records": [e.record for e in split.findings.examples[kind]],
                 }
-                for kind in split.findings.kinds()
+                for kind in split.findings.rules()
             ],
         }
         for split, n in zip(splits, numbers, strict=True)

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from codetr.data.inspection.split import Split
-from codetr.data.inspection.whole import object_counts
+from codetr.inspection.split import Split
+from codetr.inspection.whole import object_counts
 
 SMALL, LARGE = 32**2, 96**2  # pixels of area, COCO's borders between small, medium and large
 SHARES = (0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)  # sqrt(box area / image area)

@@ -1,8 +1,0 @@
-"""Shapes: a small detection benchmark that is drawn, not downloaded, in COCO's format.
-
-A class is a shape; colour, texture, size, aspect and rotation tell nothing. `python -m codetr.data.shapes --help`.
-"""
-
-from codetr.data.shapes.generate import PRESETS, Preset, generate
-
-__all__ = ["PRESETS", "Preset", "generate"]
