@@ -1,9 +1,7 @@
 """Where the host waits for the device in a training step, on a pretended device."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +12,7 @@ from toy_model import compose
 
 from codetr.callbacks.non_finite import not_finite
 from codetr.types import Frames, Targets
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-try:
-    from host_syncs import ELSEWHERE, Pretended
-finally:
-    sys.path.pop(0)
+from host_syncs import ELSEWHERE, Pretended
 
 CO_DINO = (
     "model=co_dino",
