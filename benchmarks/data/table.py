@@ -94,7 +94,7 @@ class Truths:
     def __init__(self, source: Path) -> None:
         from codetr.data import coco
 
-        coco.check_files = lambda table, *_: np.ones(len(table), bool)
+        coco.check_files = lambda table, *_: (np.ones(len(table), bool), {})
         self.dataset = coco.CocoDetection(source.parent, source)
 
     def __len__(self) -> int:
