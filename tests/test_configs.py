@@ -1,7 +1,6 @@
 """Every experiment composes and builds; the README says what the files say."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
 
 
 def test_two_heads_of_one_kind() -> None:
-    """As the README adds them: each with weights and queries of its own."""
+    """As docs/detectors.md adds them: each with weights and queries of its own."""
     overrides = ["model=co_deformable_tiny", "model/collaborator=[atss]", "model.num_classes=3"]
     overrides += ["+model/head@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
     overrides += ["+model/query@model.detector.queries.second=collaborative"]
@@ -99,13 +98,3 @@ def test_two_heads_of_one_kind() -> None:
     output = detector(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64).bool(), targets)
     assert list(output.groups) == ["main", "atss", "second"]
     assert output.head_losses["atss"]["class"] != output.head_losses["second"]["class"]
-
-
-def test_the_readme_and_the_reproduction_page_are_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from readme import generated
-    finally:
-        sys.path.pop(0)
-    for path, text in generated().items():
-        assert path.read_text() == text, "run `make readme`"
