@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from codetr.types import Frames, Targets
+from toy_model import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -67,8 +68,7 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "h_dino.yaml").write_text(example)
     overrides = ["experiment=dino_r50_12e", "model=h_dino", "model.num_classes=3", f"hydra.searchpath=[{tmp_path}]"]
-    small = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.norm_groups=4"]
-    small += ["model/backbone=resnet10_small", "model.detector.encoder.num_layers=1"]
+    small = [*SIZES, "model/backbone=resnet10_small"]
     for extra in (["model.detector.backbone.pretrained=false"], small):
         with initialize_config_module("codetr.conf", version_base="1.3"):
             config = compose("train", [*overrides, *extra])

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import data_overrides, environment, make_coco, overrides
 
 from codetr import application
 from codetr.data.commands.convert import main as convert
 from codetr.papers import main as papers
 from codetr.train import train
+from toy import data_overrides, environment, make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
@@ -31,7 +31,7 @@ def blocks() -> list[str]:
 
 def commands() -> list[list[str]]:
     """Words of each that calls codetr, from the name of its module on: `codetr train x=1` and
-    `python -m codetr.train x=1` are both ["codetr.train", "x=1"]. An indented line is more to say to the command above it."""
+    `python -m codetr.train x=1` are both ["codetr.train", "x=1"]. An indented line says more to the one above."""
     found: list[list[str]] = []
     for block in blocks():
         command: list[str] = []
