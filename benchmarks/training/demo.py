@@ -13,6 +13,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +42,9 @@ def main() -> None:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
         runs = [run(clone) for _ in range(options.repeat)]
-        for picture in ("predictions", "curves"):
-            shutil.copy(newest(clone) / f"{picture}.png", report.folder / f"demo_{picture}.png")
+        shutil.copy(newest(clone) / "curves.png", report.folder / "demo_curves.png")
+        shown = Image.open(newest(clone) / "predictions.png").reduce(2).quantize(256)  # for the README
+        shown.save(report.folder / "demo_predictions.png", optimize=True)
     metrics = [m for m, _ in runs]
     same = all(m == metrics[0] for m in metrics)
     about = (
