@@ -26,7 +26,7 @@ install: .venv/.complete ## Create .venv with the locked packages and codetr its
 demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo/<date>
 	$(BIN)/python -m codetr.train experiment=demo
 
-studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables in the README
+studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables of docs/results.md
 
 compare-heads: ## Co-DETR, same budget: 0, 1, 2 auxiliary heads, three seeds
 compare-kinds: ## Co-DETR, table 8: each of the seven heads alone, against none
@@ -34,7 +34,7 @@ compare-parts: ## Co-DETR, table 9: auxiliary head, positive queries, both
 compare-groups: ## Group DETR: 1, 3, 11 groups and naive one-to-many assignment
 
 compare-heads compare-kinds compare-parts compare-groups: install
-	$(BIN)/python benchmarks/compare.py $(@:compare-%=%)
+	$(BIN)/python -m benchmarks training/compare $(@:compare-%=%)
 
 parity: install ## Our models against the official code's recorded tensors, a line per stage: BUNDLES="dir ..."
 	$(BIN)/python tests/parity/check.py $(BUNDLES)
@@ -65,11 +65,15 @@ chaos: install ## Kill, starve, poison and restart toy runs: KILLS=50; what is l
 soak: install ## 5,000 toy steps: memory, descriptors and threads stay flat; benchmarks/results/soak.png
 	PYTHONPATH=tests $(BIN)/python -m chaos.soak
 
-bench: install ## CPU benchmarks side by side; results in benchmarks/results
-	$(BIN)/python benchmarks/msda_cpu.py
-	$(BIN)/python benchmarks/matcher.py
-	$(BIN)/python benchmarks/step_cost.py groups
-	$(BIN)/python benchmarks/step_cost.py heads
+bench: install ## CPU benchmarks, results in benchmarks/results; one of `python -m benchmarks`: NAME="training/matcher --repeat 5"
+ifdef NAME
+	$(BIN)/python -m benchmarks $(NAME)
+else
+	$(BIN)/python -m benchmarks attention/cpu
+	$(BIN)/python -m benchmarks training/matcher
+	$(BIN)/python -m benchmarks training/step_cost groups
+	$(BIN)/python -m benchmarks training/step_cost heads
+endif
 
 # Beside a Python that is not ours codetr lies as links, laid out as an installation would.
 ifneq ($(GPU_PYTHON),$(BIN)/python)
@@ -86,17 +90,17 @@ links:
 
 gpu: ## On a CUDA machine: kernel tests, benchmarks (GPU_PYTHON=python3, CLASSIC=.../models/ops/src)
 	$(GPU_PYTHON) -m pytest -W default tests/kernels
-	$(GPU_PYTHON) benchmarks/msda_gpu.py $(if $(CLASSIC),--classic $(CLASSIC))
-	$(GPU_PYTHON) benchmarks/training_step.py
+	$(GPU_PYTHON) -m benchmarks attention/gpu $(if $(CLASSIC),--classic $(CLASSIC))
+	$(GPU_PYTHON) -m benchmarks training/training_step
 
 tune: ## On a CUDA machine: the fastest launch constants into kernels/msda/launch.json
-	$(GPU_PYTHON) benchmarks/msda_tune.py
+	$(GPU_PYTHON) -m benchmarks attention/tune
 
 measure: install ## `make demo` from a fresh clone, twice: time, mAP, the same digits
-	$(BIN)/python benchmarks/demo.py --repeat 2
+	$(BIN)/python -m benchmarks training/demo --repeat 2
 
-readme: install ## Put the measured tables into the README
-	$(BIN)/python benchmarks/readme.py
+readme: install ## Put the measured tables into README and docs, and write docs/reproduction.md
+	$(BIN)/python -m benchmarks.readme
 
 wheel: install ## Build the sdist and the wheel in dist/
 	rm -rf build dist

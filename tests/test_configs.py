@@ -1,7 +1,6 @@
 """Every experiment composes and builds; the README says what the files say."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from codetr.types import Frames, Targets
+from toy_model import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -68,8 +68,7 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "h_dino.yaml").write_text(example)
     overrides = ["experiment=dino_r50_12e", "model=h_dino", "model.num_classes=3", f"hydra.searchpath=[{tmp_path}]"]
-    small = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.norm_groups=4"]
-    small += ["model/backbone=resnet10_small", "model.detector.encoder.num_layers=1"]
+    small = [*SIZES, "model/backbone=resnet10_small"]
     for extra in (["model.detector.backbone.pretrained=false"], small):
         with initialize_config_module("codetr.conf", version_base="1.3"):
             config = compose("train", [*overrides, *extra])
@@ -86,7 +85,7 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
 
 
 def test_two_heads_of_one_kind() -> None:
-    """As the README adds them: each with weights and queries of its own."""
+    """As docs/detectors.md adds them: each with weights and queries of its own."""
     overrides = ["model=co_deformable_tiny", "model/collaborator=[atss]", "model.num_classes=3"]
     overrides += ["+model/collaborator@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
     with initialize_config_module("codetr.conf", version_base="1.3"):
@@ -120,13 +119,3 @@ def test_the_groups_of_the_heads(overrides: list[str], weights: dict[str, float]
     assert list(detector.heads) == ["faster_rcnn", "atss"]
     assert {name: source.weight for name, source in detector.queries.items() if name != "main"} == weights
     assert all(detector.queries[name].head == name for name in weights)
-
-
-def test_the_readme_and_the_reproduction_page_are_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from readme import generated
-    finally:
-        sys.path.pop(0)
-    for path, text in generated().items():
-        assert path.read_text() == text, "run `make readme`"

@@ -22,6 +22,7 @@ from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.papers import Row, command, find, load_rows, slurm, torchrun
 from codetr.types import MAIN, Frames, Targets
+from toy_model import NARROW, SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = load_rows()
@@ -117,9 +118,6 @@ def test_k_groups_are_k_sets_of_query_parameters(models: dict) -> None:
         assert all(parameters(detector, f"queries.{name}.") == own for name in replicas)
 
 
-SMALL = ["width=32", "num_heads=2", "ffn_width=32", "norm_groups=4", "num_points=2", "num_classes=3", "dropout=0"]
-
-
 def distinct() -> list[Row]:
     """One row per combination of model, heads and groups."""
     seen: dict[str, Row] = {}
@@ -136,11 +134,9 @@ def test_a_step_of_every_distinct_composition(row: Row) -> None:
     backbone = full.model.detector.backbone
     first = 1 if "swin" in backbone.name else 0  # a Swin's stages count from 0
     indices = [index + first for index in backbone.out_indices]
-    overrides = [f"model.{value}" for value in SMALL] + ["model/backbone=resnet10_small"]
-    overrides += [f"model.detector.backbone.out_indices={indices}", "model.detector.encoder.num_layers=1"]
-    overrides += ["model.detector.backbone.arguments.channels=[8,16,32,32]", "model.detector.decoder.num_layers=2"]
-    overrides += ["model.detector.main.num_queries=12"]
-    config = composed(row, *overrides)
+    small = [*SIZES, NARROW, "model.num_points=2", "model.num_classes=3", "model.dropout=0"]
+    small += [f"model.detector.backbone.out_indices={indices}", "model.detector.main.num_queries=12"]
+    config = composed(row, "model/backbone=resnet10_small", *small)
     read_needed_masks(config)
     torch.manual_seed(0)
     detector, criterion = instantiate(config.model.detector, _convert_="all"), instantiate(config.criterion)

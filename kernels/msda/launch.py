@@ -1,4 +1,4 @@
-"""Launch constants per architecture: launch.json, which `benchmarks/msda_tune.py` writes."""
+"""Launch constants per architecture: launch.json, which `make tune` writes."""
 
 import json
 from functools import cache

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from chaos import scenarios
 from chaos.scenarios import EVERY, PHASES, STEPS, Kill, Scenario, as_rows, kinds, uninterrupted
-from integration.toy import make_coco
+from toy import make_coco
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

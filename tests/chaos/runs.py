@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from codetr import application
 from codetr.training import fit
-from integration.toy import overrides
+from toy import overrides
 
 STATE = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "random_states", "callbacks", "loops")
 Event = Callable[[str, int], float | None]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from chaos.runs import Kind, differences, finite, last_step
-from integration.toy import environment
+from toy import environment
 
 EPOCHS, STEPS_PER_EPOCH, EVERY = 2, 5, 2
 STEPS = EPOCHS * STEPS_PER_EPOCH

@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, Trainer
 
 from codetr import application
 from codetr.training import fit
-from integration.toy import make_coco, overrides
+from toy import make_coco, overrides
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SAMPLES = 200

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from toy import environment, make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests"))
 
 from fixed_draws import fixed_draws  # noqa: E402
+from toy import environment, make_coco, overrides  # noqa: E402
 
 PAGE = """# Modes
 

@@ -1,4 +1,4 @@
-"""Every command in README, docs and examples: composed, or run with a model of toy size."""
+"""Every command in README, docs, kernels and examples: composed, or run with a model of toy size."""
 
 import os
 import re
@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import data_overrides, environment, make_coco, overrides
 
 from codetr import application
+from codetr.data.commands.convert import main as convert
 from codetr.papers import main as papers
-from codetr.training import fit
+from codetr.train import train
+from toy import data_overrides, environment, make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
-OWN_DATA = r"## Train on your own data\n```bash\n(.*?)```"
+PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
+DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
+KNOWN = {"train", "eval", "predict", "data", "convert", "papers", "doctor"}
+OWN_DATA = r"## Train on your own data\n.*?```bash\n(.*?)```"
 # What a command says about machines, data and files, which are others here.
 ELSEWHERE = re.compile(r"(trainer(\.(devices|num_nodes|accelerator))?|data(\.\w+)?|run_dir|resume|initialise\.\w+)=")
 
@@ -27,7 +30,8 @@ def blocks() -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Words of each that calls a module of codetr. An indented line is more to say to the command above it."""
+    """Words of each that calls codetr, from the name of its module on: `codetr train x=1` and
+    `python -m codetr.train x=1` are both ["codetr.train", "x=1"]. An indented line says more to the one above."""
     found: list[list[str]] = []
     for block in blocks():
         command: list[str] = []
@@ -35,6 +39,10 @@ def commands() -> list[list[str]]:
             words = shlex.split(line, comments=True)
             if line.startswith(" ") and words:
                 found.append([*command, *words])
+            elif "codetr" in words:
+                word, *given = words[words.index("codetr") + 1 :]
+                command = [f"codetr.{word}", *given]
+                found.append(command)
             elif "-m" in words and words[words.index("-m") + 1].startswith("codetr."):
                 command = words[words.index("-m") + 1 :]
                 found.append(command)
@@ -51,14 +59,26 @@ def settings(words: list[str]) -> tuple[str, list[str]]:
 
 COMMANDS = commands()
 PAPERS = [words for words in COMMANDS if words[0] == "codetr.papers"]
-COMPOSED = [words for words in COMMANDS if words not in PAPERS and not {"-m", "--config-dir"} & set(words)]
+CONVERTED = [words for words in COMMANDS if words[:2] == ["codetr.data", "convert"]]
+OTHERS = [*PAPERS, *CONVERTED, ["codetr.doctor"]]  # which compose no configuration
+COMPOSED = [words for words in COMMANDS if words not in OTHERS and not {"-m", "--config-dir"} & set(words)]
 TRAINED = [words for words in COMPOSED if words[0] == "codetr.train" and "official" not in " ".join(words)]
 
 
 def test_the_documents_hold_commands() -> None:
     assert len(PAPERS) >= 5
     assert len(COMPOSED) >= 25
-    assert {settings(words)[0] for words in COMPOSED} >= {"train", "eval", "predict", "convert"}
+    assert {settings(words)[0] for words in COMPOSED} >= {"train", "eval", "predict", "convert", "check"}
+    assert {words[0].removeprefix("codetr.") for words in COMMANDS} <= KNOWN
+
+
+def test_both_forms_of_a_command_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "a.md"
+    given = ["A=1 codetr train x=1  # b", "srun python -m codetr.train x=1", "  y=2", "make demo", "codetr data show z"]
+    document.write_text("\n".join(["```bash", *given, "```"]))
+    monkeypatch.setattr("test_readme.DOCUMENTS", [document])
+    train = ["codetr.train", "x=1"]
+    assert commands() == [train, train, [*train, "y=2"], ["codetr.data", "show", "z"]]
 
 
 @pytest.mark.parametrize("words", COMPOSED, ids=" ".join)
@@ -74,6 +94,18 @@ def test_every_command_of_the_papers_prints(words: list[str], capsys: pytest.Cap
     assert "co_detr_t7_k3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", CONVERTED, ids=" ".join)
+def test_every_data_set_is_converted(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small set, first brought into the form and place that the command reads."""
+    monkeypatch.chdir(tmp_path)
+    make_coco(tmp_path / "coco", train=2, val=1)
+    given = dict(word.split("=") for word in words[2:])
+    data = [o for o in data_overrides(Path("coco")) if o.startswith(("data.train_", "data.val_"))]
+    convert(["from=custom", f"to={given['from']}", "source=coco", f"target={given['source']}", *data])
+    assert convert(words[2:]) == 0
+    assert any(path.is_file() for path in (tmp_path / given["target"]).rglob("*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", TRAINED, ids=" ".join)
 def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +118,7 @@ def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypat
     small += ["model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
     small += ["~callbacks.progress", "trainer.max_epochs=1", "trainer.max_steps=1", "run_dir=run"]
     monkeypatch.chdir(tmp_path)
-    fit(application.compose("train", [*given, *small]))
+    train(application.compose("train", [*given, *small]))
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 
@@ -109,7 +141,8 @@ def test_lines_for_ones_own_data(tmp_path: Path) -> None:
     toy += ["augment@data=small", "data.num_workers=0", "trainer.max_epochs=1"]
     small = {"experiment=co_deformable_r50_12e": " ".join(toy), "output=grid.png": "output=grid.png augment@data=small"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    text = "\n".join(["set -e", *lines()])
+    # The command as its module: the test of the wheel has the command itself.
+    text = "\n".join(["set -e", 'codetr() { python -m "codetr.$1" "${@:2}"; }', *lines()])
     for given, instead in small.items():
         assert given in text
         text = text.replace(given, instead)

@@ -3,19 +3,21 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "benchmarks" / "msda_compile.py"
+COMPILE = """
+import dataclasses, json
+from codetr.kernels.msda.ahead import all_cases, compiled, resources
+print(json.dumps([{**dataclasses.asdict(case), **resources(compiled(case))} for case in all_cases(quick=True)]))
+"""
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def cases() -> list[dict]:
     """A process of its own: where the interpreter is on, nothing can be compiled."""
-    out = tmp_path_factory.mktemp("compiled") / "registers.json"
-    subprocess.run([sys.executable, TOOL, "--quick", "--out", out], check=True, capture_output=True)
-    return json.loads(out.read_text())["cases"]
+    done = subprocess.run([sys.executable, "-c", COMPILE], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 def test_nothing_is_spilled(cases: list[dict]) -> None:

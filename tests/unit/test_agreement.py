@@ -14,18 +14,9 @@ from hydra.utils import instantiate
 
 from codetr import failure
 from codetr.types import Frames, Targets
+from toy_model import SIZES
 
-SMALL = (
-    "model/backbone=resnet10_small",
-    "model.width=32",
-    "model.num_heads=2",
-    "model.ffn_width=32",
-    "model.norm_groups=4",
-    "model.num_classes=3",
-    "model.detector.encoder.num_layers=1",
-    "model.detector.decoder.num_layers=2",
-    "model.detector.main.num_queries=6",
-)
+SMALL = ("model/backbone=resnet10_small", "model.num_classes=3", *SIZES, "model.detector.main.num_queries=6")
 POSITION = "model/position@model.detector.decoder.query_position="
 MAIN_QUERIES = "model/query@model.detector.main="
 ATTENTION = "model/cross_attention@model.detector.decoder.layer.cross_attention="

@@ -10,16 +10,10 @@ from codetr.errors import UserError
 from codetr.models.backbone import Backbone
 from codetr.models.detector import Detector
 from codetr.types import Frames, Targets
+from toy_model import SIZES
 
-SMALL = [
-    "model=co_deformable",
-    "model/collaborator=[atss]",
-    "model.num_classes=3",
-    "model.width=32",
-    "model.num_heads=2",
-]
-SMALL += ["model.ffn_width=32", "model.norm_groups=4", "model.detector.encoder.num_layers=1"]
-SMALL += ["model.detector.decoder.num_layers=1", "model.detector.main.num_queries=10"]
+SMALL = ["model=co_deformable", "model/collaborator=[atss]", "model.num_classes=3", *SIZES]
+SMALL += ["model.detector.decoder.num_layers=1"]
 # Overrides beside the name, and the strides.
 MODELS: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "convnext_atto": (["model.detector.backbone.out_indices=[1,2,3]"], (8, 16, 32)),

@@ -15,11 +15,10 @@ from codetr.criterion import Criterion
 from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.types import MAIN, Frames, QueryContext, QueryGroup, Targets
+from toy_model import NARROW, SIZES
 
 CLASSES = 3
-SMALL = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.norm_groups=4", "model.num_points=2"]
-SMALL += ["model.detector.encoder.num_layers=1", "model.detector.decoder.num_layers=2"]
-SMALL += ["model.detector.backbone.arguments.channels=[8,16,32,32]", "model.detector.main.num_queries=12"]
+SMALL = [*SIZES, NARROW, "model.num_points=2", "model.detector.main.num_queries=12"]
 
 PRESETS = sorted(f.stem for f in Path(codetr.conf.__path__[0], "model").glob("*.yaml") if f.stem != "base")
 ONE_LEVEL, FOUR_FEATURES = ("conditional_detr", "dab_detr", "dn_detr"), ("dino_5scale", "co_dino")

@@ -12,6 +12,7 @@ from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou
 
 from codetr.models.detector import Detector
 from codetr.types import Frames, HeadOutput, Positives, Pyramid, Targets, box_scale
+from toy_model import NARROW, SIZES
 
 DENSE = ["retinanet", "fcos", "gfl", "paa", "atss"]  # their candidates are the cells' anchors or points
 REGIONS = ["faster_rcnn", "mask_rcnn"]  # theirs are the RPN's proposals, here every one of its anchors
@@ -331,9 +332,8 @@ def test_every_loss_alone_has_a_gradient(name: str) -> None:
 
 
 MULTI_SCALE, SINGLE_SCALE = "co_deformable_tiny", "conditional_detr_tiny"
-TINY = ["model.width=32", "model.num_heads=2", "model.ffn_width=32", "model.num_points=2"]
+TINY = [*SIZES, NARROW, "model.num_points=2", "model.detector.main.num_queries=12"]
 TINY += ["model.detector.encoder.num_layers=2", "model.detector.decoder.num_layers=1"]
-TINY += ["model.detector.backbone.arguments.channels=[8,16,32,32]", "model.detector.main.num_queries=12"]
 TINY += ["model.detector.backbone.frozen_stages=2"]
 
 

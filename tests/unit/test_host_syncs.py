@@ -1,25 +1,18 @@
 """Where the host waits for the device in a training step, on a pretended device."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 from torchvision.ops import nms
-from toy_model import compose
 
 from codetr.callbacks.non_finite import not_finite
 from codetr.types import Frames, Targets
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-try:
-    from host_syncs import ELSEWHERE, Pretended
-finally:
-    sys.path.pop(0)
+from host_syncs import ELSEWHERE, Pretended
+from toy_model import compose
 
 CO_DINO = (
     "model=co_dino",

@@ -1,8 +1,8 @@
-"""What benchmarks/msda_gpu.py found, as tables."""
+"""What attention/gpu found, as tables."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+
+from benchmarks import report
 
 OURS = "codetr"  # what the others are compared with
 MODES = ("forward", "forward_backward")
@@ -49,14 +49,9 @@ def tables(record: dict) -> list[Lines]:
     ]
 
 
-def write(record: dict, out: Path) -> None:
+def write(record: dict) -> None:
     """The record as JSON, and beside it the tables and how they came about in Markdown."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    parts = []
-    for lines in tables(record):
-        rows = ["| " + " | ".join(line) + " |" for line in lines]
-        parts.append("\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]]))
+    parts = [report.table(lines[0], lines[1:]) for lines in tables(record)]
     rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in record["rates"].items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     parts.append(
@@ -69,4 +64,4 @@ def write(record: dict, out: Path) -> None:
     )
     reasons = {(name, why) for case in record["cases"].values() for name, why in case["refused"].items()}
     parts += [f"- {name}: {why}" for name, why in sorted(reasons | set(record["missing"].items()))]
-    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    report.write("msda_gpu", "\n\n".join(parts), record)

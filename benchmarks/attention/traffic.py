@@ -2,26 +2,22 @@
 
 A program owns BLOCK_Q queries of one (image, head). What it reads twice it finds in the L1 cache, if that keeps it;
 what another program has read comes from L2 again. So the bytes from L2 to L1 are at best the distinct rows (cells) of
-each program: counted for strips of consecutive queries and for tiles of neighbours. Writes
-benchmarks/results/msda_traffic.json and .md.
+each program: counted for strips of consecutive queries and for tiles of neighbours.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
 from codetr.kernels.msda.inputs import Shapes
-from msda_inputs import CASES, CHANNELS, HEADS, IMAGE, POINTS, Case, centres, initial_offsets
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results" / "msda_traffic.json"
+from benchmarks import report
+from benchmarks.attention.inputs import CASES, CHANNELS, HEADS, IMAGE, POINTS, Case, centres, initial_offsets
+
 BLOCKS, WIDTHS = (16, 32, 64), (0, 4, 8, 16)
 SPREADS = {"initial": 0.0, "+ noise of 2 cells": 2.0, "+ noise of 4 cells": 4.0}
 Ints = NDArray[np.int64]
@@ -137,24 +133,12 @@ def main() -> None:
     total = len(SPREADS) * len(BLOCKS) * (2 * len(WIDTHS) + 2)
     found = list(track(count(samples), "counting", total))
     head = ["case", "queries of a program", "must move, MB", "gathered, MB", *(f"L2 to L1: {name}" for name in SPREADS)]
-    shown = Table(*head, title="bfloat16, forward, batch 2")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in table(found):
-        shown.add_row(*line)
-        lines.append("| " + " | ".join(line) + " |")
-    Console(width=160).print(shown)
     about = f"""
 Images of {IMAGE[0]} x {IMAGE[1]}, batch 2, {HEADS} heads x {CHANNELS} channels, {POINTS} points, bfloat16 (in float32 \
 the gather is twice as large), forward. Must move: every tensor once through device memory. Gathered: four corners of \
 every sample that are on the map (initial offsets). L2 to L1: the different rows of each program, in MB, and how often \
 each is used; offsets as a network has them before training, and with normal noise on top, independent for every \
 sample: neighbours in a trained network agree more than that. \
-`python benchmarks/msda_traffic.py`, {date.today()}, {samples} programs a line."""
-    RESULTS.parent.mkdir(exist_ok=True)
+`make bench NAME=attention/traffic`, {date.today()}, {samples} programs a line."""
     record = {"date": date.today().isoformat(), "image": IMAGE, "samples": samples, "found": found}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n" + about + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    report.write("msda_traffic", f"{report.table(head, table(found))}\n{about}", record)

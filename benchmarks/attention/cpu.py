@@ -5,17 +5,14 @@ C++ extension: `pip install --no-build-isolation --no-deps torch-ms-deform-attn=
 the same loop after softmax, sampling locations and masking in PyTorch. Also the peak of memory beyond inputs and
 outputs, and the time of compiling and of loading from the cache, each in a process of its own.
 
-Prints and writes a table: benchmarks/results/msda_cpu.{json,md}. `OMP_NUM_THREADS` sets the threads of all.
+`OMP_NUM_THREADS` sets the threads of all.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,10 +24,11 @@ import torch
 from codetr.kernels.msda import deformable_attention, deformable_attention_reference, msda, msda_reference
 from codetr.kernels.msda.inputs import Inputs
 from codetr.kernels.msda.reference import sampling_locations
-from msda_inputs import FOUR, Case, draw
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "msda_cpu.json"
+from benchmarks import report
+from benchmarks.attention.inputs import FOUR, Case, draw
+
 ENCODER, DECODER = Case(FOUR, None, batch=1), Case(FOUR, 900, batch=1)
 CASES: dict[str, tuple[Case, tuple[int, int]]] = {
     "encoder, 256 x 256": (ENCODER, (256, 256)),
@@ -103,46 +101,37 @@ def measure(name: str, fused: bool, seconds: float) -> dict[str, list[float]]:
     return {key: [statistics.median(column) for column in zip(*times, strict=True)] for key, times in runs.items()}
 
 
-def memory(name: str, key: str) -> None:
-    """Prints the MB at the peak of forward + backward (fused) beyond inputs, output and their gradients."""
+def memory(name: str, key: str) -> float:
+    """MB at the peak of forward + backward (fused) beyond inputs, output and their gradients."""
     tiny, inputs = (leaves(drawn(case, fused=True)) for case in ("encoder, 256 x 256", name))
     attention = attentions(inputs)[key]
     attention(tiny).sum().backward()  # compiles and starts threads
     gradient = torch.ones(1, inputs.logits.shape[1], inputs.value.shape[2] * inputs.value.shape[3])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = peak()
+    before = report.peak()
     output = attention(inputs)
     output.backward(gradient)
-    print((peak() - before - sum(t.nbytes for t in (output, inputs.value, inputs.offsets, inputs.logits))) / 1e6)
+    known = sum(t.nbytes for t in (output, inputs.value, inputs.offsets, inputs.logits))
+    return ((report.peak() - before) * 2**20 - known) / 1e6
 
 
-def peak() -> int:
-    """Of resident memory, in bytes. (getrusage's counts the parent's as well.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def compiling() -> None:
-    """Prints the seconds until the kernels for 32 channels are there."""
+def compiling() -> float:
+    """Seconds until the kernels for 32 channels are there."""
     from codetr.kernels.msda.numba_kernels import kernels
 
     start = time.perf_counter()
     kernels(32)
-    print(time.perf_counter() - start)
-
-
-def in_process(*arguments: str, **environment: str) -> float:
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
-    return float(done.stdout)
+    return time.perf_counter() - start
 
 
 def aside() -> dict[str, float]:
     """What needs processes of its own."""
-    found = {f"{key}_MB": in_process("--memory", "encoder, 800 x 1333", key) for key in (OURS, USUAL)}
+    found = {f"{key}_MB": report.alone(memory, "encoder, 800 x 1333", key) for key in (OURS, USUAL)}
     with tempfile.TemporaryDirectory() as folder:
         for key in ("compile_s", "load_s"):
-            found[key] = in_process("--compiling", NUMBA_CACHE_DIR=folder)
+            os.environ["NUMBA_CACHE_DIR"] = folder  # of the process that is started
+            found[key] = report.alone(compiling)
+            del os.environ["NUMBA_CACHE_DIR"]
     return found
 
 
@@ -160,10 +149,8 @@ def rows(measured: dict[str, dict[str, list[float]]]) -> list[list[str]]:
     return table
 
 
-def report(record: dict) -> str:
-    """The Markdown of what was measured."""
+def markdown(record: dict) -> str:
     header = ["case", "Numba, ms", "grid_sample, ms", "times faster", f"{PACKAGE}, ms", "times faster"]
-    lines = [header, ["---"] * len(header), *rows(record["cases"])]
     own = record["aside"]
     about = (
         f"Forward / forward + backward, float32, batch 1, 8 heads x 32, 4 levels, 4 points; medians in turns, "
@@ -172,20 +159,14 @@ def report(record: dict) -> str:
         f"{own['compile_s']:.1f} s, the next process loads in {own['load_s']:.2f} s. `make bench`, {record['date']}, "
         f"{record['machine']}, torch {record['versions']['torch']}, load average {record['load']:.1f} before."
     )
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", about]) + "\n"
+    return f"{report.table(header, rows(record['cases']))}\n\n{about}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10, help="to spend on each row of the table, at the least")
-    parser.add_argument("--memory", nargs=2, metavar=("CASE", "WHICH"), help=argparse.SUPPRESS)
-    parser.add_argument("--compiling", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.memory:
-        return memory(*options.memory)
-    if options.compiling:
-        return compiling()
     load, cases = os.getloadavg()[0], {}
     for form in ("classic", "fused"):
         for name in CASES:
@@ -199,16 +180,9 @@ def main() -> None:
         "cases": cases,
         "aside": aside(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(record))
-    print(report(record))
+    report.write("msda_cpu", markdown(record), record)
 
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Deformable attention on a CUDA device: our kernels beside every other way to compute it, alternating in one process.
 
-Checks each against float64 first and times none that is wrong. Writes benchmarks/results/msda_gpu.json and .md after
-every case. `--check` only compares, on the CPU where there is no GPU.
+Checks each against float64 first and times none that is wrong; writes after every case. `--check` only compares, on the
+CPU where there is no GPU.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import torch
 from codetr.kernels.msda import deformable_attention, deformable_attention_reference, msda
 from codetr.kernels.msda.inputs import Inputs
 from codetr.kernels.msda.reference import sampling_locations
-from msda_inputs import CASES, Case, atomic_bytes, draw, gather_bytes, hbm_bytes, without_ambiguous
-from msda_report import tables, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "msda_gpu.json"
+from benchmarks.attention.gpu_tables import tables, write
+from benchmarks.attention.inputs import CASES, Case, atomic_bytes, draw, gather_bytes, hbm_bytes, without_ambiguous
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}  # of the relative error, in the norm
 SMALL = 160, 267
@@ -92,7 +92,7 @@ def implementations(classic: Path | None, skip: list[str]) -> tuple[dict[str, Im
     else:
         missing["deformops"] = "not installed (pip install deformops==3.0.1, from Python 3.12 on)"
     if classic:
-        from msda_classic import Classic, build
+        from benchmarks.attention.classic import Classic, build
 
         theirs = Classic(build(classic))
         found["classic CUDA"] = Implementation(lambda inputs: classic_form(inputs, theirs))
@@ -270,7 +270,7 @@ def provenance(given: argparse.Namespace) -> dict[str, object]:
     theirs = {"deformops": importlib.metadata.version("deformops")} if importlib.util.find_spec("deformops") else {}
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/msda_gpu.py", *sys.argv[1:]]),
+        "command": " ".join(sys.argv),
         "card": torch.cuda.get_device_name(0),
         "driver": driver,
         "versions": {
@@ -303,7 +303,6 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), nargs="*", default=list(CASES))
     parser.add_argument("--skip", nargs="*", default=[], help="implementations, by name")
     parser.add_argument("--check", action="store_true", help="compare with float64, time nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not (torch.cuda.is_available() or given.check):
         sys.exit("no CUDA device: run this where there is one, or with --check to compare on the CPU")
@@ -312,7 +311,7 @@ def main() -> None:
     cases = {title: CASES[title] for title in given.case}
     if given.check:
         return compare(found, cases, DEVICE if torch.cuda.is_available() else torch.device("cpu"))
-    from msda_probe import limits
+    from benchmarks.attention.probe import limits
 
     record: dict = {**provenance(given), "missing": missing, "rates": limits(), "cases": {}}
     todo = [(title, dtype) for title in cases for dtype in DTYPES]
@@ -320,13 +319,9 @@ def main() -> None:
         record["cases"][f"{title}, {dtype}"] = measure(
             found, cases[title], dtype, record["rates"], given.repeats, given.spread
         )
-        write(record, given.out)
+        write(record)
     for lines in tables(record):
         shown = Table(*lines[0])
         for line in lines[1:]:
             shown.add_row(*line)
         Console(width=200).print(shown)
-
-
-if __name__ == "__main__":
-    main()

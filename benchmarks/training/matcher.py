@@ -4,13 +4,12 @@ The usual way, per layer and group: costs between the queries and objects of all
 the host, scipy per image. Both run in one process, alternating; the total cost of the two matchings must agree.
 """
 
+import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 
 import torch
 from rich.progress import track
@@ -18,12 +17,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
+from benchmarks import report
 from codetr.assign.hungarian import MatchingCost, match
 from codetr.types import Frames, Prediction, Problem, Targets
 
-RESULT = Path(__file__).parent / "results" / "matcher.md"
 COST = MatchingCost(focal=2.0, l1=5.0, giou=2.0, alpha=0.25, gamma=2.0)
-LAYERS, IMAGES, CLASSES, REPEAT = 7, 2, 80, 31
+LAYERS, IMAGES, CLASSES = 7, 2, 80
 CASES = [(11, 300, 20), (1, 300, 20), (1, 900, 100)]  # groups, queries, objects
 
 
@@ -107,7 +106,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    lines = ["| groups x queries, objects | usual, ms | codetr, ms | times faster |", "|---|---|---|---|"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=31)
+    repeat, rows = parser.parse_args().repeat, []
     for groups, queries, objects in CASES:
         problems, targets = scene(groups, queries, objects)
         totals = [total(problems, targets, way(problems, targets)) for way in (usual, ours)]
@@ -115,19 +116,15 @@ def main() -> None:
         predictions = [problem.prediction for problem in problems]  # the criterion has the groups in one piece
         stacked = Problem(Prediction(*(torch.cat([getattr(p, x) for p in predictions]) for x in ("logits", "boxes"))))
         times: dict[str, list[float]] = {"usual": [], "codetr": []}
-        for _ in track(range(REPEAT), f"{groups} x {queries}, {objects}"):
+        for _ in track(range(repeat), f"{groups} x {queries}, {objects}"):
             times["usual"].append(seconds(lambda: usual(problems, targets)))  # noqa: B023
             times["codetr"].append(seconds(lambda: match([stacked], targets, COST)))  # noqa: B023
         a, b = (1000 * statistics.median(times[name]) for name in times)
-        lines.append(f"| {groups} x {queries}, {objects} | {a:.1f} | {b:.1f} | {a / b:.1f} |")
-    lines.append(
-        f"\n{LAYERS} layers, {IMAGES} images, {CLASSES} classes; medians of {REPEAT}; `benchmarks/matcher.py`, "
-        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"load average {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores."
+        rows.append([f"{groups} x {queries}, {objects}", f"{a:.1f}", f"{b:.1f}", f"{a / b:.1f}"])
+    about = (
+        f"{LAYERS} layers, {IMAGES} images, {CLASSES} classes; medians of {repeat}; "
+        f"`make bench NAME=training/matcher`, {date.today()}, {report.machine()}, {torch.get_num_threads()} threads, "
+        f"load average {os.getloadavg()[0]:.1f}."
     )
-    RESULT.write_text("\n".join(lines) + "\n")
-    print(RESULT.read_text())
-
-
-if __name__ == "__main__":
-    main()
+    head = ["groups x queries, objects", "usual, ms", "codetr, ms", "times faster"]
+    report.write("matcher", f"{report.table(head, rows)}\n\n{about}")

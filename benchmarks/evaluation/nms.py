@@ -9,11 +9,10 @@ from hydra.utils import instantiate
 from rich.progress import track
 
 import codetr
+from benchmarks import report
 from codetr.checkpoint import load_weights
 from codetr.evaluation.metrics import DetectionMetrics
 from codetr.postprocess import NMS, PostProcess
-
-RESULT = Path(__file__).parent / "results" / "nms.md"
 
 
 @torch.no_grad()
@@ -42,13 +41,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="of codetr.train, e.g. outputs/demo/<date>/checkpoints/best.ckpt")
     parser.add_argument("--root", help="folder of the data set, if it has moved since")
     options = parser.parse_args()
-    lines = ["| NMS above IoU | map | map_50 | map_75 |", "|---|---|---|---|"]
-    for iou, numbers in evaluate(options.checkpoint, (None, 0.8, 0.7, 0.6, 0.5), options.root).items():
-        cells = [f"{numbers[name]:.3f}" for name in ("map", "map_50", "map_75")]
-        lines.append(f"| {iou or 'none'} | " + " | ".join(cells) + " |")
-    RESULT.write_text("\n".join(lines) + "\n")
-    print(RESULT.read_text())
-
-
-if __name__ == "__main__":
-    main()
+    rows = [
+        [str(iou or "none"), *(f"{numbers[name]:.3f}" for name in ("map", "map_50", "map_75"))]
+        for iou, numbers in evaluate(options.checkpoint, (None, 0.8, 0.7, 0.6, 0.5), options.root).items()
+    ]
+    report.write("nms", report.table(["NMS above IoU", "map", "map_50", "map_75"], rows))

@@ -1,19 +1,14 @@
-"""Compiles the Triton kernels ahead of time, without a GPU: registers, stack (spills), shared memory, atomics.
+"""The Triton kernels compiled ahead of time, without a GPU: registers, stack (spills), shared memory, atomics.
 
-Writes benchmarks/results/msda_registers.json and .md. `--quick`: head width 32 with boxes alone, as the tests do.
+To be imported before anything else imports Triton, in a process that does not run its interpreter.
 """
 
-import argparse
 import itertools
-import json
 import os
 import re
 import subprocess
 import tempfile
-import warnings
-from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
+from dataclasses import dataclass
 
 os.environ["TRITON_INTERPRET"] = "0"  # the interpreter's functions cannot be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -23,11 +18,9 @@ import triton.knobs
 from codetr.kernels.msda import triton_kernels
 from codetr.kernels.msda.gpu import BLOCK_N
 from codetr.kernels.msda.launch import Launch, launch_for_capability
-from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-RESULTS = Path(__file__).parent / "results" / "msda_registers.json"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("forward", "backward", "backward, deterministic", "gather")
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -45,7 +38,8 @@ class Case:
 
 
 def all_cases(quick: bool) -> list[Case]:
-    """Every head width with boxes, every form at 32; float16 once, which costs what bfloat16 does."""
+    """Every head width with boxes, every form at 32; float16 once, which costs what bfloat16 does. quick: head width 32
+    with boxes alone."""
     product = itertools.product(ARCHITECTURES, KERNELS, ("float32", "bfloat16"))
     kinds = [("boxes", 32)] if quick else [(form, 32) for form in FORMS] + [("boxes", width) for width in WIDTHS]
     cases = [Case(*one, width, form) for one in product for form, width in kinds]
@@ -109,40 +103,3 @@ def resources(kernel: CompiledKernel) -> dict[str, object]:
         "barriers": len(re.findall(r"BAR\.SYNC", code)),
         "atomics": {name: atomics.count(name) for name in sorted(set(atomics))},
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="head width 32 with boxes alone")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    cases = [{**asdict(case), **resources(compiled(case))} for case in track(all_cases(given.quick), "compiling")]
-    record = {"date": date.today().isoformat(), "triton": triton.__version__, "cases": cases}
-    given.out.write_text(json.dumps(record, indent=1) + "\n")
-    if not given.quick:
-        given.out.with_suffix(".md").write_text(table(record))
-
-
-def table(record: dict) -> str:
-    """A line for each kernel and architecture: from the narrowest to the widest head, all forms."""
-    lines = ["| kernel | type | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |", "|---" * 5 + "|"]
-    for kernel, dtype in itertools.product(KERNELS, ("float32", "bfloat16")):
-        cells = []
-        for architecture in ARCHITECTURES:
-            own = [
-                c
-                for c in record["cases"]
-                if (c["architecture"], c["kernel"], c["dtype"]) == (architecture, kernel, dtype)
-            ]
-            ranges = [sorted(c[name] for c in own) for name in ("registers", "stack", "shared")]
-            cells.append(" / ".join(str(r[0]) if r[0] == r[-1] else f"{r[0]}-{r[-1]}" for r in ranges))
-        lines.append(f"| {kernel} | {dtype} | " + " | ".join(cells) + " |")
-    about = "Registers per thread / bytes of stack per thread (spills) / bytes of shared memory per program, over head"
-    about += " widths 8 to 128 and all forms. `python benchmarks/msda_compile.py`,"
-    about += f" {record['date']}, Triton {record['triton']}."
-    return "\n".join([*lines, "", about]) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -8,14 +8,9 @@ Times alternate in one process; peak memory is that of a process per case.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from datetime import date
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +19,10 @@ from hydra.utils import instantiate
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks import report
 from codetr.nn.group_attention import Bucket, GroupSelfAttention
 from codetr.types import Frames, Targets
 
-RESULTS = Path(__file__).parent / "results"
 OBJECTS, CLASSES = 7, 80
 MASKED = "one mask"  # a case with `OneMask`
 
@@ -118,20 +113,13 @@ def synchronize() -> None:
 
 
 def peak(name: str, options: argparse.Namespace) -> float:
-    """Megabytes at the highest point of three steps, in a process of its own."""
-    command = [sys.executable, __file__, options.study, "--peak", name, "--size", str(options.size)]
-    command += ["--batch", str(options.batch), "--device", options.device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def own_peak(name: str, options: argparse.Namespace) -> float:
+    """Mebibytes at the highest point of three steps."""
     case = Case(options.study, name, options.size, options.batch, options.device)
     for _ in range(3):
         case.step()
     if options.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()  # not ru_maxrss: a child starts with its parent's
-    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return report.peak()
 
 
 def main() -> None:
@@ -141,13 +129,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak:
-        print(own_peak(options.peak, options))
-        return
     names = list(STUDIES[options.study])
-    memory = {name: peak(name, options) for name in track(names, "Memory")}
+    memory = {name: report.alone(peak, name, options) for name in track(names, "Memory")}
     cases = {name: Case(options.study, name, options.size, options.batch, options.device) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in track(range(options.repeat + 1), "Steps"):
@@ -156,10 +140,8 @@ def main() -> None:
             if repeat:  # the first is a warm-up
                 times[name].append(seconds)
     numbers = {n: {"seconds": statistics.median(times[n]), "megabytes": memory[n]} for n in names}
-    result = RESULTS / (options.study if options.device == "cpu" else f"{options.study}_{options.device}")
-    result.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
-    result.with_suffix(".md").write_text(markdown(numbers, options))
-    print(result.with_suffix(".md").read_text())
+    name = options.study if options.device == "cpu" else f"{options.study}_{options.device}"
+    report.write(name, markdown(numbers, options), numbers)
 
 
 def markdown(numbers: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
@@ -167,24 +149,18 @@ def markdown(numbers: dict[str, dict[str, float]], options: argparse.Namespace) 
     base = next(iter(numbers.values()))
     paper = PAPER.get(options.study)
     beside = "paper" if paper else f"with {MASKED}"
-    lines = [
-        f"| case | step, s | ratio | {beside} | peak memory, GB | ratio | {beside} |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for index, (name, ours) in enumerate((n, x) for n, x in numbers.items() if MASKED not in n):
         ratios = [ours[key] / base[key] for key in ("seconds", "megabytes")]
         other = numbers.get(f"{name}, {MASKED}")
         second = paper[index] if paper else [other[key] / base[key] for key in ("seconds", "megabytes")]  # type: ignore[index]
         cells = [f"{ours['seconds']:.2f}", f"{ratios[0]:.2f}", f"{second[0]:.2f}"]
         cells += [f"{ours['megabytes'] / 1024:.2f}", f"{ratios[1]:.2f}", f"{second[1]:.2f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, 2 CPU cores"
-    lines.append(
-        f"\nMedians of {options.repeat} alternating steps, batch {options.batch}, {options.size} x {options.size}; "
-        f"`benchmarks/step_cost.py {options.study}`, {date.today()}, {where}, torch {torch.__version__}."
+        rows.append([name, *cells])
+    about = (
+        f"Medians of {options.repeat} alternating steps, batch {options.batch}, {options.size} x {options.size}; "
+        f'`make bench NAME="training/step_cost {options.study}"`, {date.today()}, {report.machine()}'
     )
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()
+    about += f", {torch.cuda.get_device_name()}." if options.device == "cuda" else "."
+    head = ["case", "step, s", "ratio", beside, "peak memory, GB", "ratio", beside]
+    return f"{report.table(head, rows)}\n\n{about}"

@@ -5,8 +5,6 @@
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,8 +13,11 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
+from PIL import Image
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
 
 
@@ -41,28 +42,19 @@ def main() -> None:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
         runs = [run(clone) for _ in range(options.repeat)]
-        ask = [".venv/bin/python", "-c", "import torch; print(torch.__version__)"]
-        torch_version = subprocess.check_output(ask, cwd=clone, text=True).strip()
-        for picture in ("predictions", "curves"):
-            shutil.copy(newest(clone) / f"{picture}.png", RESULTS / f"demo_{picture}.png")
+        shutil.copy(newest(clone) / "curves.png", report.folder / "demo_curves.png")
+        shown = Image.open(newest(clone) / "predictions.png").reduce(2).quantize(256)  # for the README
+        shown.save(report.folder / "demo_predictions.png", optimize=True)
     metrics = [m for m, _ in runs]
     same = all(m == metrics[0] for m in metrics)
-    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch_version}"
-    lines = ["| " + " | ".join(NUMBERS) + " |", "|---" * len(NUMBERS) + "|"]
-    lines.append("| " + " | ".join(f"{metrics[0][n]:.3f}" for n in NUMBERS) + " |")
-    lines.append(
-        f"\nClone to picture: {runs[0][1] / 60:.1f} minutes, installation included; commit {commit}, {date.today()}, "
+    about = (
+        f"Clone to picture: {runs[0][1] / 60:.1f} minutes, installation included; commit {commit}, {date.today()}, "
+        f"{report.machine()}."
     )
-    lines[-1] += f"{machine}."
     if len(runs) > 1:
-        lines[-1] += f" {len(runs)} runs: {'the same to the last digit' if same else 'NOT the same numbers'}."
-    (RESULTS / "demo.md").write_text("\n".join(lines) + "\n")
-    record = {"commit": commit, "date": str(date.today()), "machine": machine}
+        about += f" {len(runs)} runs: {'the same to the last digit' if same else 'NOT the same numbers'}."
+    numbers = report.table(NUMBERS, [[f"{metrics[0][n]:.3f}" for n in NUMBERS]])
+    record = {"commit": commit, "date": str(date.today()), "machine": report.machine()}
     record |= {"seconds": [s for _, s in runs], "metrics": metrics, "same": same}
-    (RESULTS / "demo.json").write_text(json.dumps(record, indent=1))
-    print((RESULTS / "demo.md").read_text())
+    report.write("demo", f"{numbers}\n\n{about}", record)
     sys.exit(0 if same else 1)
-
-
-if __name__ == "__main__":
-    main()

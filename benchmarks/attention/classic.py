@@ -1,9 +1,10 @@
 """The CUDA extension of Deformable DETR, built from a checkout of its repository for comparison; nothing of it is kept.
 
 Its source was written for PyTorch 1: a copy in a temporary folder gets the names that PyTorch has today.
-`python benchmarks/msda_classic.py DIR` builds it and says where; a CUDA compiler is needed, a GPU is not.
+To build it a CUDA compiler is needed, a GPU is not.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -91,5 +92,7 @@ class Classic:
         return self.tables[shapes]
 
 
-if __name__ == "__main__":
-    print(build(Path(sys.argv[1])).__file__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="models/ops/src of a checkout of Deformable-DETR")
+    print(build(parser.parse_args().folder).__file__)

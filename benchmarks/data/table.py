@@ -1,16 +1,14 @@
 """What a table of 100 million boxes costs to open and to share, and what reading annotations costs before there is one.
 
-python benchmarks/table.py               # 100 million boxes: about 6 GB of disk, twice that while they are written
-python benchmarks/table.py boxes=10e6    # fewer
+100 million boxes are about 6 GB of disk, twice that while they are written; `--boxes 10e6` are fewer.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import multiprocessing
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-RESULT = Path(__file__).parent / "results" / "table"
+from benchmarks import report
+
 PER_IMAGE, CLASSES, CHUNK = 15, 365, 1 << 20
 READS, WORKERS = 20_000, 2
-ANNOTATIONS = 500_000  # of the file that is read
 MEMORY = ("Private_Dirty", "Private_Clean", "table")
 READERS = ("json", "ijson", "msgspec", "pycocotools", "codetr, first time", "codetr, from then on")
 
@@ -96,7 +94,7 @@ class Truths:
     def __init__(self, source: Path) -> None:
         from codetr.data import coco
 
-        coco.check_files = lambda table, *_: np.ones(len(table), bool)
+        coco.check_files = lambda table, *_: (np.ones(len(table), bool), {})
         self.dataset = coco.CocoDetection(source.parent, source)
 
     def __len__(self) -> int:
@@ -146,12 +144,12 @@ def measure_reader(name: str, source: Path) -> dict[str, float]:
         from codetr.data.readers import coco
 
         coco.read(source, whole=0)  # compiles
-        before = peak()
+        before = report.peak()
         began = time.perf_counter()
         open_table(source, coco.read, masks=True, cache=None)
     else:
         module = importlib.import_module("pycocotools.coco" if name == "pycocotools" else name)
-        before = peak()
+        before = report.peak()
         began = time.perf_counter()
         if name == "pycocotools":
             module.COCO(source)
@@ -165,22 +163,17 @@ def measure_reader(name: str, source: Path) -> dict[str, float]:
         else:
             module.loads(source.read_bytes())
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "megabytes": peak() - before}
+    return {"seconds": seconds, "megabytes": report.peak() - before}
 
 
-def peak() -> float:
-    """Megabytes; getrusage would tell those of the process that started this one."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
-def write_file(source: Path) -> None:
+def write_file(source: Path, annotations: int) -> None:
     """Half of the objects with a polygon of twenty points."""
-    rng, images = np.random.default_rng(0), ANNOTATIONS // 10
+    rng, images = np.random.default_rng(0), annotations // 10
     with source.open("w") as file:
         records = [{"id": i, "file_name": f"{i:012}.jpg", "width": 640, "height": 640} for i in range(images)]
         classes = [{"id": i + 1, "name": f"class {i}"} for i in range(80)]
         file.write(json.dumps({"images": records, "categories": classes})[:-1] + ', "annotations": [')
-        for i in range(ANNOTATIONS):
+        for i in range(annotations):
             outline = [rng.uniform(0, 300, 40).round(2).tolist()] if i % 2 else [[1, 1, 9, 1, 9, 9]]
             record = {"id": i, "image_id": int(rng.integers(images)), "category_id": i % 80 + 1, "iscrowd": 0}
             record |= {"bbox": rng.uniform(1, 300, 4).round(2).tolist(), "area": i + 0.5, "segmentation": outline}
@@ -188,17 +181,11 @@ def write_file(source: Path) -> None:
         file.write("]}")
 
 
-def alone(*arguments: Any) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "only", *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def report(result: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any]) -> str:
     opening, boxes = result["opening"], result["boxes"]
     lines = [
         f"{boxes / 1e6:.0f} million boxes in {opening['images'] / 1e6:.2f} million images, "
-        f"{opening['gigabytes']:.1f} GB on disk (`python benchmarks/table.py`; {result['cores']} cores, shared).\n",
+        f"{opening['gigabytes']:.1f} GB on disk (`make bench NAME=data/table`; {result['cores']} cores, shared).\n",
         "| Warm start | seconds |\n|---|---|",
         f"| table | {opening['table']:.3f} |",
         f"| are all image files there: their names against a listing per folder | {opening['files']:.1f} |",
@@ -211,47 +198,37 @@ def report(result: dict[str, Any]) -> str:
             f"| {w['start']} | {w['boxes']:,} | " + " | ".join(f"{w[k]:.0f}" for k in MEMORY) + " |"
             for w in result["workers"]
         ),
-        f"\nAn annotation file with {ANNOTATIONS:,} objects, {result['file']:.0f} MB, half of them with polygons of 20 "
+        f"\nAn annotation file with {result['annotations']:,} objects, {result['file']:.0f} MB, half of them with polygons of 20 "
         "points; codetr checks all, with masks. Memory: the peak above what the program itself needs.\n",
         "| Read with | seconds | MB more |\n|---|---|---|",
         *(f"| {name} | {r['seconds']:.2f} | {r['megabytes']:.0f} |" for name, r in result["readers"].items()),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
-    boxes = next((int(float(a.split("=")[1])) for a in sys.argv[1:] if a.startswith("boxes=")), 100_000_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boxes", type=float, default=100e6)
+    parser.add_argument("--annotations", type=int, default=500_000, help="of the file that is read (default: 500000)")
+    options = parser.parse_args()
+    boxes = int(options.boxes)
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         large, small, file = (Path(temporary, n, "a.json") for n in ("large", "small", "file"))
         for path, count in ((large, boxes), (small, 1000 * PER_IMAGE)):
             path.parent.mkdir()
             generate(path, count)
         workers = [
-            {"start": start, "boxes": count, **alone("workers", path, start)}
+            {"start": start, "boxes": count, **report.alone(measure_workers, path, start)}
             for start in ("fork", "spawn")
             for path, count in ((small, 1000 * PER_IMAGE), (large, boxes))
         ]
-        opening = alone("opening", large)
+        opening = report.alone(measure_opening, large)
         file.parent.mkdir()
-        write_file(file)
+        write_file(file, options.annotations)
         present = [n for n in READERS if n.startswith("codetr") or importlib.util.find_spec(n)]
-        readers = {name: alone("reader", name, file) for name in present}
+        readers = {name: report.alone(measure_reader, name, file) for name in present}
         result = {
             **{"boxes": boxes, "cores": multiprocessing.cpu_count(), "opening": opening, "workers": workers},
-            **{"file": file.stat().st_size / 1e6, "readers": readers},
+            **{"file": file.stat().st_size / 1e6, "annotations": options.annotations, "readers": readers},
         }
-    RESULT.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    RESULT.with_suffix(".md").write_text(report(result))
-    print(report(result))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["only"]:
-        kind, *rest = sys.argv[2:]
-        if kind == "workers":
-            found = measure_workers(Path(rest[0]), rest[1])
-        else:
-            found = measure_opening(Path(rest[0])) if kind == "opening" else measure_reader(rest[0], Path(rest[1]))
-        print(json.dumps(found))
-    else:
-        main()
+    report.write("table", markdown(result), result)

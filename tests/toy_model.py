@@ -1,4 +1,4 @@
-"""A detector of toy size, composed from conf/ as the entry points do."""
+"""The detector of toy size that tests share, composed from conf/ as the entry points do."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 
 from codetr.models.detector import Detector
 
-TOY = (
-    "model=co_deformable_tiny",
+SIZES = (  # of any model
     "model.width=32",
     "model.num_heads=2",
     "model.ffn_width=32",
@@ -18,8 +17,9 @@ TOY = (
     "model.detector.encoder.num_layers=1",
     "model.detector.decoder.num_layers=2",
     "model.detector.main.num_queries=10",
-    "model.detector.backbone.pretrained=false",
 )
+TOY = ("model=co_deformable_tiny", *SIZES, "model.detector.backbone.pretrained=false")
+NARROW = "model.detector.backbone.arguments.channels=[8,16,32,32]"  # a ResNet's stages
 
 
 def compose(*overrides: str) -> DictConfig:

@@ -8,7 +8,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -18,14 +17,14 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks import report
+
 COLOURS = ("gray", "tab:blue", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:cyan")
 METRICS = ("map", "map_50", "map_75")
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def train(out: Path, study: Study, variant: str, seed: int, overrides: list[str]
 
 def suppressed(out: Path, study: Study, variant: str, seed: int) -> dict:
     """The finished run's best checkpoint, evaluated with NMS."""
-    from nms import evaluate
+    from benchmarks.evaluation.nms import evaluate
 
     checkpoint = out / run_name(study.rows[variant], seed) / "checkpoints" / "best.ckpt"
     return {"variant": f"{variant}, NMS", "seed": seed, **evaluate(checkpoint, (NMS_IOU,))[NMS_IOU]}
@@ -147,14 +146,13 @@ def summary(runs: list[dict]) -> list[dict]:
 def markdown(rows: list[dict], study: Study, command: str) -> str:
     paper = dict(zip(study.rows, study.paper, strict=False))
     titles = ["variant", "mAP", "mAP50", "mAP75", *(["paper, COCO AP"] if paper else [])]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    table = []
     for row in rows:
         cells = [f"{100 * row[m]:.1f} ± {100 * row[f'{m}_sd']:.1f}" for m in METRICS]
         cells += [f"{paper[row['variant']]:.1f}"] if paper else []
-        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
-    lines.append(f"\nMean ± standard deviation of {rows[0]['seeds']} seeds; `{command}`, {date.today()}, ")
-    lines[-1] += f"{platform.machine()}, 2 CPU cores, torch {torch.__version__}."
-    return "\n".join(lines) + "\n"
+        table.append([row["variant"], *cells])
+    about = f"Mean ± standard deviation of {rows[0]['seeds']} seeds; `{command}`, {date.today()}, {report.machine()}."
+    return f"{report.table(titles, table)}\n\n{about}"
 
 
 def curves(out: Path, study: Study, path: Path) -> None:
@@ -206,11 +204,6 @@ def main() -> None:
     Console().print(table)
     if options.overrides:
         return  # a variation: the committed figures are those of the plain command
-    result = RESULTS / f"compare_{options.study}"
-    result.with_suffix(".md").write_text(markdown(rows, study, f"make compare-{options.study}"))
-    result.with_suffix(".json").write_text(json.dumps({"summary": rows, "runs": runs}, indent=1))
-    curves(out, study, result.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    main()
+    name = f"compare_{options.study}"
+    report.write(name, markdown(rows, study, f"make compare-{options.study}"), {"summary": rows, "runs": runs})
+    curves(out, study, report.folder / f"{name}.png")

@@ -19,19 +19,22 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import msda_compile  # before anything imports Triton: it turns the interpreter off
 import torch
+from codetr.kernels.msda import ahead  # before anything imports Triton: it turns the interpreter off
+
+# isort: split
 import triton
 from codetr.kernels.msda import gpu
 from codetr.kernels.msda.inputs import Inputs
 from codetr.kernels.msda.launch import Launch
-from msda_gpu import times, upstream
-from msda_inputs import CASES, CHANNELS, draw
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-TABLE = Path(__file__).parents[1] / "kernels" / "msda" / "launch.json"  # also where the package is a copy
+from benchmarks.attention.gpu import times, upstream
+from benchmarks.attention.inputs import CASES, CHANNELS, draw
+
+TABLE = Path(__file__).parents[2] / "kernels" / "msda" / "launch.json"  # also where the package is a copy
 KERNELS = ("forward", "backward")
 DTYPES = {16: "bfloat16", 32: "float32"}
 TILES, TILE_WIDTHS, WARPS = (256, 512, 1024, 2048), (0, 4, 8, 16), (1, 2, 4, 8)
@@ -50,9 +53,9 @@ class Code:
 
 
 def examine(architecture: int, kernel: str, bits: int, launch: Launch, width: int = CHANNELS) -> Code:
-    case = msda_compile.Case(architecture, kernel, DTYPES[bits], width, "boxes")
-    binary = msda_compile.compiled(case, launch)
-    found = msda_compile.resources(binary)
+    case = ahead.Case(architecture, kernel, DTYPES[bits], width, "boxes")
+    binary = ahead.compiled(case, launch)
+    found = ahead.resources(binary)
     return Code(found["registers"], found["stack"], hashlib.sha256(binary.asm["cubin"]).hexdigest())  # type: ignore[arg-type]
 
 
@@ -202,7 +205,3 @@ def main() -> None:
             print(f"{kernel}, {bits} bits: {len(candidates(codes, kernel, bits))} configurations to measure")
         if not given.dry_run:
             tune(architecture, codes, given.repeats, pool)
-
-
-if __name__ == "__main__":
-    main()

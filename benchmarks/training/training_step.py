@@ -1,18 +1,16 @@
 """A whole training step of an experiment: time, peak memory, where the time goes, and where the host waits.
 
-    python benchmarks/training_step.py                                  # Co-DINO R50, 800 x 1333, batch 2, bfloat16
-    python benchmarks/training_step.py --experiment dino_r50_12e --batch 4 model.detector.encoder.checkpointed_layers=6
+By default Co-DINO R50, 800 x 1333, batch 2, bfloat16; another one is, for example,
+`--experiment dino_r50_12e --batch 4 model.detector.encoder.checkpointed_layers=6`.
 
 Forward, losses, backward, clipping and the optimizer, on random images and objects with random weights. Steps with the
 default implementation of deformable attention alternate with steps with its reference (CODETR_MSDA=reference).
-On a GPU the result goes to benchmarks/results/training_step.{json,md}; on a CPU, say --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -21,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_syncs import Warned
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from rich.progress import track
@@ -37,9 +36,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import codetr.criterion
+from benchmarks import report
 from codetr.types import Frames, Targets
 
-RESULT = Path(__file__).parent / "results" / "training_step"
+SOURCE = Path(codetr.criterion.__file__).parent
 EXPERIMENT = "official/co_dino_5scale_r50_1x_coco"
 CLASSES, WARMUP, PROFILED, TOP = 80, 3, 3, 25
 IMPLEMENTATIONS = {"default": "", "reference": "reference"}  # CODETR_MSDA
@@ -146,16 +146,27 @@ def timed(step: Step, steps: int) -> dict[str, dict[str, float]]:
 
 
 def host_waits(step: Step) -> list[list[Any]]:
-    """[times in a step, file, function], on a GPU."""
+    """[times in a step, file, function], innermost of codetr's, where torch warns that a call waits; on a GPU."""
     if step.device.type != "cuda":
         return []
-    with Warned() as warned:
-        step()
+    places: Counter[tuple[str, str]] = Counter()
+
+    def show(message: Warning | str, *_: object) -> None:
+        if "synchronizing" in str(message):
+            frames = [frame for frame in traceback.extract_stack() if SOURCE in Path(frame.filename).parents]
+            file = str(Path(frames[-1].filename).relative_to(SOURCE)) if frames else "outside of codetr, or backward"
+            places[file, frames[-1].name if frames else ""] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     step.synchronize()
-    return [
-        [count, place.file or "outside of codetr, or backward", place.function]
-        for place, count in warned.places.most_common()
-    ]
+    return [[count, *place] for place, count in places.most_common()]
 
 
 def profiled(step: Step) -> dict[str, Any]:
@@ -219,28 +230,32 @@ def version(package: str) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     base = result["steps"]["reference"]["step_ms"]
-    lines = [
-        "| deformable attention | step, ms | times faster | peak memory, GB | device busy |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, numbers in result["steps"].items():
         times, busy = base / numbers["step_ms"], result["profiles"][name]["busy_ms"] / numbers["step_ms"]
         cells = [f"{numbers['peak_gb']:.2f}", f"{busy:.0%}"] if numbers["peak_gb"] else ["", ""]
-        lines.append(" | ".join([f"| {name}", f"{numbers['step_ms']:.1f}", f"{times:.2f}", *cells]) + " |")
+        rows.append([name, f"{numbers['step_ms']:.1f}", f"{times:.2f}", *cells])
     own = result["profiles"]["default"]
-    for title, key in (("part of the model, forward", "parts_ms"), ("kind of kernel", "kinds_ms")):
-        lines += ["", f"| {title} | ms | share |", "|---|---|---|"]
-        lines += [f"| {name} | {ms:.2f} | {ms / own['busy_ms']:.1%} |" for name, ms in own[key].items()]
-    lines += ["", f"| the {len(own['kernels'])} longest kernels | ms | share | calls |", "|---|---|---|---|"]
-    for name, ms, calls in own["kernels"]:
-        lines.append(f"| `{name[:90].replace('|', ' ')}` | {ms:.2f} | {ms / own['busy_ms']:.1%} | {calls:g} |")
-    lines += ["", "| the host waits in | times a step |", "|---|---|"]
-    lines += [f"| {file} {function} | {count} |" for count, file, function in result["waits"]]
-    lines += [f"| `{call}`, counted by the profiler | {count:g} |" for call, count in own["calls"].items()]
+
+    def share(ms: float) -> list[str]:
+        return [f"{ms:.2f}", f"{ms / own['busy_ms']:.1%}"]
+
+    kernels = [[f"`{name[:90].replace('|', ' ')}`", *share(ms), f"{calls:g}"] for name, ms, calls in own["kernels"]]
+    waits = [[f"{file} {function}", str(count)] for count, file, function in result["waits"]]
+    waits += [[f"`{call}`, counted by the profiler", f"{count:g}"] for call, count in own["calls"].items()]
+    tables = [
+        report.table(["deformable attention", "step, ms", "times faster", "peak memory, GB", "device busy"], rows),
+        *(
+            report.table([title, "ms", "share"], [[name, *share(ms)] for name, ms in own[key].items()])
+            for title, key in (("part of the model, forward", "parts_ms"), ("kind of kernel", "kinds_ms"))
+        ),
+        report.table([f"the {len(kernels)} longest kernels", "ms", "share", "calls"], kernels),
+        report.table(["the host waits in", "times a step"], waits),
+    ]
     about = ", ".join(f"{key} {value}" for key, value in result["surroundings"].items())
-    lines += ["", f"Medians of {result['repeats']} alternating steps; {result['date']}, {about}."]
-    lines += [f"Implementations: {'; '.join(result['log']) or 'unknown'}. `{result['command']}`"]
-    return "\n".join(lines) + "\n"
+    about = f"Medians of {result['repeats']} alternating steps; {result['date']}, {about}."
+    about += f" Implementations: {'; '.join(result['log']) or 'unknown'}. `{result['command']}`"
+    return "\n\n".join([*tables, about])
 
 
 def parsed() -> argparse.Namespace:
@@ -252,14 +267,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--objects", type=int, default=20, help="per image (default: 20)")
     parser.add_argument("--steps", type=int, default=20, help=f"measured, after {WARMUP} to warm up (default: 20)")
     parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed")
-    parser.add_argument("--out", type=Path, help="path of the result without its suffix; needed with --device cpu")
     parser.add_argument("overrides", nargs="*", help="of the composed configuration, as for codetr.train")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here: --device cpu --out PATH")
-    if options.device == "cpu" and options.out is None:
-        parser.error("--device cpu needs --out PATH: the results in benchmarks/results are a GPU's")
-    options.out = options.out or RESULT
+        parser.error("there is no CUDA device here: --device cpu")
     return options
 
 
@@ -282,7 +293,7 @@ def main() -> None:
     step = Step(options)
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/training_step.py", *sys.argv[1:]]),
+        "command": " ".join(sys.argv),
         "surroundings": surroundings(step.device),
         "repeats": options.steps,
         "steps": timed(step, options.steps),
@@ -293,11 +304,4 @@ def main() -> None:
         result["profiles"][name] = profiled(step)
     choose("default")
     result |= {"waits": host_waits(step), "log": heard.messages}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(result))
-    print(options.out.with_suffix(".md").read_text())
-
-
-if __name__ == "__main__":
-    main()
+    report.write("training_step" if options.device == "cuda" else "training_step_cpu", markdown(result), result)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from toy_model import TOY
+
 CLASSES = ("red", "green", "blue")
 SIZE = 64
 
@@ -65,15 +67,7 @@ def overrides(data: Path) -> list[str]:
     """Of `codetr.train`: seconds on one core."""
     return [
         *data_overrides(data),
-        "model=co_deformable_tiny",
-        "model.width=32",
-        "model.num_heads=2",
-        "model.ffn_width=32",
-        "model.norm_groups=4",
-        "model.detector.encoder.num_layers=1",
-        "model.detector.decoder.num_layers=2",
-        "model.detector.main.num_queries=10",
-        "model.detector.backbone.pretrained=false",
+        *TOY,
         "schedule=constant",
         "schedule.warmup_steps=2",
         "optimizer.lr=1e-3",

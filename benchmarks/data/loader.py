@@ -4,9 +4,8 @@ Both read the same 640 x 480 JPEGs with the recipe of DETR (flip, multi-scale wi
 padded batches of two. The usual pipeline decodes with Pillow, transforms Pillow's images with torchvision's functional
 API, and makes normalised float32 tensors in the worker. Ours hands over uint8; the device scales and normalises.
 
-`python benchmarks/loader.py` writes results/loader.json and results/loader.md. The time is what the processes spent on
-the core, so that neighbours do not count; --worker also measures a DataLoader with one worker process, whose batches
-travel through shared memory (Linux).
+The time is what the processes spent on the core, so that neighbours do not count; --worker also measures a DataLoader
+with one worker process, whose batches travel through shared memory (Linux).
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import report
 from codetr.application import compose
 from codetr.data.coco import Sample
 from codetr.data.collate import collate
@@ -39,7 +39,6 @@ from codetr.data.datamodule import DetectionDataModule
 from codetr.data.images import read_image
 from codetr.data.transforms import TransformedDataset, transformed
 
-RESULTS = Path(__file__).parent / "results"
 WIDTH, HEIGHT, BATCH, DIVISOR = 640, 480, 2, 32
 SCALES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -253,18 +252,13 @@ def table(result: dict[str, Any]) -> str:
         ("float and normalise", parts["usual"]["float and normalise"], None),
         ("pad into a batch", parts["usual"]["batch"], ours["batch"]),
     ]
-    lines = ["| | usual | ours | |", "|---|---|---|---|"]
-    lines.append(f"| images/s of a core | {rate['usual']:.0f} | {rate['ours']:.0f} | {result['ratio']:.1f} x |")
+    lines = [["images/s of a core", f"{rate['usual']:.0f}", f"{rate['ours']:.0f}", f"{result['ratio']:.1f} x"]]
     if worker := result.get("with_one_worker"):
         ratio = worker["ours"] / worker["usual"]
-        lines.append(
-            f"| images/s through a worker process and shared memory | {worker['usual']:.0f} | {worker['ours']:.0f} "
-            f"| {ratio:.1f} x |"
-        )
-    for name, *times in rows:
-        cells = ["" if t is None else f"{t:.2f} ms" for t in times]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | |")
-    return "\n".join(lines)
+        numbers = [f"{worker['usual']:.0f}", f"{worker['ours']:.0f}", f"{ratio:.1f} x"]
+        lines.append(["images/s through a worker process and shared memory", *numbers])
+    lines += [[name, *("" if t is None else f"{t:.2f} ms" for t in times), ""] for name, *times in rows]
+    return report.table(["", "usual", "ours", ""], lines)
 
 
 def main() -> None:
@@ -272,7 +266,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--worker", action="store_true", help="also through a DataLoader with one worker process")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
@@ -285,16 +278,9 @@ def main() -> None:
         result = {"file_kilobytes": kilobytes, **side_by_side(usual, ours.train_dataloader().dataset, options.rounds)}
         if options.worker:
             result["with_one_worker"] = with_worker(usual, ours, options.rounds)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "loader.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = table(result) + (
-        f"\n\n{options.images} images of {WIDTH} x {HEIGHT}, {kilobytes:.0f} kB, batches of {BATCH}, recipe of DETR "
-        f"(conf/augment/multiscale.yaml); median of {options.rounds} passes in turns, time on the core; torch "
-        f"{torch.__version__}; `python benchmarks/loader.py`.\n"
+    about = (
+        f"{options.images} images of {WIDTH} x {HEIGHT}, {kilobytes:.0f} kB, batches of {BATCH}, recipe of DETR "
+        f"(conf/augment/multiscale.yaml); median of {options.rounds} passes in turns, time on the core; "
+        f"{report.machine()}; `make bench NAME=data/loader`."
     )
-    (options.out / "loader.md").write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+    report.write("loader", f"{table(result)}\n\n{about}", result)

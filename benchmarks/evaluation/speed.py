@@ -1,16 +1,12 @@
 """What an evaluation costs: codetr's against torchmetrics', time and memory, each in a process of its own.
 
-python benchmarks/evaluation.py             # all of them; torchmetrics' default takes minutes
-python benchmarks/evaluation.py ours 80000  # one of them
+torchmetrics' default takes minutes.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RESULT = Path(__file__).parent / "results" / "evaluation"
+from benchmarks import report
+
 CLASSES, DETECTIONS, OBJECTS, BATCH = 80, 100, 7, 50
 KEYS = (
     *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
-RUNS = [
-    *(("torchmetrics, pycocotools", 5_000), ("torchmetrics, faster_coco_eval", 5_000)),
-    *(("ours", 5_000), ("ours, drop-in", 5_000), ("ours", 80_000)),
-]
+SLOWEST = "torchmetrics, pycocotools"
+EVALUATORS = (SLOWEST, "torchmetrics, faster_coco_eval", "ours", "ours, drop-in")
 
 
 def batches(images: int) -> Iterator[tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]]:
@@ -120,7 +115,7 @@ def measure(name: str, images: int) -> dict[str, Any]:
     start = _clocks()
     numbers = metric.compute()
     computing += _clocks() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = report.peak()
     return {
         "evaluator": name,
         "images": images,
@@ -145,28 +140,34 @@ def _resident() -> float:
     return int(line.split()[1]) / 1024
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    slowest = next(row for row in rows if row["evaluator"] == "torchmetrics, pycocotools")
-    lines = [
+def markdown(rows: list[dict[str, Any]]) -> str:
+    slowest = next(row for row in rows if row["evaluator"] == SLOWEST)
+    about = (
         f"{DETECTIONS} detections and about {OBJECTS} objects per image, {CLASSES} classes, one process, two cores, on "
         f"which {min(row['load'] for row in rows):.0f} to {max(row['load'] for row in rows):.0f} other processes ran. "
         "Times in brackets: of the processors, which those do not change. Memory: what was added to the process' "
-        "own after its imports. Difference: the largest of the twelve numbers; torchmetrics' are of 32 bits.",
-        "",
-        "| evaluator | images | update | compute | total | times faster | memory | process | difference |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+        "own after its imports. Difference: the largest of the twelve numbers; torchmetrics' are of 32 bits."
+    )
+    head = ["evaluator", "images", "update", "compute", "total", "times faster", "memory", "process", "difference"]
+    table = []
     for row in rows:
         alike = row["images"] == slowest["images"]
         faster = [_total(slowest) / _total(row), slowest["processor_s"] / row["processor_s"]]
         off = max(abs(row["numbers"][key] - slowest["numbers"][key]) for key in KEYS)
-        lines.append(
-            f"| {row['evaluator']} | {row['images']} | {row['update_s']:.2f} s | {row['compute_s']:.2f} s "
-            f"| {_total(row):.2f} s ({row['processor_s']:.2f} s) "
-            f"| {f'{faster[0]:.0f} ({faster[1]:.0f})' if alike else ''} | {row['added_mb']:.0f} MB "
-            f"| {row['peak_mb']:.0f} MB | {f'{off:.0e}' if alike else ''} |"
+        table.append(
+            [
+                row["evaluator"],
+                str(row["images"]),
+                f"{row['update_s']:.2f} s",
+                f"{row['compute_s']:.2f} s",
+                f"{_total(row):.2f} s ({row['processor_s']:.2f} s)",
+                f"{faster[0]:.0f} ({faster[1]:.0f})" if alike else "",
+                f"{row['added_mb']:.0f} MB",
+                f"{row['peak_mb']:.0f} MB",
+                f"{off:.0e}" if alike else "",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return f"{about}\n\n{report.table(head, table)}"
 
 
 def _total(row: dict[str, Any]) -> float:
@@ -174,17 +175,10 @@ def _total(row: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
-        return
-    rows = []
-    for name, images in RUNS:
-        done = subprocess.run([sys.executable, __file__, name, str(images)], check=True, stdout=subprocess.PIPE)
-        rows.append(json.loads(done.stdout))
-    RESULT.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
-    RESULT.with_suffix(".md").write_text(report(rows))
-    print(report(rows))
-
-
-if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=5_000, help="of every evaluator (default: 5000)")
+    parser.add_argument("--more", type=int, default=80_000, help="of ours once more (default: 80000)")
+    options = parser.parse_args()
+    runs = [*((name, options.images) for name in EVALUATORS), ("ours", options.more)]
+    rows = [report.alone(measure, *run) for run in runs]
+    report.write("evaluation", markdown(rows), rows)

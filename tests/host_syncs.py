@@ -1,14 +1,13 @@
-"""Where a program makes the host wait for its accelerator.
+"""Where a program makes the host wait for its accelerator, seen without one.
 
-On a GPU, torch says so itself (`Warned`). Without one, `Pretended` runs the program on a device that is only pretended:
-its tensors hold their numbers on the CPU and claim to be elsewhere, so that whatever the host reads of them, and
-whatever it lacks to allocate the next tensor, is seen; so is a tensor that was left on the wrong device.
+`Pretended` runs the program on a device that is only pretended: its tensors hold their numbers on the CPU and claim to
+be elsewhere, so that whatever the host reads of them, and whatever it lacks to allocate the next tensor, is seen; so is
+a tensor that was left on the wrong device.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,29 +45,6 @@ def place(operator: str) -> Place:
             return Place(str(path.relative_to(SOURCE)), frame.f_code.co_qualname, operator)
         frame = frame.f_back
     return Place("", "", operator)  # of the caller, or of the backward pass
-
-
-class Warned:
-    """Counts, while it is entered, the synchronising CUDA calls that torch warns of: `places`."""
-
-    def __init__(self) -> None:
-        self.places: Counter[Place] = Counter()
-        self.catcher = warnings.catch_warnings()
-
-    def __enter__(self) -> Warned:
-        self.catcher.__enter__()
-        warnings.simplefilter("always")
-        warnings.showwarning = self._show
-        torch.cuda.set_sync_debug_mode("warn")
-        return self
-
-    def _show(self, message: Warning | str, *_: object) -> None:
-        if "synchronizing" in str(message):
-            self.places[place("")] += 1
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-        self.catcher.__exit__()
 
 
 class Remote(Tensor):

@@ -1,0 +1,1 @@
+"""What codetr costs and what it reaches, measured: `python -m benchmarks` lists the benchmarks."""
