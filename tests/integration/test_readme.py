@@ -12,7 +12,7 @@ import pytest
 from codetr import application
 from codetr.data.commands.convert import main as convert
 from codetr.papers import main as papers
-from codetr.train import train
+from codetr.training import fit
 from toy import data_overrides, environment, make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypat
     small += ["model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
     small += ["~callbacks.progress", "trainer.max_epochs=1", "trainer.max_steps=1", "run_dir=run"]
     monkeypatch.chdir(tmp_path)
-    train(application.compose("train", [*given, *small]))
+    fit(application.compose("train", [*given, *small]))
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 
