@@ -32,7 +32,7 @@ def evaluate(config: DictConfig) -> float:
         detector=trained.detector,
         criterion=build(saved["criterion"]),
         postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
-        metrics=instantiate(config.metrics)(trained.class_names),
+        metrics=instantiate(config.metrics, trained.class_names),
         branches=config.branches,
         optimizer=build(saved["optimizer"]),
         schedule=build(saved["schedule"]),

@@ -29,7 +29,7 @@ def train(config: DictConfig) -> float | None:
     from codetr.trainer import build_trainer
 
     meet_anew()
-    # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
+    # Every process has the numbers of all: the metric gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     # Nothing changes a prediction in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
@@ -63,7 +63,7 @@ def train(config: DictConfig) -> float | None:
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),
         postprocess=instantiate(config.postprocess),
-        metrics=instantiate(config.metrics)(data.class_names),
+        metrics=instantiate(config.metrics, data.class_names),
         branches=config.branches,
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule),

@@ -10,6 +10,7 @@ import torch
 from toy import make_coco, overrides, train
 
 from codetr import application
+from codetr.evaluation.inputs import inputs
 
 
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +53,11 @@ def evaluate_in_this_process(checkpoint: Path, data: Path) -> dict[str, float]:
     config = application.compose("train", [*overrides(data), "data.eval_batch_size=1"])
     module = instantiate(config.data)
     module.setup("fit")
-    metrics = instantiate(config.metrics)(module.class_names)
+    metric = instantiate(config.metrics)(module.class_names)
     detector, postprocess = application.load(checkpoint), instantiate(config.postprocess)
     for batch in module.val_dataloader():
         prediction = detector.detect(batch.images, batch.padding)
         found = batch.frames.to_files(postprocess(prediction, batch.frames.sizes))
-        metrics.update(batch.image_ids, found, batch.truth)
-    return metrics.compute()
+        metric.update(*inputs(batch.image_ids, found, batch.truth))
+    metric.compute()
+    return metric.evaluations["bbox"].numbers
