@@ -11,7 +11,8 @@ from rich.progress import track
 import codetr
 from benchmarks import report
 from codetr.checkpoint import load_weights
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.inputs import inputs
+from codetr.evaluation.mean_ap import detection_metric
 from codetr.postprocess import NMS, PostProcess
 
 
@@ -28,11 +29,12 @@ def evaluate(checkpoint: Path, thresholds: Sequence[float | None], root: str | N
     results = {}
     for iou in thresholds:
         postprocess = PostProcess(100, None if iou is None else NMS(iou))
-        metrics = DetectionMetrics(data.class_names)
+        metric = detection_metric(data.class_names)
         for batch, prediction in found:
-            found = batch.frames.to_files(postprocess(prediction, batch.frames.sizes))
-            metrics.update(batch.image_ids, found, batch.truth)
-        results[iou] = metrics.compute()
+            own = batch.frames.to_files(postprocess(prediction, batch.frames.sizes))
+            metric.update(*inputs(batch.image_ids, own, batch.truth))
+        metric.compute()
+        results[iou] = metric.evaluations["bbox"].numbers
     return results
 
 

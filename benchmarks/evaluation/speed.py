@@ -70,18 +70,19 @@ class Task:
     """The evaluator as a validation epoch uses it: by image ids."""
 
     def __init__(self) -> None:
-        from codetr.evaluation.metrics import DetectionMetrics
+        from codetr.evaluation.mean_ap import detection_metric
 
-        self.metrics, self.seen = DetectionMetrics([str(k) for k in range(CLASSES)]), 0
-        self.compute = self.metrics.compute
+        self.metric, self.seen = detection_metric([str(k) for k in range(CLASSES)]), 0
+        self.compute = self.metric.compute
 
     def update(self, found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> None:
+        from codetr.evaluation.inputs import inputs
         from codetr.types import Detections
 
         ids = range(self.seen, self.seen + len(found))
         self.seen += len(found)
         detections = [Detections(one["scores"], one["labels"], one["boxes"]) for one in found]
-        self.metrics.update(ids, detections, truth)
+        self.metric.update(*inputs(ids, detections, truth))
 
 
 def contender(name: str) -> Any:

@@ -35,7 +35,7 @@ def evaluate(config: DictConfig) -> float:
         detector=model.detector,
         criterion=build(saved["criterion"]),
         postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
-        metrics=instantiate(config.metrics)(model.class_names),
+        metrics=instantiate(config.metrics, model.class_names),
         branches=config.branches,
         optimizer=build(saved["optimizer"]),
         schedule=build(saved["schedule"]),

@@ -13,7 +13,8 @@ from torch import Tensor
 from codetr import resume
 from codetr.criterion import Criterion
 from codetr.errors import UserError
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.inputs import inputs
+from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.names import tags
@@ -26,9 +27,11 @@ from codetr.types import MAIN, Batch, Detections, Seen
 class DetectionTask(LightningModule):
     """Trains and evaluates `detector`.
 
-    With a mask head, mask AP is evaluated beside box AP where the validation set has masks (`data.val_masks`).
-    branches: also evaluate every auxiliary head on its own, with its suppression (Co-DETR, table 11). optimizer:
-    (module, fused) -> optimizer. settings: what a checkpoint says about its model: plain containers.
+    metrics: (iou_type="bbox" or "segm") -> metric. The task's `metrics` are a dict of them, by the names under which
+    their numbers are logged: "val", of boxes; "val/segm", of masks, with a mask head and where the validation set has
+    masks (`data.val_masks`); "val/branch/<head>", with `branches`, of every auxiliary head on its own, with its
+    suppression (Co-DETR, table 11). optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its
+    model: plain containers.
     Raises UserError where fewer detections of an image are kept than `metrics` counts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
@@ -38,18 +41,22 @@ class DetectionTask(LightningModule):
         detector: Detector,
         criterion: Criterion,
         postprocess: PostProcess,
-        metrics: DetectionMetrics,
+        metrics: Callable[..., MeanAveragePrecision],
         branches: bool,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Schedule,
         settings: dict[str, Any],
     ) -> None:
         super().__init__()
-        _require_enough(postprocess, metrics, detector if branches else None)
-        self.detector, self.criterion = detector, criterion
-        self.postprocess, self.metrics = postprocess, metrics
-        self.branch_metrics = {name: metrics.like() for name in detector.heads} if branches else {}
-        self.mask_metrics = metrics.like(masks=True) if detector.mask_head is not None else None
+        self.metrics = {"val": metrics()}
+        if detector.mask_head is not None:
+            self.metrics["val/segm"] = metrics(iou_type="segm")
+        if branches:
+            self.metrics |= {f"val/branch/{name}": metrics() for name in detector.heads}
+        counted = self.metrics["val"].rules.limits[-1]
+        _require_enough(postprocess, counted, detector if branches else None)
+        self.detector, self.criterion, self.postprocess = detector, criterion, postprocess
+        self.branches = branches
         self.optimizer, self.schedule = optimizer, schedule
         self.settings = settings
         self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
@@ -133,38 +140,39 @@ class DetectionTask(LightningModule):
             logger.log_metrics(numbers, step)
 
     def on_validation_epoch_start(self) -> None:
-        for metrics in (self.metrics, self.mask_metrics, *self.branch_metrics.values()):
-            if metrics is not None:
-                metrics.reset()
-                if metrics.federated:
-                    metrics.frequency = self.trainer.datamodule.val_set.frequencies  # type: ignore[attr-defined]
+        for metric in self.metrics.values():
+            metric.reset()
+            metric.update([], [])  # a data set may have no masks: torchmetrics warns of a metric that saw no batch
+            if metric.rules.federated:
+                metric.frequency = self.trainer.datamodule.val_set.frequencies  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         output = self.detector(batch.images, batch.padding)
         frames = batch.frames
         found = self.postprocess(output.predictions[MAIN].last, frames.sizes)
         detections = frames.to_files(found)
-        if self.mask_metrics is not None and all("runs" in truth for truth in batch.truth):
+        if "val/segm" in self.metrics and all("runs" in truth for truth in batch.truth):
             detections = with_masks(self.detector, output.memory, found, frames)
-            self.mask_metrics.update(batch.image_ids, detections, batch.truth)
-        self.metrics.update(batch.image_ids, detections, batch.truth)
-        if self.branch_metrics:
-            by_heads = self.detector.detect_with_heads(output.memory, frames.sizes)
-            for name, metrics in self.branch_metrics.items():
-                metrics.update(batch.image_ids, frames.to_files(by_heads[name]), batch.truth)
+            self._evaluate("val/segm", detections, batch)
+        self._evaluate("val", detections, batch)
+        if self.branches:
+            for name, own in self.detector.detect_with_heads(output.memory, frames.sizes).items():
+                self._evaluate(f"val/branch/{name}", frames.to_files(own), batch)
         return detections
 
+    def _evaluate(self, name: str, detections: list[Detections], batch: Batch) -> None:
+        self.metrics[name].update(*inputs(batch.image_ids, detections, batch.truth, masks=name == "val/segm"))
+
     def on_validation_epoch_end(self) -> None:
-        numbers = {f"val/{name}": value for name, value in self.metrics.compute().items()}
-        evaluation = self.metrics.evaluation
-        assert evaluation is not None
-        called = tags(evaluation.map_per_class)
-        numbers |= {f"val/ap/{called[name]}": value for name, value in evaluation.map_per_class.items()}
-        if self.mask_metrics is not None:
-            masks, evaluated = self.mask_metrics.compute(), self.mask_metrics.evaluation
-            numbers |= {f"val/segm/{name}": v for name, v in masks.items() if evaluated and evaluated.images}
-        for name, metrics in self.branch_metrics.items():
-            numbers |= {f"val/branch/{name}/{key}": value for key, value in metrics.compute().items()}
+        numbers: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            metric.compute()
+            (evaluation,) = metric.evaluations.values()
+            if name == "val" or evaluation.images:
+                numbers |= {f"{name}/{key}": value for key, value in evaluation.numbers.items()}
+        classes = self.metrics["val"].evaluations["bbox"].map_per_class
+        called = tags(classes)
+        numbers |= {f"val/ap/{called[name]}": value for name, value in classes.items()}
         # The evaluation after a fit is no point of its curves.
         fitting = self.trainer.state.fn == "fit"
         self.log("val/map", numbers.pop("val/map"), prog_bar=True, logger=fitting)
@@ -180,16 +188,17 @@ class DetectionTask(LightningModule):
         set_model_state_dict(self.detector, weights, options=StateDictOptions(full_state_dict=True))
 
 
-def _require_enough(postprocess: PostProcess, metrics: DetectionMetrics, evaluated: Detector | None) -> None:
-    """evaluated: the detector whose heads are, too. What a part of another package keeps, it may not tell."""
+def _require_enough(postprocess: PostProcess, counted: int, evaluated: Detector | None) -> None:
+    """counted: detections of an image that metrics count. evaluated: the detector whose heads are, too. What a part of
+    another package keeps, it may not tell."""
     kept = {"postprocess": getattr(postprocess, "max_detections", None)}
     for name, head in evaluated.heads.items() if evaluated is not None else ():
         of_dense = hasattr(head, "selection")
         key = f"model.detector.heads.{name}{'.selection' * of_dense}"
         kept[key] = getattr(head.selection if of_dense else head, "max_detections", None)
     for key, most in kept.items():
-        if most is not None and most < metrics.max_detections:
+        if most is not None and most < counted:
             raise UserError(
-                f"metrics.max_detections={metrics.max_detections} counts more detections of an image than "
+                f"metrics.max_detections={counted} counts more detections of an image than "
                 f"{key}.max_detections={most} keeps: set both to the same number"
             )

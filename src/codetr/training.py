@@ -78,7 +78,7 @@ def fit(config: DictConfig) -> Run:
 
     meet_anew()
     read_needed_masks(config)
-    # Every process has the numbers of all: `DetectionMetrics` gathers. (Averaging them costs a collective per class.)
+    # Every process has the numbers of all: the metric gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     # Nothing changes a prediction in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
@@ -112,7 +112,7 @@ def fit(config: DictConfig) -> Run:
         detector=instantiate(config.model.detector, _convert_="all"),
         criterion=instantiate(config.criterion, _convert_="all"),
         postprocess=instantiate(config.postprocess),
-        metrics=instantiate(config.metrics)(data.class_names),
+        metrics=instantiate(config.metrics, data.class_names),
         branches=config.branches,
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule),

@@ -119,7 +119,7 @@ class Record(Callback):
         path.write_text(json.dumps(self.losses))
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        evaluation = module.metrics.evaluation
+        evaluation = module.metrics["val"].evaluations["bbox"]
         content = {"images": evaluation.images, "numbers": evaluation.numbers}
         path = self.directory / f"evaluation_{trainer.global_rank}.json"
         path.write_text(json.dumps(content))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import make_coco, overrides, train
 
 import codetr
 from codetr import application
+from codetr.evaluation.inputs import inputs
+from toy import make_coco, overrides, train
 
 
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +54,9 @@ def evaluate_in_this_process(checkpoint: Path, data: Path) -> dict[str, float]:
     config = application.compose("train", [*overrides(data), "data.eval_batch_size=1"])
     module = instantiate(config.data)
     module.setup("fit")
-    metrics = instantiate(config.metrics)(module.class_names)
+    metric = instantiate(config.metrics)(module.class_names)
     model = codetr.load(checkpoint, device="cpu")
     for batch in module.val_dataloader():
-        metrics.update(batch.image_ids, model.detect(batch, score_threshold=0), batch.truth)
-    return metrics.compute()
+        metric.update(*inputs(batch.image_ids, model.detect(batch, score_threshold=0), batch.truth))
+    metric.compute()
+    return metric.evaluations["bbox"].numbers

@@ -5,17 +5,18 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from toy_model import detector
 
-from codetr.callbacks.report import branch_numbers, branches_table
+from codetr.callbacks.report import branches_table
 from codetr.errors import UserError
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.mean_ap import detection_metric
 from codetr.models.detector import Detector
 from codetr.postprocess import PostProcess
 from codetr.task import DetectionTask
 from codetr.types import Batch, Frames, Targets
+from toy_model import detector
 
 CLASSES = ("disc", "ring", "star")
+METRICS = partial(detection_metric, CLASSES)
 HEADS = ["faster_rcnn", "atss", "retinanet", "fcos", "gfl", "paa", "mask_rcnn"]
 FRAMES = Frames(
     sizes=torch.tensor([[64, 96], [96, 64]]),
@@ -67,33 +68,31 @@ def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector
         boxes, labels = found.boxes_xyxy, found.labels
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         truth.append({"boxes": boxes, "labels": labels, "iscrowd": torch.zeros(len(labels)), "area": area})
-    task = DetectionTask(model, None, PostProcess(100, None), DetectionMetrics(CLASSES), True, partial(print), None, {})
+    task = DetectionTask(model, None, PostProcess(100, None), METRICS, True, partial(print), None, {})
     batch.truth = truth
     task.on_validation_epoch_start()
     with torch.no_grad():
         task.validation_step(batch, 0)
-    maps = {branch: metrics.compute()["map"] for branch, metrics in task.branch_metrics.items()}
-    assert set(maps) == set(HEADS)
-    assert maps[name] == pytest.approx(1.0)
-    assert task.metrics.compute()["map"] < 0.9
-    numbers = branch_numbers(task)
-    assert numbers[name]["map"] == maps[name]
-    assert task.metrics.evaluation is not None
-    table = branches_table(task.metrics.evaluation, numbers)
-    assert list(table.columns[0].cells) == ["decoder", *task.branch_metrics]
+    for metric in task.metrics.values():
+        metric.compute()
+    evaluations = {name: metric.evaluations["bbox"] for name, metric in task.metrics.items()}
+    assert set(evaluations) == {"val", *(f"val/branch/{head}" for head in HEADS)}
+    assert evaluations[f"val/branch/{name}"].numbers["map"] == pytest.approx(1.0)
+    main = evaluations.pop("val")
+    assert main.numbers["map"] < 0.9
+    table = branches_table(main, {name: own.numbers for name, own in evaluations.items()})
+    assert list(table.columns[0].cells) == ["decoder", *evaluations]
 
 
 @pytest.mark.parametrize(
     ("kept", "branches", "key"), [(100, False, "postprocess"), (300, True, "model.detector.heads.")]
 )
 def test_what_is_counted_must_be_kept(model: Detector, kept: int, branches: bool, key: str) -> None:
-    metrics = DetectionMetrics(CLASSES, max_detections=300)
+    metrics = partial(METRICS, max_detections=300)
     with pytest.raises(UserError, match=rf"metrics\.max_detections=300 counts more .* {key}.*max_detections=\d+ keeps"):
         DetectionTask(model, None, PostProcess(kept, None), metrics, branches, partial(print), None, {})
 
 
 def test_off_by_default(model: Detector) -> None:
-    task = DetectionTask(
-        model, None, PostProcess(100, None), DetectionMetrics(CLASSES), False, partial(print), None, {}
-    )
-    assert task.branch_metrics == {}
+    task = DetectionTask(model, None, PostProcess(100, None), METRICS, False, partial(print), None, {})
+    assert list(task.metrics) == ["val"]

@@ -16,7 +16,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from codetr.evaluation.metrics import DetectionMetrics, Evaluation
+from codetr.evaluation.inputs import inputs
+from codetr.evaluation.mean_ap import MeanAveragePrecision, detection_metric
+from codetr.evaluation.summary import Evaluation
 from codetr.types import Detections
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -84,14 +86,24 @@ def shifted(step: int) -> Image:
     return Detections(torch.tensor([0.5]), label, found), truth
 
 
-def evaluate(images: dict[int, Image], backend: str = "hotcoco", limit: int = 100, **kind: bool) -> DetectionMetrics:
-    metrics = DetectionMetrics(NAMES, limit, backend, **kind)
+def evaluate(
+    images: dict[int, Image],
+    backend: str = "hotcoco",
+    limit: int = 100,
+    iou_type: str = "bbox",
+    federated: bool = False,
+) -> Evaluation:
+    metric = detection_metric(NAMES, limit, backend, federated, iou_type)
     ids = list(images)
     for some in (ids[:2], ids[2:]):
-        if some:
-            metrics.update(some, [images[i][0] for i in some], [images[i][1] for i in some])
-    metrics.compute()
-    return metrics
+        update(metric, {i: images[i] for i in some})
+    metric.compute()
+    return metric.evaluations[iou_type]
+
+
+def update(metric: MeanAveragePrecision, images: dict[int, Image]) -> None:
+    found, truth = [found for found, _ in images.values()], [truth for _, truth in images.values()]
+    metric.update(*inputs(list(images), found, truth, masks="segm" in metric.iou_types))
 
 
 def xywh(boxes: Tensor) -> np.ndarray:
@@ -136,7 +148,7 @@ SCENARIOS = [
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_twelve_numbers_are_those_of_pycocotools(name: str, backend: str) -> None:
     images = scenario(name)
-    numbers = evaluate(images, backend).compute()
+    numbers = evaluate(images, backend).numbers
     expected = dict(zip(KEYS, reference(images).stats.tolist(), strict=True))
     assert numbers == pytest.approx(expected, abs=1e-9)
 
@@ -144,7 +156,7 @@ def test_the_twelve_numbers_are_those_of_pycocotools(name: str, backend: str) ->
 @pytest.mark.parametrize("name", ["random", "crowds", "empty images", "only crowds"])
 def test_curves_and_classes_are_those_of_pycocotools(name: str) -> None:
     images = scenario(name)
-    evaluation = evaluate(images).evaluation
+    evaluation = evaluate(images)
     expected = reference(images).eval
     np.testing.assert_allclose(evaluation.precision, expected["precision"][..., 0, -1], atol=1e-12)
     np.testing.assert_allclose(evaluation.recall, expected["recall"][..., 0, -1], atol=1e-12)
@@ -160,22 +172,25 @@ def test_curves_and_classes_are_those_of_pycocotools(name: str) -> None:
 
 def test_more_detections_per_image_than_coco_counts() -> None:
     images = scenario("more than a hundred")
-    numbers = evaluate(images, limit=150).compute()
+    numbers = evaluate(images, limit=150).numbers
     precision = reference(images, limit=150).eval["precision"][..., 0, -1]
     assert math.isclose(numbers["map"], precision[precision > -1].mean(), abs_tol=1e-9)
-    assert numbers["mar_150"] > evaluate(images).compute()["mar_100"]
+    assert numbers["mar_150"] > evaluate(images).numbers["mar_100"]
 
 
 def test_update_keeps_one_record_per_image_and_reset_forgets() -> None:
     images = scenario("random")
-    metrics = evaluate(images)
-    once = metrics.compute()
+    metric = detection_metric(NAMES)
+    update(metric, images)
     first = next(iter(images))
-    metrics.update([first], [images[first][0]], [images[first][1]])
-    assert metrics.compute() == once
-    metrics.reset()
-    assert set(metrics.compute().values()) == {-1.0}
-    assert metrics.evaluation.images == 0
+    update(metric, {first: images[first]})
+    metric.compute()
+    assert metric.evaluations["bbox"].numbers == evaluate(images).numbers
+    metric.reset()
+    metric.update([], [])
+    metric.compute()
+    assert set(metric.evaluations["bbox"].numbers.values()) == {-1.0}
+    assert metric.evaluations["bbox"].images == 0
 
 
 def shards(images: dict[int, Image], world: int, hungry: bool) -> list[dict[int, Image]]:
@@ -198,12 +213,12 @@ def rectangles(boxes: Tensor) -> list[dict]:
 def process(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     names = ["crowds", "tied scores", "empty images", "nothing", "random", "random"]
-    kinds = [{}, {}, {}, {}, {"masks": True}, {"federated": True}]
+    kinds = [{}, {}, {}, {}, {"iou_type": "segm"}, {"federated": True}]
     cases = [scenario(name) for name in names]
     for found, truth in (*cases[4].values(), *cases[5].values()):
         found.runs, truth["runs"] = rectangles(found.boxes_xyxy), rectangles(truth["boxes"])
         truth |= {"neg_labels": found.labels[:2], "not_exhaustive_labels": truth["labels"][:1]}
-    alone = [evaluate(images, **kind).evaluation for images, kind in zip(cases, kinds, strict=True)]
+    alone = [evaluate(images, **kind) for images, kind in zip(cases, kinds, strict=True)]
     assert min(one.numbers["map"] for one in alone if one.precision.max() > 0) > 0.01
     for world in (3, 2):
         if rank >= world:
@@ -213,7 +228,7 @@ def process(rank: int, folder: str) -> None:
         for name, images, kind, expected in zip(names, cases, kinds, alone, strict=True):
             for hungry in (False, True):
                 part = shards(images, world, hungry)[rank]
-                found = evaluate(part, **kind).evaluation
+                found = evaluate(part, **kind)
                 assert same(found, expected), f"{name}: {world} processes, rank {rank}, hungry: {hungry}"
         dist.destroy_process_group()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_evaluation import KEYS, NAMES, Image, evaluate, reference, xywh
+from test_evaluation import KEYS, NAMES, Image, evaluate, reference, update, xywh
 
 from codetr.errors import UserError
 from codetr.evaluation import engines
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.mean_ap import detection_metric
 from codetr.types import Detections
 from lvis_api import LVIS, LVISEval, LVISResults
 
@@ -53,18 +53,18 @@ def test_hard_cases(backend: str) -> None:
         images = hard_case(np.random.default_rng(seed))
         limit = (100, 12)[seed % 2]
         own, expected = evaluate(images, backend, limit), reference(images, limit)
-        np.testing.assert_allclose(own.evaluation.precision, expected.eval["precision"][..., 0, -1], rtol=0, atol=1e-9)
-        np.testing.assert_allclose(own.evaluation.recall, expected.eval["recall"][..., 0, -1], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(own.precision, expected.eval["precision"][..., 0, -1], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(own.recall, expected.eval["recall"][..., 0, -1], rtol=0, atol=1e-9)
         if limit == 100:  # pycocotools looks for 100 by name
             stats = dict(zip(KEYS, expected.stats.tolist(), strict=True))
-            assert own.evaluation.numbers == pytest.approx(stats, abs=1e-9), seed
+            assert own.numbers == pytest.approx(stats, abs=1e-9), seed
 
 
 def test_few_classes_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     images = hard_case(np.random.default_rng(5)) | hard_case(np.random.default_rng(6))
-    whole = evaluate(images).evaluation
+    whole = evaluate(images)
     monkeypatch.setattr(engines, "CHUNK", 3)
-    parts = evaluate(images).evaluation
+    parts = evaluate(images)
     assert parts.numbers == whole.numbers
     assert np.array_equal(parts.precision, whole.precision)
     assert np.array_equal(parts.confusion, whole.confusion)
@@ -83,7 +83,7 @@ def test_confusions_are_counted_once_each() -> None:
     detections = Detections(torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0, 1, 3, 4]), found)
     expected = np.zeros((6, 6), int)
     expected[0, 0] = expected[0, 1] = expected[2, 5] = expected[5, 3] = 1
-    evaluation = evaluate({4: (detections, truth), 7: (detections, truth)}).evaluation
+    evaluation = evaluate({4: (detections, truth), 7: (detections, truth)})
     assert np.array_equal(evaluation.confusion, 2 * expected)
     assert evaluation.confused(10) == [("ant", "bee", 2)]
 
@@ -139,25 +139,24 @@ def test_federated_cases_are_those_of_lvis(tmp_path: Path, monkeypatch: pytest.M
         if not any(len(found.scores) for found, _ in images.values()):
             continue  # lvis-api stops
         expected = lvis_numbers(images, frequency, limit, tmp_path / "lvis.json")
-        metrics = DetectionMetrics(NAMES, limit, federated=True, frequency=frequency)
-        metrics.update(list(images), [found for found, _ in images.values()], [truth for _, truth in images.values()])
-        numbers = metrics.compute()
+        metric = detection_metric(NAMES, limit, federated=True)
+        metric.frequency = frequency
+        update(metric, images)
+        metric.compute()
+        evaluation = metric.evaluations["bbox"]
         theirs = {LVIS_KEYS[key.split("@")[0]]: value for key, value in expected.results.items() if key[:3] != "AR@"}
         theirs[f"mar_{limit}"] = expected.results[f"AR@{limit}"]
-        assert numbers == pytest.approx(theirs, abs=1e-9), seed
-        np.testing.assert_allclose(metrics.evaluation.precision, expected.eval["precision"][..., 0], rtol=0, atol=1e-9)
+        assert evaluation.numbers == pytest.approx(theirs, abs=1e-9), seed
+        np.testing.assert_allclose(evaluation.precision, expected.eval["precision"][..., 0], rtol=0, atol=1e-9)
         compared += expected.results["AP"] > 0
     assert compared > 50
 
 
 def test_lvis_needs_its_lists_and_hotcoco() -> None:
     images, _ = federated_case(np.random.default_rng(1))
-    found, truth = zip(*images.values(), strict=True)
-    slow = DetectionMetrics(NAMES, 300, "pycocotools", federated=True)
-    slow.update(list(images), found, truth)
     with pytest.raises(UserError, match=r"needs metrics\.backend=hotcoco"):
-        slow.compute()
-    for one in truth:
-        del one["neg_labels"]
+        detection_metric(NAMES, 300, "pycocotools", federated=True)
+    for _, truth in images.values():
+        del truth["neg_labels"]
     with pytest.raises(UserError, match="federated=true needs images"):
-        slow.update(list(images), found, truth)
+        update(detection_metric(NAMES, 300, federated=True), images)

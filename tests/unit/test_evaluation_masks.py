@@ -12,7 +12,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from codetr.data.segmentations import encode
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.inputs import inputs
+from codetr.evaluation.mean_ap import detection_metric
+from codetr.evaluation.summary import Evaluation
 from codetr.types import Detections
 
 NAMES = ["ant", "bee", "cat", "yak"]
@@ -83,23 +85,24 @@ def scenario(crowds: float) -> dict[int, Image]:
     return images
 
 
-def metrics(images: dict[int, Image], backend: str = "hotcoco") -> DetectionMetrics:
-    result = DetectionMetrics(NAMES, 100, backend).like(masks=True)
+def evaluate(images: dict[int, Image], backend: str = "hotcoco") -> Evaluation:
+    metric = detection_metric(NAMES, 100, backend, iou_type="segm")
     for i, (found, truth) in images.items():
-        result.update([i], [found], [truth])
-    return result
+        metric.update(*inputs([i], [found], [truth], masks=True))
+    metric.compute()
+    return metric.evaluations["segm"]
 
 
 @pytest.mark.parametrize("backend", ["hotcoco", "faster_coco_eval", "pycocotools"])
 @pytest.mark.parametrize("crowds", [0.0, 0.4])
 def test_the_numbers_are_those_of_pycocotools(crowds: float, backend: str) -> None:
     images = scenario(crowds)
-    own = metrics(images, backend)
+    own = evaluate(images, backend)
     expected = reference(images)
-    assert own.compute() == pytest.approx(dict(zip(KEYS, expected.stats.tolist(), strict=True)), abs=1e-9)
-    np.testing.assert_allclose(own.evaluation.precision, expected.eval["precision"][..., 0, -1], atol=1e-12)
-    assert 0.05 < own.evaluation.numbers["map"] < 0.9
-    assert own.evaluation.map_per_class["yak"] == -1
+    assert own.numbers == pytest.approx(dict(zip(KEYS, expected.stats.tolist(), strict=True)), abs=1e-9)
+    np.testing.assert_allclose(own.precision, expected.eval["precision"][..., 0, -1], atol=1e-12)
+    assert 0.05 < own.numbers["map"] < 0.9
+    assert own.map_per_class["yak"] == -1
 
 
 def test_perfect_masks_are_perfect_whatever_their_boxes() -> None:
@@ -108,7 +111,7 @@ def test_perfect_masks_are_perfect_whatever_their_boxes() -> None:
         _, truth = image(5, 0, 0.0)
         found = Detections(torch.zeros(5), truth["labels"], torch.zeros(5, 4), truth["runs"], torch.rand(5))
         images[i] = found, truth
-    numbers = metrics(images).compute()
+    numbers = evaluate(images).numbers
     assert numbers["map"] == numbers["mar_100"] == 1.0
 
 

@@ -1,6 +1,7 @@
 """A detector with a mask head: masks lie on the file's pixels, also where a canvas surrounds the image."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.transforms import v2
-from toy_model import detector
 
 from codetr.data.coco import CocoDetection
 from codetr.data.collate import collate
@@ -17,7 +17,7 @@ from codetr.data.datamodule import DetectionDataModule
 from codetr.data.readers import coco
 from codetr.data.sampling import Uniform
 from codetr.data.transforms import Transform, fit_canvas, transformed
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.mean_ap import detection_metric
 from codetr.inference import Model
 from codetr.inference.outputs import Writer
 from codetr.inference.sources import Images
@@ -26,6 +26,7 @@ from codetr.models.detector import Detector
 from codetr.postprocess import PostProcess
 from codetr.task import DetectionTask
 from codetr.types import Detections
+from toy_model import detector
 
 CLASSES = ("disc", "ring", "star")
 MASKS = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
@@ -202,11 +203,11 @@ def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: t
     """Truth made of the detector's own masks: mask AP is 1; without masks there is no number."""
     dataset = CocoDetection(*painted, runs=True)
     batch = collate([transformed(dataset[i], PIPELINES["resized"]) for i in range(2)], 32)
-    postprocess, metrics = PostProcess(5, None), DetectionMetrics(CLASSES, max_detections=5)
+    postprocess, metrics = PostProcess(5, None), partial(detection_metric, CLASSES, max_detections=5)
     task = DetectionTask(model, None, postprocess, metrics, False, None, None, {})
     with torch.no_grad():
         found = task.validation_step(batch, 0)
-        assert task.mask_metrics.compute()["map"] < 0.5
+        assert task.metrics["val/segm"].compute()["map"] < 0.5
         batch.truth = [
             {
                 "boxes": torch.zeros(5, 4).double(),
@@ -220,10 +221,10 @@ def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: t
         task.on_validation_epoch_start()
         task.validation_step(batch, 0)
         assert min(coco_mask.area(one.runs).min() for one in found) > 0
-        assert task.mask_metrics.compute()["map"] == 1.0
-        assert task.metrics.compute()["map"] == 0.0
+        assert task.metrics["val/segm"].compute()["map"] == 1.0
+        assert task.metrics["val"].compute()["map"] == 0.0
         task.on_validation_epoch_start()
         batch.truth = [{name: one[name] for name in one if name != "runs"} for one in batch.truth]
         task.validation_step(batch, 0)
-        task.mask_metrics.compute()
-    assert task.mask_metrics.evaluation.images == 0
+        task.metrics["val/segm"].compute()
+    assert task.metrics["val/segm"].evaluations["segm"].images == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from codetr.application import compose
-from codetr.evaluation.metrics import DetectionMetrics
+from codetr.evaluation.inputs import inputs
 from codetr.postprocess import NMS, PostProcess, SoftNMS, Suppression
 from codetr.types import Prediction
 
@@ -119,12 +119,11 @@ def test_three_hundred_perfect_detections_have_a_recall_of_one(postprocess: str,
     (found,) = instantiate(config.postprocess)(
         Prediction(torch.ones(1, 300, 1), boxes[None]), torch.tensor([[900, 1000]])
     )
-    metrics = instantiate(config.metrics)(["disc"])
-    assert isinstance(metrics, DetectionMetrics)
+    metric = instantiate(config.metrics)(["disc"])
     xyxy = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).double() * 1000
     xyxy[:, 1::2] *= 0.9
     zeros = torch.zeros(300)
     truth = {"boxes": xyxy, "labels": zeros.long(), "iscrowd": zeros.bool(), "area": zeros + 1800}
     truth |= {"neg_labels": torch.zeros(0).long(), "not_exhaustive_labels": torch.zeros(0).long()} if federated else {}
-    metrics.update([1], [found], [truth])
-    assert metrics.compute()["mar_300"] == pytest.approx(1)
+    metric.update(*inputs([1], [found], [truth]))
+    assert float(metric.compute()["mar_300"]) == pytest.approx(1)

@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL.Image import Image
 
-from codetr.evaluation.metrics import DetectionMetrics
 from codetr.files import atomically
 from codetr.types import Batch, Detections, box_scale
 from codetr.visualize import compare, grid
@@ -22,7 +21,7 @@ class Pictures(Callback):
     """Draws the first `count` validation images of process 0 into the loggers and into `predictions.png`.
 
     score_threshold: detections below it are not drawn. The module's validation step returns list[Detections], and
-    its `metrics` knows the class names. The file lies in the trainer's `default_root_dir`.
+    its metric `val` knows the class names. The file lies in the trainer's `default_root_dir`.
     """
 
     def __init__(self, count: int, score_threshold: float) -> None:
@@ -42,10 +41,9 @@ class Pictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            metrics = pl_module.metrics
-            assert isinstance(metrics, DetectionMetrics), "the module keeps its DetectionMetrics as `metrics`"
+            class_names = pl_module.metrics["val"].class_names  # type: ignore[index, union-attr]
             for i in range(min(self.count - len(self._pictures), len(outputs))):
-                self._pictures.append(draw(batch, i, outputs[i], metrics.class_names, self.score_threshold))
+                self._pictures.append(draw(batch, i, outputs[i], class_names, self.score_threshold))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures:

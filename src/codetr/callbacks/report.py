@@ -15,37 +15,39 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codetr.evaluation.metrics import ABSENT, DetectionMetrics, Evaluation
+from codetr.evaluation.engines import ABSENT
+from codetr.evaluation.summary import Evaluation
 from codetr.files import atomically
 from codetr.names import shown
 from codetr.visualize import save_learning_curves, save_precision_recall
 
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
 BAR_WIDTH = 24
+BRANCH = "val/branch/"  # before the name of a head
 
 
 class Report(Callback):
     """Process 0 writes `metrics.json` and `pr_curves.png` after every validation, and `curves.png` after a fit that
     logged to CSV; a validation outside of a fit, such as the one of the best weights after it, shows its tables.
 
-    The module's `metrics` is the `DetectionMetrics` that it has
-    computed; the files lie in the trainer's `default_root_dir`. losses, scores: names in metrics.csv to plot. about:
-    further entries of metrics.json, such as the checkpoint that is evaluated.
+    The module's `metrics` are those of `DetectionTask`, computed; the files lie in the trainer's `default_root_dir`.
+    losses, scores: names in metrics.csv to plot. about: further entries of metrics.json, such as the checkpoint that is
+    evaluated.
     """
 
     def __init__(self, losses: Sequence[str], scores: Sequence[str], about: Mapping[str, Any]) -> None:
         self.losses, self.scores, self.about = losses, scores, dict(about)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        evaluation = last_evaluation(pl_module)
-        if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
+        every = evaluations(pl_module)
+        if "val" not in every or not trainer.is_global_zero or trainer.sanity_checking:
             return
+        evaluation, masks = every["val"], every.get("val/segm")
         folder = Path(trainer.default_root_dir)
         where: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        branches = branch_numbers(pl_module)
+        branches = {name[len(BRANCH) :]: own.numbers for name, own in every.items() if name.startswith(BRANCH)}
         if branches:
             where["branches"] = branches
-        masks = mask_evaluation(pl_module)
         if masks is not None:
             where["segm"] = masks.numbers | {"map_per_class": masks.map_per_class}
         write_metrics(folder / "metrics.json", evaluation, where | self.about)
@@ -67,23 +69,10 @@ class Report(Callback):
                     save_learning_curves(log, path, self.losses, self.scores)
 
 
-def last_evaluation(pl_module: LightningModule) -> Evaluation | None:
-    metrics = pl_module.metrics
-    assert isinstance(metrics, DetectionMetrics), "the module keeps its DetectionMetrics as `metrics`"
-    return metrics.evaluation
-
-
-def mask_evaluation(pl_module: LightningModule) -> Evaluation | None:
-    """The evaluation of instance masks, if there was one."""
-    metrics: DetectionMetrics | None = getattr(pl_module, "mask_metrics", None)
-    evaluation = metrics.evaluation if metrics is not None else None
-    return evaluation if evaluation is not None and evaluation.images else None
-
-
-def branch_numbers(pl_module: LightningModule) -> dict[str, dict[str, float]]:
-    """The numbers of every auxiliary head that was evaluated."""
-    every = {name: metrics.evaluation for name, metrics in getattr(pl_module, "branch_metrics", {}).items()}
-    return {name: evaluation.numbers for name, evaluation in every.items() if evaluation is not None}
+def evaluations(pl_module: LightningModule) -> dict[str, Evaluation]:
+    """What the module's metrics found out, by their names; without those that saw no images beside others that did."""
+    every = {name: own for name, metric in pl_module.metrics.items() for own in metric.evaluations.values()}  # type: ignore[operator, union-attr]
+    return {name: own for name, own in every.items() if name == "val" or own.images}
 
 
 def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:

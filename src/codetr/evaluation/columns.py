@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from pycocotools import mask as coco_mask
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from codetr.errors import UserError
-from codetr.types import Detections
 
 OUTSIDE = 1e11  # an area that is in no range; the range of all ends at 1e10
 BETWEEN = b"\n"  # of the run lengths of two objects; compressed run lengths are printable characters
+UNNAMED = -1  # stands for an image that came without an id
+FIRST_UNNAMED = -(2**62)  # where the ids that such images get begin
+
+# What a metric keeps, here without images. images: [I, 8] id, height and width of the masks, and how many rows of each
+# of the others are the image's. found: [n, 6] xyxy, score, label. truth: [m, 7] xyxy, label, iscrowd, area, that is NaN
+# where the box or the mask tells it. checked: [c, 2] the labels that an image was searched for without success, 0, and
+# those of which it may have further objects, 1 (LVIS). found_runs, truth_runs: characters of compressed run lengths.
+STATES = {
+    "images": torch.empty(0, 8, dtype=torch.int64),
+    "found": torch.empty(0, 6),
+    "truth": torch.empty(0, 7),
+    "checked": torch.empty(0, 2, dtype=torch.int64),
+    "found_runs": torch.empty(0, dtype=torch.uint8),
+    "truth_runs": torch.empty(0, dtype=torch.uint8),
+}
 
 
 class Ragged(NamedTuple):
@@ -34,12 +49,8 @@ class Ragged(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """ids: [I]. sizes: [I, 2] (height, width) of the masks.
-
-    found: [n, 6] xyxy, score, label. truth: [m, 7] xyxy, label, iscrowd, area. checked: [c, 2] the labels that an image
-    was searched for without success, 0, and those of which it may have further objects, 1 (LVIS). found_runs,
-    truth_runs: the characters of the compressed run lengths, if masks are evaluated.
-    """
+    """The images of an evaluation, each once. ids: [I]. sizes: [I, 2] (height, width) of the masks. The rest: `STATES`,
+    with every area."""
 
     ids: np.ndarray
     sizes: np.ndarray
@@ -53,101 +64,129 @@ class Columns(NamedTuple):
         """images: [I] bool."""
         return Columns(self.ids[images], self.sizes[images], *(ragged.of(images) for ragged in self[2:]))
 
-    def arrays(self) -> list[np.ndarray]:
-        return [self.ids, self.sizes, *(array for ragged in self[2:] for array in ragged)]
-
     @staticmethod
-    def from_arrays(arrays: Sequence[np.ndarray]) -> Columns:
-        ids, sizes, *rest = arrays
-        return Columns(ids, sizes, *(Ragged(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)))
-
-    @staticmethod
-    def joined(parts: Sequence[Columns]) -> Columns:
+    def from_states(images: Tensor, *rows: Tensor) -> Columns:
         """Of an image that is there several times, the last one counts."""
-        columns = zip(*(part.arrays() for part in (_NOTHING, *parts)), strict=True)
-        whole = Columns.from_arrays([np.concatenate(pieces) for pieces in columns])
-        last = np.zeros(len(whole.ids), bool)
+        table = numbered(images, 0, 1).numpy()
+        counts = table[:, 3:].T
+        ragged = (Ragged(own.numpy(), count) for own, count in zip(rows, counts, strict=True))
+        whole = Columns(table[:, 0], table[:, 1:3], *ragged)
+        last = np.zeros(len(table), bool)
         last[len(last) - 1 - np.unique(whole.ids[::-1], return_index=True)[1]] = True
         return whole if last.all() else whole.of(last)
 
+    def labelled(self, found: np.ndarray, truth: np.ndarray) -> Columns:
+        """With other labels, [n] and [m]."""
+        rows, true_rows = self.found.rows.copy(), self.truth.rows.copy()
+        rows[:, 5], true_rows[:, 4] = found, truth
+        return self._replace(found=self.found._replace(rows=rows), truth=self.truth._replace(rows=true_rows))
 
-def _ragged(dtype: type, *width: int) -> Ragged:
-    return Ragged(np.empty((0, *width), dtype), np.empty(0, np.int64))
+    def with_areas(self, masks: bool) -> Columns:
+        """With the area of the box or of the mask where no other is known."""
+        rows = self.truth.rows
+        unknown = np.isnan(rows[:, 6])
+        if not unknown.any():
+            return self
+        runs = runs_of(self.truth_runs, self.truth.counts, self.sizes) if masks else None
+        own = np.where(unknown, areas(rows, runs), rows[:, 6])
+        return self._replace(truth=self.truth._replace(rows=np.column_stack([rows[:, :6], own])))
 
 
-_NOTHING = Columns(
-    ids=np.empty(0, np.int64),
-    sizes=np.empty((0, 2), np.int64),
-    found=_ragged(np.float32, 6),
-    truth=_ragged(np.float32, 7),
-    checked=_ragged(np.int64, 2),
-    found_runs=_ragged(np.uint8),
-    truth_runs=_ragged(np.uint8),
-)
+def numbered(images: Tensor, process: int, processes: int) -> Tensor:
+    """`images` with ids for those that came without: as a DistributedSampler deals out images to `processes`."""
+    ids = FIRST_UNNAMED + torch.arange(len(images)) * processes + process
+    return torch.column_stack([torch.where(images[:, 0] == UNNAMED, ids, images[:, 0]), images[:, 1:]])
 
 
 def columns_of(
-    ids: Sequence[int],
-    detections: Sequence[Detections],
-    truth: Sequence[Mapping[str, Any]],
-    masks: bool,
+    preds: Sequence[dict[str, Any]],
+    target: Sequence[dict[str, Any]],
+    box_format: str,
+    iou_types: Sequence[str],
+    given_areas: bool,
     federated: bool,
-) -> Columns:
-    """Of a batch, which leaves the device in one copy; numbers keep their precision."""
-    scores = [d.mask_scores if masks and d.mask_scores is not None else d.scores for d in detections]
-    found = [[d.boxes_xyxy for d in detections], scores, [d.labels for d in detections]]
-    true = [*([t[name] for t in truth] for name in ("boxes", "labels", "iscrowd")), [_area(t) for t in truth]]
-    found_runs, true_runs = ([d.runs or [] for d in detections], [t["runs"] for t in truth]) if masks else ([], [])
-    pixels = [(*f, *t)[:1] for f, t in zip(found_runs, true_runs, strict=True)]
-    sizes = [some[0]["size"] if some else (0, 0) for some in pixels] if masks else np.zeros((len(ids), 2))
-    return Columns(
-        ids=np.array(ids, np.int64),
-        sizes=np.array(sizes, np.int64).reshape(-1, 2),
-        found=_stacked(found),
-        truth=_stacked(true),
-        checked=_stacked([[_checked(t) for t in truth]]) if federated else _none(len(ids), _NOTHING.checked),
-        found_runs=_characters(found_runs) if masks else _none(len(ids), _NOTHING.found_runs),
-        truth_runs=_characters(true_runs) if masks else _none(len(ids), _NOTHING.truth_runs),
+) -> dict[str, Tensor]:
+    """Of a batch, what is appended to `STATES`. It leaves the device in one copy; numbers keep their precision.
+
+    given_areas: areas hold even where they are 0, which otherwise stands for that of the box or mask.
+    """
+    boxes, true_boxes = (
+        [_boxes(image, box_format, "bbox" in iou_types) for image in images] for images in (preds, target)
     )
+    found = [boxes, *([image[name] for image in preds] for name in ("scores", "labels"))]
+    crowd = [image.get("iscrowd", torch.zeros_like(image["labels"])) for image in target]
+    truth = [true_boxes, [image["labels"] for image in target], crowd, [_area(t, given_areas) for t in target]]
+    checked = [_checked(image) for image in target] if federated else [STATES["checked"]] * len(target)
+    runs, true_runs = (
+        [_runs(image["masks"]) if "segm" in iou_types else [] for image in images] for images in (preds, target)
+    )
+    texts, true_texts = ([_characters(own) for own in every] for every in (runs, true_runs))
+    table = [
+        (int(image.get("image_id", UNNAMED)), *next((o["size"] for o in (*f, *t)), (0, 0)), *map(len, lengths))
+        for image, f, t, *lengths in zip(
+            target, runs, true_runs, boxes, true_boxes, checked, texts, true_texts, strict=True
+        )
+    ]
+    return {
+        "images": torch.tensor(table, dtype=torch.int64),
+        "found": _stacked(found),
+        "truth": _stacked(truth),
+        "checked": torch.cat(checked),
+        "found_runs": torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy()),
+        "truth_runs": torch.from_numpy(np.frombuffer(b"".join(true_texts), np.uint8).copy()),
+    }
 
 
-def _area(truth: Mapping[str, Any]) -> Tensor:
-    """[n]; of ignored objects, as `difficult` ones of VOC, one outside of all ranges.
+def _boxes(image: dict[str, Any], box_format: str, wanted: bool) -> Tensor:
+    """[n, 4] xyxy. Sums of other formats are of 64 bits, so that widths stay what they were."""
+    if not wanted:
+        return torch.zeros(len(image["labels"]), 4, device=image["labels"].device)
+    boxes = image["boxes"].reshape(-1, 4)
+    return boxes if box_format == "xyxy" else box_convert(boxes.double(), box_format, "xyxy")
+
+
+def _area(image: dict[str, Any], given: bool) -> Tensor:
+    """[n], NaN where it is not known; of ignored objects, as `difficult` ones of VOC, one outside of all ranges.
 
     So COCO counts them neither as found nor as missed, and what finds them neither as right nor as wrong.
     """
-    ignored = truth.get("ignore")
-    return truth["area"] if ignored is None else truth["area"].masked_fill(ignored, OUTSIDE)
+    labels = image["labels"]
+    area = image.get("area", torch.full((len(labels),), torch.nan, device=labels.device))
+    if not given:
+        area = area.where(area > 0, torch.nan)
+    return area if image.get("ignore") is None else area.masked_fill(image["ignore"], OUTSIDE)
 
 
-def _stacked(columns: list[list[Tensor]]) -> Ragged:
-    """columns: each of every image."""
-    rows = torch.column_stack([torch.cat(column) for column in columns])
-    return Ragged(rows.cpu().numpy(), np.array([len(own) for own in columns[0]], np.int64))
+def _stacked(columns: list[list[Tensor]]) -> Tensor:
+    """columns: each of every image. Of 32 bits at least, which hold the labels."""
+    whole = [torch.cat(column) for column in columns]
+    return torch.column_stack([whole[0].to(torch.promote_types(whole[0].dtype, torch.float32)), *whole[1:]]).cpu()
 
 
-def _none(images: int, like: Ragged) -> Ragged:
-    return Ragged(like.rows, np.zeros(images, np.int64))
-
-
-def _checked(truth: Mapping[str, Any]) -> Tensor:
-    if "neg_labels" not in truth:
+def _checked(image: dict[str, Any]) -> Tensor:
+    if "neg_labels" not in image:
         raise UserError(
             "metrics.federated=true needs images with the categories that they were searched for, as LVIS has them "
             "(neg_category_ids, not_exhaustive_category_ids); this data set has none: metrics.federated=false"
         )
-    labels = [torch.as_tensor(truth[name], dtype=torch.int64) for name in ("neg_labels", "not_exhaustive_labels")]
+    labels = [torch.as_tensor(image[name], dtype=torch.int64) for name in ("neg_labels", "not_exhaustive_labels")]
     return torch.cat([torch.column_stack([own, torch.full_like(own, kind)]) for kind, own in enumerate(labels)])
 
 
-def _characters(runs: list[list[dict[str, Any]]]) -> Ragged:
+def _runs(masks: Tensor | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of [n, H, W] masks, or run lengths as they are."""
+    if not isinstance(masks, Tensor):
+        return masks
+    if not masks.numel():
+        return []
+    columns = masks.transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()
+    return coco_mask.encode(columns.transpose(2, 1, 0))
+
+
+def _characters(runs: list[dict[str, Any]]) -> bytes:
     """All run lengths end with BETWEEN."""
-    texts = [b"".join(_text(one["counts"]) + BETWEEN for one in own) for own in runs]
-    return Ragged(np.frombuffer(b"".join(texts), np.uint8), np.array([len(text) for text in texts], np.int64))
-
-
-def _text(counts: str | bytes) -> bytes:
-    return counts.encode() if isinstance(counts, str) else counts
+    counts = (one["counts"] for one in runs)
+    return b"".join((text.encode() if isinstance(text, str) else text) + BETWEEN for text in counts)
 
 
 def runs_of(characters: Ragged, objects: np.ndarray, sizes: np.ndarray) -> list[dict[str, Any]]:
@@ -157,33 +196,16 @@ def runs_of(characters: Ragged, objects: np.ndarray, sizes: np.ndarray) -> list[
     return [{"size": size, "counts": text} for size, text in zip(owners, counts, strict=True)]
 
 
-def on_first_process(columns: Columns, group: dist.ProcessGroup) -> Columns | None:
-    """The columns of all processes on process 0, as arrays and one after the other; elsewhere None.
-
-    Of an image that several processes saw, the lowest one's counts. Every process sends as many arrays, some of them
-    without rows, so none waits for another.
-    """
-    arrays = [np.ascontiguousarray(array) for array in columns.arrays()]
-    shapes = torch.tensor([[len(array), array.itemsize] for array in arrays])
-    every = [torch.empty_like(shapes) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, shapes, group=group)
-    if dist.get_rank(group):
-        for array in arrays:
-            if array.size:
-                dist.send(_bytes(array), dst=0, group=group)
-        return None
-    parts = [columns]
-    for rank, theirs in enumerate(every[1:], start=1):
-        received = []
-        for like, (rows, item) in zip(arrays, theirs.tolist(), strict=True):
-            array = np.empty((rows, *like.shape[1:]), np.dtype(f"{like.dtype.kind}{item}"))
-            if array.size:
-                dist.recv(_bytes(array), src=rank, group=group)
-            received.append(array)
-        parts.insert(0, Columns.from_arrays(received))
-    return Columns.joined(parts)
+def areas(rows: np.ndarray, runs: list[Any] | None) -> np.ndarray:
+    """[n]: of the masks if there are any, else of the boxes."""
+    if runs is not None:
+        return mask_areas(runs)
+    boxes = rows[:, :4].astype(float)
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def _bytes(array: np.ndarray) -> Tensor:
-    """The array's own memory."""
-    return torch.from_numpy(array.reshape(-1).view(np.uint8))
+def mask_areas(runs: list[Any]) -> np.ndarray:
+    """[n] pixels. pycocotools' own function stops at more than 255 masks."""
+    from hotcoco import mask
+
+    return np.asarray(mask.area(runs), float).reshape(-1)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from codetr.errors import UserError
-from codetr.evaluation.columns import Columns, Ragged, runs_of
+from codetr.evaluation.columns import Columns, Ragged, areas, mask_areas, runs_of
 
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
+RECALL_THRESHOLDS = tuple(np.linspace(0.0, 1.0, 101).tolist())
 AREAS = ("all", "small", "medium", "large")
 ABSENT = -1.0  # COCO's value for an average over nothing
 CHUNK = 250_000  # detections that an engine sees at once: it needs some 300 bytes for each
@@ -29,11 +28,24 @@ class Rules:
 
     federated: LVIS' rules: the last limit holds for all classes of an image together; only the classes that an image
     was searched for count there; what was found of a class that is not exhaustively annotated there is no mistake.
+    iou_thresholds, recall_thresholds: where precision and recall are taken.
     """
 
     limits: tuple[int, ...]
     masks: bool = False
     federated: bool = False
+    iou_thresholds: tuple[float, ...] = IOU_THRESHOLDS
+    recall_thresholds: tuple[float, ...] = RECALL_THRESHOLDS
+
+
+class Curves(NamedTuple):
+    """For T IoU thresholds, R recall thresholds, K classes, A = 4 ranges of areas and M limits: precision
+    [T, R, K, A, M], recall [T, K, A, M], and scores [T, R, K, A, M] of the detections where a recall is reached; -1
+    where a class has no object."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    scores: np.ndarray
 
 
 @dataclass
@@ -64,25 +76,56 @@ class Scene:
         return np.unique(np.concatenate([self.found.image, self.truth.image])).tolist()
 
 
-def curves(columns: Columns, num_classes: int, rules: Rules, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [10, 101, K, 4 areas, limits] and recall [10, K, 4, limits]; -1 where a class has no object.
+def curves(columns: Columns, num_classes: int, rules: Rules, backend: Backend) -> Curves:
+    """Those of all classes.
 
     Classes do not know of each other, so the engine gets some of them at a time: what it needs for itself does not
-    grow with the data set. Raises UserError for a backend that cannot do what `rules` ask for.
+    grow with the data set.
     """
-    if rules.federated and backend != "hotcoco":
-        raise UserError(f"metrics.federated=true (LVIS) needs metrics.backend=hotcoco, not {backend}")
+    thresholds, recalls = len(rules.iou_thresholds), len(rules.recall_thresholds)
     shape = (num_classes, len(AREAS), len(rules.limits))
-    precision = np.full((len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), *shape), ABSENT)
-    recall = np.full((len(IOU_THRESHOLDS), *shape), ABSENT)
+    whole = Curves(*(np.full((thresholds, *middle, *shape), ABSENT) for middle in ((recalls,), (), (recalls,))))
     engine = {"hotcoco": _hotcoco, "faster_coco_eval": _coco_api, "pycocotools": _coco_api}[backend]
     rows = np.bincount(columns.found.rows[:, 5].astype(int), minlength=num_classes)
     for scene in _scenes(columns, rules, list(_ranges(np.cumsum([0, *rows])))):
         if len(scene.truth.image):  # without objects there is nothing to find out
-            evaluation = engine(scene, rules, backend)
-            precision[:, :, scene.classes] = evaluation["precision"]
-            recall[:, scene.classes] = evaluation["recall"]
-    return precision, recall
+            own = engine(scene, rules, backend)
+            whole.precision[:, :, scene.classes] = own.precision
+            whole.recall[:, scene.classes] = own.recall
+            whole.scores[:, :, scene.classes] = own.scores
+    return whole
+
+
+def overlaps(columns: Columns, num_classes: int, rules: Rules) -> dict[tuple[int, int], np.ndarray]:
+    """(index of the image, label) -> IoUs [detections, objects] there, of the detections that count, best first."""
+    (scene,) = _scenes(columns, rules, [(0, num_classes)])
+    found, truth = _by_place(scene.found), _by_place(scene.truth)
+    return {
+        (image, label): _overlap(scene, found.get((image, label), []), truth.get((image, label), []), rules)
+        for image in range(len(columns.ids))
+        for label in range(num_classes)
+    }
+
+
+def _by_place(objects: Objects) -> dict[tuple[int, int], list[int]]:
+    """(image, label) -> the objects there."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for i, place in enumerate(zip(objects.image.tolist(), objects.label.tolist(), strict=True)):
+        places.setdefault(place, []).append(i)
+    return places
+
+
+def _overlap(scene: Scene, found: list[int], truth: list[int], rules: Rules) -> np.ndarray:
+    from pycocotools.mask import iou
+
+    assert scene.found.scores is not None
+    assert scene.truth.crowd is not None
+    best = [found[i] for i in np.argsort(-scene.found.scores[found], kind="stable")[: rules.limits[-1]]]
+    shapes = [
+        [objects.runs[i] for i in own] if objects.runs is not None else objects.boxes[own]
+        for objects, own in ((scene.found, best), (scene.truth, truth))
+    ]
+    return np.asarray(iou(*shapes, scene.truth.crowd[truth].tolist())).reshape(len(best), len(truth))
 
 
 def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
@@ -99,48 +142,75 @@ def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
     for some in _ranges(np.cumsum([0, *counts])):
         here = np.zeros(len(counts), bool)
         here[slice(*some)] = True
-        of_boxes = replace(rules, masks=False)
-        for scene in _scenes(columns.of(here), of_boxes, [(0, num_classes)]):
-            evaluation = _hotcoco_evaluation(scene, of_boxes)
+        for scene in _scenes(columns.of(here), rules, [(0, num_classes)]):
+            evaluation = _hotcoco_evaluation(scene, rules)
             matrix += evaluation.confusion_matrix(CONFUSION_IOU, rules.limits[-1])["matrix"].astype(np.int64)
     return matrix
 
 
 def _scenes(columns: Columns, rules: Rules, ranges: Sequence[tuple[int, int]]) -> Iterator[Scene]:
     """Each with the labels of a range; their images are numbered in the order of the ids."""
-    number = np.argsort(np.argsort(columns.ids, kind="stable"), kind="stable").astype(np.int32)
+    number = _numbers(columns)
     owners, true_owners = number[columns.found.owners], number[columns.truth.owners]
     checked = np.column_stack([number[columns.checked.owners], columns.checked.rows])
-    found_runs = true_runs = None
-    if rules.masks:
-        found_runs = runs_of(columns.found_runs, columns.found.counts, columns.sizes)
-        true_runs = runs_of(columns.truth_runs, columns.truth.counts, columns.sizes)
-    keep, true_keep = _counts_in_lvis(columns, rules.limits[-1], found_runs) if rules.federated else (None, None)
+    runs, true_runs = _runs(columns) if rules.masks else (None, None)
+    keep, true_keep = _counts_in_lvis(columns, rules.limits[-1], runs) if rules.federated else (None, None)
     by_class, labels = _by_class(columns.found.rows[:, 5], keep)
     true_by_class, true_labels = _by_class(columns.truth.rows[:, 4], true_keep)
     for first, last in ranges:
         rows = by_class[slice(*np.searchsorted(labels, (first, last)))]
         true_rows = true_by_class[slice(*np.searchsorted(true_labels, (first, last)))]
-        found, truth = columns.found.rows[rows].astype(float), columns.truth.rows[true_rows].astype(float)
         yield Scene(
-            Objects(
-                owners[rows],
-                found[:, 5].astype(np.int64),
-                _xywh(found),
-                scores=found[:, 4],
-                runs=None if found_runs is None else [found_runs[i] for i in rows.tolist()],
-            ),
-            Objects(
-                true_owners[true_rows],
-                truth[:, 4].astype(np.int64),
-                _xywh(truth),
-                crowd=truth[:, 5] > 0,
-                area=truth[:, 6],
-                runs=None if true_runs is None else [true_runs[i] for i in true_rows.tolist()],
-            ),
+            _found(columns.found.rows[rows], owners[rows], _some(runs, rows)),
+            _truth(columns.truth.rows[true_rows], true_owners[true_rows], _some(true_runs, true_rows)),
             np.arange(first, last),
             checked[(checked[:, 1] >= first) & (checked[:, 1] < last)],
         )
+
+
+def _numbers(columns: Columns) -> np.ndarray:
+    """[I]: of the images, in the order of their ids."""
+    return np.argsort(np.argsort(columns.ids, kind="stable"), kind="stable").astype(np.int32)
+
+
+def _runs(columns: Columns) -> tuple[list[Any], list[Any]]:
+    """Of all detections, and of all objects."""
+    return (
+        runs_of(columns.found_runs, columns.found.counts, columns.sizes),
+        runs_of(columns.truth_runs, columns.truth.counts, columns.sizes),
+    )
+
+
+def _some(runs: list[Any] | None, rows: np.ndarray) -> list[Any] | None:
+    return None if runs is None else [runs[i] for i in rows.tolist()]
+
+
+def _found(rows: np.ndarray, owners: np.ndarray, runs: list[Any] | None) -> Objects:
+    rows = rows.astype(float)
+    return Objects(owners, rows[:, 5].astype(np.int64), _xywh(rows), scores=rows[:, 4], runs=runs)
+
+
+def _truth(rows: np.ndarray, owners: np.ndarray, runs: list[Any] | None) -> Objects:
+    rows = rows.astype(float)
+    crowd, area = rows[:, 5] > 0, rows[:, 6]
+    return Objects(owners, rows[:, 4].astype(np.int64), _xywh(rows), crowd=crowd, area=area, runs=runs)
+
+
+def in_coco_format(columns: Columns, boxes: bool, masks: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A data set, and what was found in it; its images are numbered in the order of the ids."""
+    number = _numbers(columns)
+    runs, true_runs = _runs(columns) if masks else (None, None)
+    found = _entries(_found(columns.found.rows, number[columns.found.owners], runs), boxes)
+    truth = _entries(_truth(columns.truth.rows, number[columns.truth.owners], true_runs), boxes)
+    labels = np.unique(np.concatenate([columns.found.rows[:, 5], columns.truth.rows[:, 4]])).astype(int).tolist()
+    sizes = columns.sizes[np.argsort(number)].tolist()
+    dataset = {
+        "info": {},
+        "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)],
+        "annotations": truth,
+        "categories": [{"id": label, "name": str(label)} for label in labels],
+    }
+    return dataset, found
 
 
 def _by_class(labels: np.ndarray, keep: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -183,15 +253,7 @@ def _counts_in_lvis(columns: Columns, limit: int, runs: list[Any] | None) -> tup
         _pairs(columns.checked.owners[negative], columns.checked.rows[negative, 0]),
     ]
     known = np.isin(_pairs(owners, rows[:, 5]), np.concatenate(searched))
-    return (place < limit) & known & (_areas(rows, runs) > 0), objects
-
-
-def _areas(rows: np.ndarray, runs: list[Any] | None) -> np.ndarray:
-    """[n]: of the masks if there are any, else of the boxes."""
-    from hotcoco import mask
-
-    boxes = _xywh(rows)
-    return boxes[:, 2] * boxes[:, 3] if runs is None else np.asarray(mask.area(runs), float).reshape(-1)
+    return (place < limit) & known & (areas(rows, runs) > 0), objects
 
 
 def _pairs(image: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -199,13 +261,13 @@ def _pairs(image: np.ndarray, label: np.ndarray) -> np.ndarray:
     return (image.astype(np.int64) << 32) + label.astype(np.int64)
 
 
-def _hotcoco(scene: Scene, rules: Rules, backend: str) -> dict[str, Any]:
+def _hotcoco(scene: Scene, rules: Rules, backend: str) -> Curves:
     return _evaluated(_hotcoco_evaluation(scene, rules), rules)
 
 
 def _hotcoco_evaluation(scene: Scene, rules: Rules) -> Any:
     """hotcoco takes columns; its digits are those of pycocotools, and of lvis-api."""
-    from hotcoco import COCO, COCOeval, mask
+    from hotcoco import COCO, COCOeval
 
     images: list[dict[str, Any]] = [{"id": i} for i in scene.images]
     if rules.federated:
@@ -232,27 +294,25 @@ def _hotcoco_evaluation(scene: Scene, rules: Rules) -> Any:
     if rules.federated:
         detections = detections.cap_detections_per_image(None)  # done already, before the classes parted
     if found.runs:
-        detections.update_anns(ids=np.arange(1, len(table) + 1), area=np.asarray(mask.area(found.runs), float))
+        detections.update_anns(ids=np.arange(1, len(table) + 1), area=mask_areas(found.runs))
     return COCOeval(true, detections, "segm" if rules.masks else "bbox", lvis_style=rules.federated)
 
 
-def _coco_api(scene: Scene, rules: Rules, backend: str) -> dict[str, Any]:
+def _coco_api(scene: Scene, rules: Rules, backend: str) -> Curves:
     """pycocotools, or faster-coco-eval, which has its interface: a dictionary per object."""
     if backend == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-        from pycocotools.mask import area
     else:
         from faster_coco_eval.core import COCO
         from faster_coco_eval.core import COCOeval_faster as COCOeval
-        from faster_coco_eval.core.mask import area
     sizes = {
         image: runs["size"]
         for objects in (scene.found, scene.truth)
         for image, runs in zip(objects.image.tolist(), objects.runs or [], strict=False)
     }
     found, truth = scene.found, scene.truth
-    found.area = np.asarray(area(found.runs)) if found.runs else found.boxes[:, 2] * found.boxes[:, 3]
+    found.area = mask_areas(found.runs) if found.runs else found.boxes[:, 2] * found.boxes[:, 3]
     images = [{"id": i, "height": h, "width": w} for i in scene.images for h, w in [sizes.get(i, (0, 0))]]
     categories = [{"id": k} for k in scene.classes.tolist()]
     both = [COCO(), COCO()]
@@ -263,27 +323,30 @@ def _coco_api(scene: Scene, rules: Rules, backend: str) -> dict[str, Any]:
         return _evaluated(COCOeval(*both, "segm" if rules.masks else "bbox"), rules)
 
 
-def _evaluated(evaluation: Any, rules: Rules) -> dict[str, Any]:
-    evaluation.params.iouThrs, evaluation.params.recThrs = IOU_THRESHOLDS, RECALL_THRESHOLDS
-    evaluation.params.maxDets = list(rules.limits)
+def _evaluated(evaluation: Any, rules: Rules) -> Curves:
+    parameters = evaluation.params
+    parameters.iouThrs, parameters.recThrs = np.array(rules.iou_thresholds), np.array(rules.recall_thresholds)
+    parameters.maxDets = list(rules.limits)
     evaluation.evaluate()
     evaluation.accumulate()
-    return {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}
+    found = evaluation.eval
+    return Curves(*(np.asarray(found[name]) for name in Curves._fields))
 
 
-def _entries(objects: Objects) -> list[dict[str, Any]]:
+def _entries(objects: Objects, boxes: bool = True) -> list[dict[str, Any]]:
     """COCO annotations."""
     count = len(objects.image)
     columns = {
         "id": range(1, count + 1),
         "image_id": objects.image.tolist(),
         "category_id": objects.label.tolist(),
-        "bbox": objects.boxes.tolist(),
         "area": objects.area.tolist() if objects.area is not None else [0.0] * count,
         "iscrowd": objects.crowd.astype(int).tolist() if objects.crowd is not None else [0] * count,
     }
+    if boxes:
+        columns["bbox"] = objects.boxes.tolist()
     if objects.scores is not None:
         columns["score"] = objects.scores.tolist()
     if objects.runs is not None:
-        columns["segmentation"] = [dict(runs) for runs in objects.runs]
+        columns["segmentation"] = [{**runs, "counts": runs["counts"].decode()} for runs in objects.runs]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,118 +1,254 @@
-"""torchmetrics' interface to our evaluation."""
+"""COCO's and LVIS' evaluation as a torchmetrics `Metric`: that of a validation, and of other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchmetrics import Metric
-from torchvision.ops import box_convert
 
-from codetr.evaluation.columns import Columns, columns_of
-from codetr.evaluation.engines import ABSENT, Backend, Rules, curves
-from codetr.evaluation.metrics import per_class, summarize, together
-from codetr.types import Detections
+from codetr.errors import UserError
+from codetr.evaluation.columns import STATES, Columns, columns_of, numbered
+from codetr.evaluation.engines import ABSENT, IOU_THRESHOLDS, RECALL_THRESHOLDS, Backend, Rules, in_coco_format
+from codetr.evaluation.inputs import SHAPES, Inputs, read_coco, validate
+from codetr.evaluation.summary import Evaluation, Wishes, evaluate
+from codetr.ops.distributed import cpu_group
+
+BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
+IouType = Literal["bbox", "segm"]
 
 
 class MeanAveragePrecision(Metric):
     """In place of `torchmetrics.detection.MeanAveragePrecision`, in a fiftieth of its time: the same input and keys.
 
-    Thresholds and results are of 64 bits, so the numbers are pycocotools' own; torchmetrics rounds to 32 bits. Images
-    stay on the CPU as arrays and come together on process 0 when `compute` is called, which every process must do; the
-    result is on all of them. box_format, iou_type, max_detection_thresholds (three), class_metrics: as in torchmetrics.
+    `compute` gives torchmetrics' tensors of 32 bits. `evaluations` (IoU type -> `Evaluation`) then has the numbers in
+    64 bits, which are pycocotools' own, AP per class, curves and confusions. Images stay on the CPU as arrays. They
+    come together on process 0, which evaluates them for all, so every process must call `compute` equally often.
+
+    box_format: of the boxes that `update` gets.
+    iou_type: what is evaluated: boxes, masks, or both at once.
+    iou_thresholds, rec_thresholds: where precision and recall are taken; COCO's, in 64 bits, where None.
+    max_detection_thresholds: three numbers of detections of an image that count; 1, 10, 100 where None.
+    class_metrics: whether `compute` also gives AP and AR of every class.
+    extended_summary: whether it also gives the IoUs of every image and the curves.
+    average: "macro", the mean over the classes, or "micro", of all objects as if they were of one class.
+    backend: the engine, of which pycocotools is the slowest and the judge.
+    class_names: names of the labels 0, 1, ...; then all of these classes are evaluated, whether they occur or not, an
+        `area` holds even where it is 0, and confusions are counted.
+    federated: LVIS' rules (see `Rules`) and numbers.
+    kwargs: the options of every torchmetrics metric, such as `process_group`.
+    Raises ValueError for values that are none of these, and UserError for LVIS with another engine than hotcoco.
     """
 
     is_differentiable = False
     higher_is_better = True
-    full_state_update = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
     def __init__(
         self,
-        box_format: Literal["xyxy", "xywh", "cxcywh"] = "xyxy",
-        iou_type: Literal["bbox", "segm"] = "bbox",
-        max_detection_thresholds: Sequence[int] = (1, 10, 100),
+        box_format: BoxFormat = "xyxy",
+        iou_type: IouType | Sequence[IouType] = "bbox",
+        iou_thresholds: list[float] | None = None,
+        rec_thresholds: list[float] | None = None,
+        max_detection_thresholds: list[int] | None = None,
         class_metrics: bool = False,
+        extended_summary: bool = False,
+        average: Literal["macro", "micro"] = "macro",
         backend: Backend = "hotcoco",
+        class_names: Sequence[str] | None = None,
+        federated: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(sync_on_compute=False)  # `compute` itself gathers
-        self.box_format, self.iou_type, self.backend = box_format, iou_type, backend
-        self.rules = Rules(tuple(sorted(max_detection_thresholds)), masks=iou_type == "segm")
-        self.class_metrics = class_metrics
-        self._parts: list[Columns] = []
-        self._seen = 0
+        super().__init__(**kwargs)
+        self.iou_types = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
+        for own in self.iou_types:
+            _require_one_of("iou_type", own, tuple(SHAPES))
+        _require_one_of("box_format", box_format, get_args(BoxFormat))
+        _require_one_of("average", average, ("macro", "micro"))
+        _require_one_of("backend", backend, get_args(Backend))
+        for name, flag in (("class_metrics", class_metrics), ("extended_summary", extended_summary)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"Expected argument `{name}` to be a boolean but got {flag}")
+        if federated and backend != "hotcoco":
+            raise UserError(f"metrics.federated=true (LVIS) needs metrics.backend=hotcoco, not {backend}")
+        limits = sorted(_list_of(int, "max_detection_thresholds", max_detection_thresholds, (1, 10, 100)))
+        if len(limits) != 3:
+            raise ValueError(
+                f"When providing a list of max detection thresholds it should have length 3. Got value {len(limits)}"
+            )
+        self.rules = Rules(
+            limits=tuple(limits[-1:] if federated else dict.fromkeys(limits)),
+            federated=federated,
+            iou_thresholds=_list_of(float, "iou_thresholds", iou_thresholds, IOU_THRESHOLDS),
+            recall_thresholds=_list_of(float, "rec_thresholds", rec_thresholds, RECALL_THRESHOLDS),
+        )
+        self.box_format, self.backend, self.average = box_format, backend, average
+        self.class_metrics, self.extended_summary = class_metrics, extended_summary
+        self.class_names = None if class_names is None else list(class_names)
+        self.frequency: Sequence[str] | None = None  # of each class, r(are), c(ommon) or f(requent): LVIS
+        self.warn_on_many_detections = True
+        self.evaluations: dict[str, Evaluation] = {}  # of the last `compute`
+        for name in STATES:
+            self.add_state(name, default=[], dist_reduce_fx=None)
 
-    def update(self, preds: Sequence[dict[str, Tensor]], target: Sequence[dict[str, Tensor]]) -> None:
-        """preds: per image `boxes` [n, 4], `scores`, `labels` [n], or `masks` [n, H, W]. target: per image `boxes` or
-        `masks`, `labels`, and perhaps `iscrowd` and `area` (0: that of the box or mask)."""
-        if len(preds) == len(target) > 0:
-            self._parts.append(self._columns(preds, target))
-        elif len(preds) != len(target):
-            raise ValueError(f"preds are of {len(preds)} images, target is of {len(target)}")
+    def update(self, preds: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
+        """Add images. preds: per image `boxes` [n, 4] or `masks` [n, H, W], or both, `scores` and `labels` [n].
 
-    def compute(self) -> dict[str, Tensor]:
-        """torchmetrics' keys: `map`, `map_50`, ..., `mar_large`, `map_per_class`, `mar_100_per_class`, `classes`."""
-        return together(Columns.joined(self._parts), self._evaluate)
+        target: per image `boxes` or `masks`, `labels`, and perhaps `iscrowd` and `area` [n] (0: that of the box or
+        mask). Beyond torchmetrics: `masks` may be lists of COCO's run lengths {size, counts}; `ignore` [n] bool marks
+        objects that count neither as found nor as missed; of images with the same `image_id` the last one counts, or
+        the first process'; `neg_labels`, `not_exhaustive_labels` say what an image was searched for (LVIS).
+        Raises ValueError for other input, and UserError where LVIS' rules miss what an image was searched for.
+        """
+        validate(preds, target, self.iou_types)
+        if self.warn_on_many_detections and any(len(image["labels"]) > self.rules.limits[-1] for image in preds):
+            warnings.warn(
+                f"Encountered more than {self.rules.limits[-1]} detections in a single image. Those with the lowest "
+                "scores do not count; `max_detection_thresholds` says how many do. `warn_on_many_detections = False` "
+                "on the metric switches this warning off.",
+                stacklevel=3,
+            )
+        if preds:
+            given = self.class_names is not None
+            new = columns_of(preds, target, self.box_format, self.iou_types, given, self.rules.federated)
+            for name, rows in new.items():
+                getattr(self, name).append(rows)
 
-    def reset(self) -> None:
-        super().reset()
-        self._parts, self._seen = [], 0
-
-    def forward(self, preds: Sequence[dict[str, Tensor]], target: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Adds the batch; returns its own numbers, those of this process."""
-        self.update(preds, target)
-        return self._evaluate(Columns.joined(self._parts[-1:] if len(preds) else []))
-
-    def _columns(self, preds: Sequence[dict[str, Tensor]], target: Sequence[dict[str, Tensor]]) -> Columns:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        # Those of the images that a DistributedSampler deals out, which repeats some at the end.
-        ids = range(self._seen * world + rank, (self._seen + len(preds)) * world + rank, world)
-        self._seen += len(preds)
-        masks = self.rules.masks
-        found = [
-            Detections(p["scores"], p["labels"], self._boxes(p), _runs(p["masks"]) if masks else None) for p in preds
-        ]
-        return columns_of(ids, found, [self._truth(t) for t in target], masks, federated=False)
-
-    def _truth(self, target: dict[str, Tensor]) -> dict[str, Any]:
-        labels, boxes = target["labels"], self._boxes(target)
-        own = target.get("area", torch.zeros(len(labels), device=labels.device))
-        if self.rules.masks:
-            runs = _runs(target["masks"])
-            area = torch.as_tensor(coco_mask.area(runs).astype(float), device=own.device).reshape(-1)
-        else:
-            runs, area = None, (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        crowd = target.get("iscrowd", torch.zeros_like(labels))
-        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "area": own.where(own > 0, area), "runs": runs}
-
-    def _boxes(self, image: dict[str, Tensor]) -> Tensor:
-        """[n, 4] xyxy; not needed where masks are evaluated."""
-        if self.rules.masks:
-            return torch.zeros(len(image["labels"]), 4, device=image["labels"].device)
-        return box_convert(image["boxes"].reshape(-1, 4), self.box_format, "xyxy")
-
-    def _evaluate(self, columns: Columns) -> dict[str, Tensor]:
-        found, truth = columns.found.rows[:, 5], columns.truth.rows[:, 4]
-        classes, dense = np.unique(np.concatenate([found, truth]).astype(np.int64), return_inverse=True)
-        columns.found.rows[:, 5], columns.truth.rows[:, 4] = np.split(dense, [len(found)])
-        limits = self.rules.limits
-        precision, recall = curves(columns, len(classes), self.rules, self.backend)
-        result = {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in summarize(precision, recall, limits).items()
-        }
-        ap, ar = per_class(precision[:, :, :, 0, -1]), per_class(recall[:, :, 0, -1])
-        shown = self.class_metrics
-        result["map_per_class"] = torch.tensor(ap if shown else ABSENT, dtype=torch.float64)
-        result[f"mar_{limits[-1]}_per_class"] = torch.tensor(ar if shown else ABSENT, dtype=torch.float64)
+    def compute(self) -> dict[str, Any]:
+        """torchmetrics' keys: `map`, `map_50`, ..., `mar_large`, `map_per_class`, `mar_100_per_class`, `classes`; with
+        several IoU types, all but `classes` behind `bbox_` and `segm_`."""
+        found = [None if self._is_synced and dist.get_rank(self._group()) else self._evaluate()]
+        if self._is_synced:
+            dist.broadcast_object_list(found, group_src=0, group=self._group(), device=torch.device("cpu"))
+        assert found[0] is not None
+        classes, self.evaluations = found[0]
+        result: dict[str, Any] = {}
+        for iou_type, evaluation in self.evaluations.items():
+            prefix = f"{iou_type}_" if len(self.evaluations) > 1 else ""
+            result |= {prefix + name: value for name, value in self._tensors(evaluation, classes).items()}
         return result | {"classes": torch.tensor(classes, dtype=torch.int32)}
 
+    def tm_to_coco(self, name: str = "tm_map_input") -> None:
+        """Write the images of this process to `{name}_target.json` and `{name}_preds.json` in COCO's format."""
+        dataset, found = in_coco_format(self._columns(), "bbox" in self.iou_types, "segm" in self.iou_types)
+        for part, content in (("target", dataset), ("preds", found)):
+            Path(f"{name}_{part}.json").write_text(json.dumps(content))
 
-def _runs(masks: Tensor) -> list[dict[str, Any]]:
-    """Of [n, H, W] masks."""
-    columns = masks.transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()
-    return coco_mask.encode(columns.transpose(2, 1, 0))
+    @staticmethod
+    def coco_to_tm(
+        coco_preds: str,
+        coco_target: str,
+        iou_type: IouType | Sequence[IouType] = "bbox",
+        backend: str = "pycocotools",
+    ) -> Inputs:
+        """What `update` takes, with boxes as xywh, from files in COCO's format; pycocotools reads them in any case."""
+        return read_coco(coco_preds, coco_target, (iou_type,) if isinstance(iou_type, str) else iou_type)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """A figure and its axes, of results of `compute` or `forward`, or of those of now."""
+        return self._plot(val, ax)
+
+    def _evaluate(self) -> tuple[list[int], dict[str, Evaluation]]:
+        """The classes, and what was found out."""
+        columns = self._columns()
+        found, truth = columns.found.rows[:, 5], columns.truth.rows[:, 4]
+        if self.class_names is None:
+            classes, dense = np.unique(np.concatenate([found, truth]).astype(np.int64), return_inverse=True)
+            columns = columns.labelled(*np.split(dense, [len(found)]))
+            names = [str(label) for label in classes.tolist()]
+        else:
+            classes, names = np.arange(len(self.class_names)), self.class_names
+        wishes = Wishes(self.average == "micro", self.extended_summary, self.class_names is not None, self.frequency)
+        return classes.tolist(), {
+            own: evaluate(columns, names, replace(self.rules, masks=own == "segm"), self.backend, wishes)
+            for own in self.iou_types
+        }
+
+    def _tensors(self, evaluation: Evaluation, classes: list[int]) -> dict[str, Any]:
+        result: dict[str, Any] = {name: torch.tensor(value) for name, value in evaluation.numbers.items()}
+        for name, values in (
+            ("map", evaluation.map_per_class),
+            (f"mar_{self.rules.limits[-1]}", evaluation.mar_per_class),
+        ):
+            result[f"{name}_per_class"] = torch.tensor(list(values.values()) if self.class_metrics else ABSENT)
+        if self.extended_summary:
+            extended = dict(evaluation.extended)
+            labels = classes if self.average == "macro" else [0]
+            ious = extended.pop("ious").items()
+            result |= {name: torch.from_numpy(values) for name, values in extended.items()}
+            result["ious"] = {(image, labels[k]): torch.from_numpy(own).float() for (image, k), own in ious}
+        return result
+
+    def _columns(self) -> Columns:
+        return Columns.from_states(*self._whole())
+
+    def _whole(self) -> list[Tensor]:
+        """The states, each in one piece from now on."""
+        for name, none in STATES.items():
+            setattr(self, name, [torch.cat([none, *getattr(self, name)])])
+        return [getattr(self, name)[0] for name in STATES]
+
+    def _group(self) -> dist.ProcessGroup:
+        """Of the processes that evaluate together: of CPU tensors, because the images live there."""
+        return self.process_group or cpu_group()
+
+    def _sync_dist(self, dist_sync_fn: Callable | None = None, process_group: Any = None) -> None:
+        """All images to process 0; torchmetrics calls it before `compute` and undoes it afterwards."""
+        group = process_group or self._group()
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        images, *rows = self._whole()
+        every: list[Any] | None = None if rank else [None] * world
+        dist.gather_object([numbered(images, rank, world), *rows], every, group_dst=0, group=group)
+        for i, name in enumerate(STATES):  # the first process last: of an image that comes again, that one counts
+            setattr(self, name, [own[i] for own in reversed(every or [])])
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> Any:
+        """Images stay on the CPU where the metric is moved."""
+        return super()._apply(fn, exclude_state=tuple(STATES))
+
+
+def detection_metric(
+    class_names: Sequence[str],
+    max_detections: int = 100,
+    backend: Backend = "hotcoco",
+    federated: bool = False,
+    iou_type: IouType = "bbox",
+) -> MeanAveragePrecision:
+    """That of a validation, for a data set's classes.
+
+    max_detections: the most detections of an image that count; COCO's own numbers take 100, LVIS' 300.
+    """
+    metric = MeanAveragePrecision(
+        iou_type=iou_type,
+        max_detection_thresholds=[1, min(10, max_detections), max_detections],
+        backend=backend,
+        class_names=class_names,
+        federated=federated,
+    )
+    metric.warn_on_many_detections = False
+    return metric
+
+
+def _require_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value}")
+
+
+def _list_of(kind: type, name: str, values: Any, otherwise: tuple) -> tuple:
+    if values is None:
+        return otherwise
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(
+            f"Expected argument `{name}` to either be `None` or a list of {kind.__name__}s but got {values}"
+        )
+    return tuple(values)
