@@ -17,6 +17,12 @@ from torch import Tensor
 from codetr.types import Detections, Truth
 
 SHAPES = {"bbox": "boxes", "segm": "masks"}
+COLUMNS = {  # of COCO's files
+    "category_id": ("labels", torch.int32),
+    "score": ("scores", torch.float32),
+    "iscrowd": ("iscrowd", torch.int32),
+    "area": ("area", torch.float32),
+}
 Inputs = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
@@ -81,19 +87,16 @@ def read_coco(preds: str | Path, target: str | Path, iou_types: Sequence[str]) -
         if entry["image_id"] not in found:
             raise ValueError(f"{preds} has results of image {entry['image_id']}, which {target} does not have")
         found[entry["image_id"]].append(entry)
-    numbers = {"labels": ("category_id", torch.int32)}
-    scores, known = {"scores": ("score", torch.float32)}, {"iscrowd": ("iscrowd", torch.int32)}
-    known |= {"area": ("area", torch.float32)}
     return (
-        [_tensors(dataset, own, scores | numbers, iou_types) for own in found.values()],
-        [_tensors(dataset, dataset.imgToAnns[image], numbers | known, iou_types) for image in found],
+        [_tensors(dataset, own, ("score", "category_id"), iou_types) for own in found.values()],
+        [_tensors(dataset, dataset.imgToAnns[image], ("category_id", "iscrowd", "area"), iou_types) for image in found],
     )
 
 
 def _tensors(
-    dataset: COCO, entries: list[dict[str, Any]], columns: dict[str, tuple[str, torch.dtype]], iou_types: Sequence[str]
+    dataset: COCO, entries: list[dict[str, Any]], keys: Sequence[str], iou_types: Sequence[str]
 ) -> dict[str, Tensor]:
-    own = {name: torch.tensor([one[key] for one in entries], dtype=kind) for name, (key, kind) in columns.items()}
+    own = {COLUMNS[key][0]: torch.tensor([one[key] for one in entries], dtype=COLUMNS[key][1]) for key in keys}
     if "bbox" in iou_types:
         own["boxes"] = torch.tensor([one["bbox"] for one in entries], dtype=torch.float32).reshape(-1, 4)
     if "segm" in iou_types:
