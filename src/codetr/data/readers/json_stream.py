@@ -1,7 +1,7 @@
 """The lists of a large JSON object, read piece by piece.
 
 A pass of compiled code finds where the pieces end, and orjson decodes one after the other: memory does not grow with
-the file. Measured against ijson, msgspec and json (benchmarks/results/table.md).
+the file. Measured against ijson, msgspec, simdjson and json (benchmarks/results/table.md and libraries.md).
 """
 
 from __future__ import annotations
