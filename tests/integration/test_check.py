@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from toy import data_overrides, make_coco, train
-
 from codetr.data.commands import check
+from toy import data_overrides, make_coco, train
 
 NAN = float("nan")
 BOXES: list[Any] = [

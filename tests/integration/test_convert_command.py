@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from toy import data_overrides, environment, make_coco
 
 import codetr
+from toy import data_overrides, environment, make_coco
 
 BUNDLE = "co_dino_5scale_swin"
 NAMES = ["red", "two", "three", "four", "five", "six"]

@@ -9,10 +9,10 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from toy import make_coco, overrides
 
 from codetr import application
 from codetr.training import fit
+from toy import make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

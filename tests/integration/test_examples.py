@@ -8,10 +8,10 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from torchvision.ops import box_iou
-from toy import CLASSES, make_coco, train
 
 from codetr.models.detector import Detector
 from codetr.types import Frames, Targets
+from toy import CLASSES, make_coco, train
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "task_aligned"
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import data_overrides, environment, overrides
 
 from codetr.data.__main__ import run
 from codetr.shapes import PRESETS, generate
+from toy import data_overrides, environment, overrides
 
 SPLITS = ("train", "val")
 

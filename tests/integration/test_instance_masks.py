@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from toy import CLASSES, environment, make_coco, overrides
 
 from codetr.application import compose
 from codetr.predict import predict
+from toy import CLASSES, environment, make_coco, overrides
 
 MASK_HEAD = (
     "model/mask_head=refine_mask",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_resume import assert_same, rows
-from toy import make_coco, train
 
 from codetr.callbacks.resume import named_tensors, names_not_finite
+from toy import make_coco, train
 
 STATES = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "random_states", "callbacks")
 # Of the 6 batches of an epoch two make a step; a validation follows the steps 1, 2, 3, ...: each one that is due.

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import make_coco, overrides, train
 
 import codetr
 from codetr import application
 from lvis_api import LVIS, LVISEval, LVISResults
+from toy import make_coco, overrides, train
 
 KEYS = {"AP": "map", "AP50": "map_50", "APr": "map_rare", "APc": "map_common", "APf": "map_frequent", "AR@20": "mar_20"}
 

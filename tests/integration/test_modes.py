@@ -28,11 +28,11 @@ from modes import (
     run_reference,
     settings,
 )
-from toy import make_coco
 
 from codetr.application import compose
 from codetr.errors import UserError
 from codetr.training import fit
+from toy import make_coco
 
 ROWS = rows()
 # Of one process, as many as `make test` has time for: both precisions below float32, with and without accumulation.

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from toy import CLASSES, make_coco, overrides
 
 import codetr
 from codetr.errors import UserError
+from toy import CLASSES, make_coco, overrides
 
 
 @pytest.fixture(scope="module")

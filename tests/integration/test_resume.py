@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from toy import make_coco, train
 
 STEPS_PER_EPOCH, EPOCHS = 6, 3

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import make_coco, overrides
-from toy import train as train_alone
 
 from codetr import application, resume, training
 from codetr.errors import UserError
+from toy import make_coco, overrides
+from toy import train as train_alone
 
 IMAGES, STEPS, LR = 12, 6, 1e-3
 pytestmark = [

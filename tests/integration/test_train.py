@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from toy import CLASSES, make_coco, train
 
 import codetr
 from codetr import application, run_directory
 from codetr.errors import UserError
+from toy import CLASSES, make_coco, train
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_model import compose, detector
 
 import codetr
 from codetr.application import plain
@@ -13,6 +12,7 @@ from codetr.checkpoint import Checkpoint, initialise_from, load_weights
 from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.nn.class_rows import declared_rows
+from toy_model import compose, detector
 
 OLD, NEW = ("cat", "dog", "fish"), ("fish", "cow", "cat", "bird")
 

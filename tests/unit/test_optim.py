@@ -6,9 +6,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from toy_model import compose, detector
 
 from codetr.optim import Schedule, adamw, constant, cosine, multistep, parameter_groups
+from toy_model import compose, detector
 
 RULES = {
     "backbone": {"pattern": r"^backbone\.", "lr_multiplier": 0.1},

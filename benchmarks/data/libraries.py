@@ -1,16 +1,14 @@
 """What well-kept libraries would give in place of the scanner of large JSON files, of the table and of the writers.
 
-pip install ijson msgspec pysimdjson pyarrow supervision
-python benchmarks/libraries.py
+They are not among the dependencies: pip install ijson msgspec pysimdjson pyarrow supervision
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import mmap
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import columns, peak, write_file
+from benchmarks import report
+from benchmarks.data.table import columns, write_file
 
-RESULT = Path(__file__).parent / "results" / "libraries.md"
 LISTS = ("categories", "images", "annotations")
 DECODERS = ("codetr", "ijson", "msgspec", "msgspec.Raw", "simdjson")
-BOXES, READS = 10_000_000, 20_000
+READS = 20_000
 
 
 def records(name: str, source: Path) -> Iterator[Any]:
@@ -64,15 +62,14 @@ def measure_decoder(name: str, source: Path) -> dict[str, float]:
     small = source.with_name("small.json")
     small.write_text('{"images": [], "annotations": [{"id": 1}], "categories": []}')
     assert len(list(records(name, small))) == 1  # imports, compiles
-    before, began = peak(), time.process_time()
+    before, began = report.peak(), time.process_time()
     number = sum(1 for _ in records(name, source))
-    return {"objects": number, "seconds": time.process_time() - began, "megabytes": peak() - before}
+    return {"objects": number, "seconds": time.process_time() - began, "megabytes": report.peak() - before}
 
 
 def measure_table(name: str, folder: Path) -> dict[str, float]:
     """Opens what `write_tables` wrote, lists all names, and reads the boxes of random images."""
-    images = np.random.default_rng(0).integers(0, BOXES // 15, READS)
-    began, before = time.perf_counter(), peak()
+    began, before = time.perf_counter(), report.peak()
     if name == "codetr":
         from codetr.data.table import Table
 
@@ -94,20 +91,21 @@ def measure_table(name: str, folder: Path) -> dict[str, float]:
         opened = time.perf_counter()
         names = batch.column("name").to_pylist()
     listed = time.perf_counter()
+    images = np.random.default_rng(0).integers(0, len(offsets) - 1, READS)
     total = sum(boxes[offsets[i] : offsets[i + 1]].sum() for i in images)
     return {
         **{"import, s": imported - began, "open, s": opened - imported, "all names, s": listed - opened},
-        **{"20,000 images, s": time.perf_counter() - listed, "MB more": peak() - before, "GB on disk": size / 2**30},
+        **{"20,000 images, s": time.perf_counter() - listed, "MB more": report.peak() - before, "GB on disk": size / 2**30},
         **{"checksum": float(total) + len(names)},
     }
 
 
-def write_tables(folder: Path) -> None:
+def write_tables(folder: Path, boxes: int) -> None:
     import pyarrow as pa
 
     from codetr.data import table
 
-    data = columns(folder, BOXES)
+    data = columns(folder, boxes)
     (folder / "layout.json").write_text(json.dumps(table.write(folder / "ours", data, [], None)))
     keys = ("categories", "crowd", "ignore", "areas")
     flat = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(data["boxes"]).ravel()), 4)
@@ -155,43 +153,33 @@ def convert(folder: Path) -> list[str]:
     return [*lines, f"\nImages come out {'as they are' if same else 'encoded anew'}."]
 
 
-def alone(*arguments: Any) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "only", *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boxes", type=float, default=10e6, help="of the table (default: 10e6)")
+    parser.add_argument("--annotations", type=int, default=500_000, help="of the file that is decoded")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         folder = Path(temporary)
-        write_file(folder / "a.json")
-        decoders = {name: alone("decoder", name, folder / "a.json") for name in DECODERS}
+        write_file(folder / "a.json", options.annotations)
+        decoders = {name: report.alone(measure_decoder, name, folder / "a.json") for name in DECODERS}
         (folder / "a.json").unlink()
-        write_tables(folder)
-        tables = {name: alone("table", name, folder) for name in ("codetr", "pyarrow")}
+        write_tables(folder, int(options.boxes))
+        tables = {name: report.alone(measure_table, name, folder) for name in ("codetr", "pyarrow")}
         lines = convert(folder)
     keys = [k for k in tables["codetr"] if k != "checksum"]
     assert tables["codetr"]["checksum"] == tables["pyarrow"]["checksum"]
     text = [
-        f"`python benchmarks/libraries.py`, {os.cpu_count()} cores, shared. {decoders['codetr']['objects']:,} records "
-        "as in the table of `benchmarks/table.py`, decoded, nothing checked; memory is the peak above what the program "
-        "itself needs.\n",
-        "| Decoded by | processor seconds | MB more |\n|---|---|---|",
-        *(f"| {name} | {d['seconds']:.1f} | {d['megabytes']:.0f} |" for name, d in decoders.items()),
-        f"\n{BOXES // 10**6} million boxes in a file that is mapped into memory.\n",
-        f"| Table | {' | '.join(keys)} |\n|---|{'---|' * len(keys)}",
-        *(f"| {name} | {' | '.join(f'{t[k]:.3g}' for k in keys)} |" for name, t in tables.items()),
+        f"`make bench NAME=data/libraries`, {os.cpu_count()} cores, shared. {decoders['codetr']['objects']:,} records "
+        "as in the table of `data/table`, decoded, nothing checked; memory is the peak above what the program itself "
+        "needs.\n",
+        report.table(
+            ["Decoded by", "processor seconds", "MB more"],
+            [[name, f"{d['seconds']:.1f}", f"{d['megabytes']:.0f}"] for name, d in decoders.items()],
+        ),
+        f"\n{options.boxes / 1e6:.0f} million boxes in a file that is mapped into memory.\n",
+        report.table(["Table", *keys], [[name, *(f"{t[k]:.3g}" for k in keys)] for name, t in tables.items()]),
         "\nA drawn set, its boxes half a pixel narrower, through supervision's writers.\n",
         "| Format | objects, crowds before | after | farthest box, pixels |\n|---|---|---|---|",
         *lines,
     ]
-    RESULT.write_text("\n".join(text) + "\n")
-    print(RESULT.read_text())
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["only"]:
-        kind, name, place = sys.argv[2:]
-        print(json.dumps((measure_decoder if kind == "decoder" else measure_table)(name, Path(place))))
-    else:
-        main()
+    report.write("libraries", "\n".join(text))
