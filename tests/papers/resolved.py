@@ -33,7 +33,7 @@ def resolve(config: DictConfig) -> Facts:
     return facts
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(model: str, optimizer: str) -> tuple[Facts, Facts]:
     config, recipe = OmegaConf.create(model), OmegaConf.create(optimizer)
     name = config.detector.backbone.name
@@ -98,7 +98,7 @@ def _queries(detector: Detector) -> Facts:
 
 
 def _rates(detector: Detector, groups: list[dict[str, Any]]) -> Facts:
-    """`lr` of everything that no other kind holds; the others as factors of it."""
+    """`lr` of everything that no other kind holds, and the others as factors of it (of the greatest of several)."""
     of = {id(p): group for group in groups for p in group["params"]}
     offsets = {id(p) for m in detector.modules() if isinstance(m, DeformableAttention) for p in _of(m.sampling_offsets)}
     reference = {id(p) for p in _of(detector.decoder.reference_head)}
@@ -113,9 +113,9 @@ def _rates(detector: Detector, groups: list[dict[str, Any]]) -> Facts:
         group = of[id(parameter)]
         rates[kind].add(group["lr"])
         (decays if group["weight_decay"] else undecayed).add(group["weight_decay"] or f"{min(parameter.dim(), 2)}-d")
-    base = _one(rates.pop("lr"))
-    facts = {kind: _one({rate / base for rate in of_kind}) for kind, of_kind in rates.items() if of_kind}
-    return {"lr": base, "weight_decay": _one(decays), "undecayed": sorted(undecayed), **facts}
+    base = rates.pop("lr")
+    facts = {kind: _one({rate / max(base) for rate in of_kind}) for kind, of_kind in rates.items() if of_kind}
+    return {"lr": _one(base), "weight_decay": _one(decays), "undecayed": sorted(undecayed), **facts}
 
 
 def _of(module: nn.Module | None) -> Iterator[nn.Parameter]:
@@ -124,7 +124,7 @@ def _of(module: nn.Module | None) -> Iterator[nn.Parameter]:
 
 def _one(values: set[Any]) -> Any:
     """The value, or the least and the greatest of several."""
-    return values.pop() if len(values) == 1 else [min(values), max(values)]
+    return next(iter(values)) if len(values) == 1 else [min(values), max(values)]
 
 
 def _training(config: DictConfig) -> Facts:
