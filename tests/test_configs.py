@@ -86,8 +86,8 @@ def test_the_worked_example_of_contributing_trains(tmp_path: Path) -> None:
 
 def test_two_heads_of_one_kind() -> None:
     """As docs/detectors.md adds them: each with weights and queries of its own."""
-    overrides = ["model=co_deformable_tiny", "model/collaborator=[atss]", "model.num_classes=3"]
-    overrides += ["+model/collaborator@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
+    overrides = ["model=co_deformable_tiny", "model/auxiliary_head=[atss]", "model.num_classes=3"]
+    overrides += ["+model/auxiliary_head@model.detector.heads.second=atss", "model.detector.heads.second.num_convs=2"]
     with initialize_config_module("codetr.conf", version_base="1.3"):
         config = compose("train", overrides)
     detector = instantiate(config.model.detector, _convert_="all")

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import report
 from codetr.application import compose
-from codetr.data.coco import Sample
+from codetr.data.dataset import Sample
 from codetr.data.collate import collate
 from codetr.data.datamodule import DetectionDataModule
 from codetr.data.images import read_image

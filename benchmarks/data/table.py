@@ -92,10 +92,10 @@ class Truths:
     """A data set of what is known of images; the images are not there."""
 
     def __init__(self, source: Path) -> None:
-        from codetr.data import coco
+        from codetr.data import dataset
 
         coco.check_files = lambda table, *_: (np.ones(len(table), bool), {})
-        self.dataset = coco.CocoDetection(source.parent, source)
+        self.dataset = coco.DetectionDataset(source.parent, source)
 
     def __len__(self) -> int:
         return READS
@@ -120,7 +120,7 @@ def measure_workers(source: Path, start: str) -> dict[str, Any]:
 
 
 def measure_opening(source: Path) -> dict[str, Any]:
-    import codetr.data.coco  # noqa: F401
+    import codetr.data.dataset  # noqa: F401
     from codetr.data.cache import open_table
     from codetr.data.checks import _present
     from codetr.data.readers import coco

@@ -32,7 +32,7 @@ def groups(k: int) -> list[str]:
 
 
 def heads(*names: str) -> list[str]:
-    return ["model=deformable_pp", f"model/collaborator=[{','.join(names)}]"]
+    return ["model=deformable_pp", f"model/auxiliary_head=[{','.join(names)}]"]
 
 
 SIX = ("faster_rcnn", "atss", "paa", "gfl", "fcos", "retinanet")

@@ -54,9 +54,11 @@ class TaskAlignedHead(nn.Module):
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         logits, boxes = self.predict(pyramid)
         points = torch.cat(self.grid(pyramid))
-        owner, quality = self.assign(points, self.grid.valid(pyramid, targets.frames.sizes), logits, boxes, targets)
+        matched_index, quality = self.assign(
+            points, self.grid.valid(pyramid, targets.frames.sizes), logits, boxes, targets
+        )
         features = flatten(pyramid.levels, 1)
-        positives = assigned(points.expand(len(boxes), -1, -1), features, owner, targets)
+        positives = assigned(points.expand(len(boxes), -1, -1), features, matched_index, targets)
         losses = self.losses(logits, boxes, quality, positives)
         return HeadOutput(weighted(losses, self.weights), positives)
 
@@ -64,8 +66,8 @@ class TaskAlignedHead(nn.Module):
     def assign(
         self, points: Tensor, valid: Tensor, logits: Tensor, boxes: Tensor, targets: Targets
     ) -> tuple[Tensor, Tensor]:
-        """points: [N, 4] boxes around the points. valid: [B, N]. Returns the owner [B, N] (object index, BACKGROUND or
-        IGNORED) and the quality [B, N], 0 where there is no owner."""
+        """points: [N, 4] boxes around the points. valid: [B, N]. Returns the matched index [B, N] (of an object,
+        BACKGROUND or IGNORED) and the quality [B, N], 0 where nothing is matched."""
         objects = targets.boxes_xyxy
         centers, _ = center_size(points)
         inside = point_distances(centers[None, None], objects[:, :, None]).amin(-1) > 0  # [B, M, N]
@@ -76,12 +78,12 @@ class TaskAlignedHead(nn.Module):
         alignment = (scores**self.alpha * iou**self.beta).where(usable, -1)
         best = alignment.topk(min(self.topk, alignment.shape[2]), dim=2).indices
         chosen = torch.zeros_like(usable).scatter_(2, best, True) & usable
-        overlap, owner = iou.where(chosen, -1).max(1)
-        owner = owner.masked_fill(overlap < 0, BACKGROUND).masked_fill(~valid, IGNORED)
-        mine = chosen & (owner[:, None] == torch.arange(objects.shape[1], device=owner.device)[:, None])
+        overlap, matched_index = iou.where(chosen, -1).max(1)
+        matched_index = matched_index.masked_fill(overlap < 0, BACKGROUND).masked_fill(~valid, IGNORED)
+        mine = chosen & (matched_index[:, None] == torch.arange(objects.shape[1], device=matched_index.device)[:, None])
         alignment, iou = alignment.where(mine, 0), iou.where(mine, 0)
         scaled = alignment / alignment.amax(2, keepdim=True).clamp(min=1e-9) * iou.amax(2, keepdim=True)
-        return owner, scaled.amax(1)
+        return matched_index, scaled.amax(1)
 
     def losses(self, logits: Tensor, boxes: Tensor, quality: Tensor, found: Positives) -> dict[str, Tensor]:
         total = mean_over_processes(quality.sum()).clamp(min=1)

@@ -37,7 +37,7 @@ class Criterion(nn.Module):
     """L = sum over decoder layers of (L_dec + lambda_1 L_aux_queries + lambda_2 L_aux_heads).
 
     The auxiliary heads' losses do not depend on the layer, so their sum over layers is a factor. lambda_1 is the
-    `weight` of each collaborative group. own_lambda_2: of single heads, by name, in place of `lambda_2`. focal, l1,
+    `weight` of each collaborative group. lambda_2_by_head: of single heads, by name, in place of `lambda_2`. focal, l1,
     giou: weights of the class loss and of the two box losses. fed_loss: the class losses of all layers count the
     classes that it draws for the step; first stages without classes, and the auxiliary heads, are as without it.
     """
@@ -50,46 +50,50 @@ class Criterion(nn.Module):
         l1: float,
         giou: float,
         lambda_2: float,
-        own_lambda_2: Mapping[str, float],
+        lambda_2_by_head: Mapping[str, float],
         fed_loss: FedLoss | None = None,
     ) -> None:
         super().__init__()
         self.matching_cost, self.class_loss = matching_cost, class_loss
         self.focal, self.l1, self.giou = focal, l1, giou
-        self.lambda_2, self.own_lambda_2 = lambda_2, own_lambda_2
+        self.lambda_2, self.lambda_2_by_head = lambda_2, lambda_2_by_head
         self.fed_loss = fed_loss
 
     def forward(self, output: Output, targets: Targets) -> dict[str, Tensor]:
         """Returns scalars named group/layer/term and head/term, weighted; their sum is the loss.
 
-        Raises UserError when `own_lambda_2` names a head that the detector does not have.
+        Raises UserError when `lambda_2_by_head` names a head that the detector does not have.
         """
         losses: dict[str, Tensor] = {}
         stages = _merged([stage for name, group in output.groups.items() for stage in _stages(name, group, output)])
-        goals = self._goals(stages, targets)
-        positives = mean_over_processes(torch.cat([(goal.labels >= 0).sum((1, 2)) for goal in goals])).clamp(min=1)
+        stage_targets = self._stage_targets(stages, targets)
+        positives = mean_over_processes(
+            torch.cat([(target.labels >= 0).sum((1, 2)) for target in stage_targets])
+        ).clamp(min=1)
         counts = positives.split([len(stage.names) for stage in stages])
         drawn = None if self.fed_loss is None else self.fed_loss(targets.labels, targets.valid)
-        for stage, goal, count in zip(stages, goals, counts, strict=True):
-            for term, per_layer in self._terms(stage, goal, count, drawn).items():
+        for stage, target, count in zip(stages, stage_targets, counts, strict=True):
+            for term, per_layer in self._terms(stage, target, count, drawn).items():
                 for name, weight, value in zip(stage.names, stage.weights, per_layer.unbind(), strict=True):
                     losses[f"{name}/{term}"] = value * weight
         return losses | self._head_losses(output)
 
     def _head_losses(self, output: Output) -> dict[str, Tensor]:
         """Of the auxiliary heads, and of the mask head, to which the official code gives the same factor."""
-        if unknown := self.own_lambda_2.keys() - output.head_losses.keys():
-            raise UserError(f"criterion.own_lambda_2 names {sorted(unknown)}; the heads are {list(output.head_losses)}")
+        if unknown := self.lambda_2_by_head.keys() - output.head_losses.keys():
+            raise UserError(
+                f"criterion.lambda_2_by_head names {sorted(unknown)}; the heads are {list(output.head_losses)}"
+            )
         num_layers = len(next(iter(output.predictions.values())).boxes)
         losses = {
-            f"head_{head}/{term}": value * (self.own_lambda_2.get(head, self.lambda_2) * num_layers)
+            f"head_{head}/{term}": value * (self.lambda_2_by_head.get(head, self.lambda_2) * num_layers)
             for head, terms in output.head_losses.items()
             for term, value in terms.items()
         }
         masks = {f"masks/{term}": value * (self.lambda_2 * num_layers) for term, value in output.mask_losses.items()}
         return losses | masks
 
-    def _goals(self, stages: list[_Stage], targets: Targets) -> list[Known]:
+    def _stage_targets(self, stages: list[_Stage], targets: Targets) -> list[Known]:
         """Per stage: labels [L, B, N], boxes [L, B, N, 4]."""
         problems = [stage.targets.problems(stage.prediction, stage.class_agnostic) for stage in stages]
         solutions = iter(match([problem for own in problems for problem in own], targets, self.matching_cost))
@@ -98,22 +102,22 @@ class Criterion(nn.Module):
             for stage, own in zip(stages, problems, strict=True)
         ]
 
-    def _terms(self, stage: _Stage, goal: Known, count: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
+    def _terms(self, stage: _Stage, target: Known, count: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
         """Losses [L] of a stage; queries that are not valid, and classes that are not drawn, count for nothing.
 
         count: [L] positives. drawn: [K] bool.
         """
         logits, boxes = stage.prediction.logits.float(), stage.prediction.boxes.float()
-        positive = goal.labels >= 0
-        truth = box_convert(goal.boxes, "cxcywh", "xyxy")
+        positive = target.labels >= 0
+        truth = box_convert(target.boxes, "cxcywh", "xyxy")
         predicted = box_convert(boxes, "cxcywh", "xyxy")
         # One IoU per query beside K classes: 1 % of the class loss on 80 classes, so `Focal`, too, is just handed it.
-        classes = self.class_loss(logits, goal.labels, aligned_iou(predicted.detach(), truth))
+        classes = self.class_loss(logits, target.labels, aligned_iou(predicted.detach(), truth))
         if stage.valid is not None:
             classes = classes * stage.valid[None, :, :, None]
         if drawn is not None and not stage.class_agnostic:
             classes = classes.where(drawn, 0)
-        l1 = (boxes - goal.boxes).abs().sum(-1)
+        l1 = (boxes - target.boxes).abs().sum(-1)
         giou = giou_loss(predicted, truth)
         return {
             "class": self.focal * classes.sum((1, 2, 3)) / count,

@@ -36,7 +36,7 @@ def evaluate(config: DictConfig) -> float:
         criterion=build(saved["criterion"]),
         postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
         metrics=instantiate(config.metrics, model.class_names),
-        branches=config.branches,
+        evaluate_heads=config.evaluate_heads,
         optimizer=build(saved["optimizer"]),
         schedule=build(saved["schedule"]),
         settings={},

@@ -18,6 +18,6 @@ def with_masks(detector: Detector, memory: Memory, detections: list[Detections],
     masks = detector.segment(memory, detections)
     in_files = zip(frames.to_files(detections), masks, frames.file_sizes.tolist(), strict=True)
     return [
-        replace(found, runs=encode(paste_masks(own.inside, found.boxes_xyxy, (height, width))), mask_scores=own.scores)
+        replace(found, rle=encode(paste_masks(own.inside, found.boxes_xyxy, (height, width))), mask_scores=own.scores)
         for found, own, (height, width) in in_files
     ]

@@ -29,7 +29,7 @@ class DetectionTask(LightningModule):
 
     metrics: (iou_type="bbox" or "segm") -> metric. The task's `metrics` are a dict of them, by the names under which
     their numbers are logged: "val", of boxes; "val/segm", of masks, with a mask head and where the validation set has
-    masks (`data.val_masks`); "val/branch/<head>", with `branches`, of every auxiliary head on its own, with its
+    masks (`data.val_masks`); "val/branch/<head>", with `evaluate_heads`, of every auxiliary head on its own, with its
     suppression (Co-DETR, table 11). optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its
     model: plain containers.
     Raises UserError where fewer detections of an image are kept than `metrics` counts.
@@ -42,7 +42,7 @@ class DetectionTask(LightningModule):
         criterion: Criterion,
         postprocess: PostProcess,
         metrics: Callable[..., MeanAveragePrecision],
-        branches: bool,
+        evaluate_heads: bool,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Schedule,
         settings: dict[str, Any],
@@ -51,12 +51,12 @@ class DetectionTask(LightningModule):
         self.metrics = {"val": metrics()}
         if detector.mask_head is not None:
             self.metrics["val/segm"] = metrics(iou_type="segm")
-        if branches:
+        if evaluate_heads:
             self.metrics |= {f"val/branch/{name}": metrics() for name in detector.heads}
         counted = self.metrics["val"].rules.limits[-1]
-        _require_enough(postprocess, counted, detector if branches else None)
+        _require_enough(postprocess, counted, detector if evaluate_heads else None)
         self.detector, self.criterion, self.postprocess = detector, criterion, postprocess
-        self.branches = branches
+        self.evaluate_heads = evaluate_heads
         self.optimizer, self.schedule = optimizer, schedule
         self.settings = settings
         self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
@@ -151,11 +151,11 @@ class DetectionTask(LightningModule):
         frames = batch.frames
         found = self.postprocess(output.predictions[MAIN].last, frames.sizes)
         detections = frames.to_files(found)
-        if "val/segm" in self.metrics and all("runs" in truth for truth in batch.truth):
+        if "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth):
             detections = with_masks(self.detector, output.memory, found, frames)
             self._evaluate("val/segm", detections, batch)
         self._evaluate("val", detections, batch)
-        if self.branches:
+        if self.evaluate_heads:
             for name, own in self.detector.detect_with_heads(output.memory, frames.sizes).items():
                 self._evaluate(f"val/branch/{name}", frames.to_files(own), batch)
         return detections

@@ -113,7 +113,7 @@ def fit(config: DictConfig) -> Run:
         criterion=instantiate(config.criterion, _convert_="all"),
         postprocess=instantiate(config.postprocess),
         metrics=instantiate(config.metrics, data.class_names),
-        branches=config.branches,
+        evaluate_heads=config.evaluate_heads,
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule),
         settings=settings,

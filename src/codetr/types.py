@@ -99,7 +99,7 @@ class Truth(TypedDict):
 
     boxes: [m, 4] xyxy float64. labels: [m] int64. iscrowd: [m] bool. area: [m] float64, as in the file.
     ignore: [m] bool, objects that count neither as found nor as missed.
-    runs: m compressed COCO run lengths, where the data set reads them.
+    rle: m compressed COCO run lengths, where the data set reads them.
     neg_labels, not_exhaustive_labels: what the image was searched for, in files that say so (LVIS), int64.
     """
 
@@ -108,7 +108,7 @@ class Truth(TypedDict):
     iscrowd: Tensor
     area: Tensor
     ignore: NotRequired[Tensor]
-    runs: NotRequired[list[dict[str, Any]]]
+    rle: NotRequired[list[dict[str, Any]]]
     neg_labels: NotRequired[Tensor]
     not_exhaustive_labels: NotRequired[Tensor]
 
@@ -356,22 +356,22 @@ class Detections(_Movable):
     """What was found in one image, best first.
 
     scores: [n]. labels: [n]. boxes_xyxy: [n, 4], in network pixels from every part of a detector, in pixels of the file
-    behind `Frames.to_files`. With instance masks, in files alone: runs: n compressed COCO run lengths {size, counts}.
+    behind `Frames.to_files`. With instance masks, in files alone: rle: n compressed COCO run lengths {size, counts}.
     mask_scores: [n].
     """
 
     scores: Tensor
     labels: Tensor
     boxes_xyxy: Tensor
-    runs: list[dict[str, Any]] | None = None
+    rle: list[dict[str, Any]] | None = None
     mask_scores: Tensor | None = None
 
     def above(self, score: float) -> Detections:
         """Those with at least this box score."""
         keep = self.scores >= score
-        runs = None if self.runs is None else [r for r, k in zip(self.runs, keep.tolist(), strict=True) if k]
+        rle = None if self.rle is None else [r for r, k in zip(self.rle, keep.tolist(), strict=True) if k]
         mask_scores = None if self.mask_scores is None else self.mask_scores[keep]
-        return Detections(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], runs, mask_scores)
+        return Detections(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], rle, mask_scores)
 
 
 class QuerySource(Protocol):

@@ -51,11 +51,11 @@ def draw_boxes(
     labels: Tensor,
     class_names: Sequence[str],
     scores: Tensor | None = None,
-    runs: Sequence[dict[str, Any]] | None = None,
+    rle: Sequence[dict[str, Any]] | None = None,
 ) -> Image.Image:
     """A picture of `image` with labelled boxes, and masks filled with their colour, enlarged if it is small.
 
-    image: [3, H, W] uint8. boxes: [n, 4] xyxy in pixels of `image`. labels, scores: [n]. runs: n masks as compressed
+    image: [3, H, W] uint8. boxes: [n, 4] xyxy in pixels of `image`. labels, scores: [n]. rle: n masks as compressed
     COCO run lengths, of what `image` shows in any resolution. Where objects overlap, the first is on top.
     """
     picture = to_pil_image(image.cpu())
@@ -66,7 +66,7 @@ def draw_boxes(
         captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores.tolist(), strict=True)]
     entries = list(zip((boxes.float().cpu() * scale).tolist(), labels.tolist(), captions, strict=True))
     unit = max(picture.size) / SMALLEST_SIDE  # lines and letters grow with the picture
-    for (_, label, _), mask in zip(reversed(entries), reversed(runs or []), strict=False):
+    for (_, label, _), mask in zip(reversed(entries), reversed(rle or []), strict=False):
         _fill(picture, mask, class_color(label))
     pen = ImageDraw.Draw(picture)
     for box, label, _ in reversed(entries):
@@ -77,9 +77,9 @@ def draw_boxes(
     return picture
 
 
-def _fill(picture: Image.Image, runs: dict[str, Any], color: Color) -> None:
+def _fill(picture: Image.Image, rle: dict[str, Any], color: Color) -> None:
     """Lay a colour over what a mask covers; what is below shines through."""
-    opacity = Image.fromarray(coco_mask.decode(runs) * OPACITY)
+    opacity = Image.fromarray(coco_mask.decode(rle) * OPACITY)
     picture.paste(color, (0, 0), opacity.resize(picture.size, Image.Resampling.BILINEAR))
 
 
@@ -156,12 +156,12 @@ def compare(
 ) -> Image.Image:
     """Ground truth and prediction of one image, side by side.
 
-    truth: `boxes` [m, 4] and `labels` [m]; `runs` if known, as those of `draw_boxes`. All boxes are xyxy in pixels of
+    truth: `boxes` [m, 4] and `labels` [m]; `rle` if known, as those of `draw_boxes`. All boxes are xyxy in pixels of
     `image`. Detections below the threshold are left out.
     """
     found = found.above(score_threshold)
-    expected = draw_boxes(image, truth["boxes"], truth["labels"], class_names, runs=truth.get("runs"))
-    predicted = draw_boxes(image, found.boxes_xyxy, found.labels, class_names, found.scores, found.runs)
+    expected = draw_boxes(image, truth["boxes"], truth["labels"], class_names, rle=truth.get("rle"))
+    predicted = draw_boxes(image, found.boxes_xyxy, found.labels, class_names, found.scores, found.rle)
     return side_by_side({"ground truth": expected, f"prediction (score ≥ {score_threshold:.2f})": predicted})
 
 

@@ -149,7 +149,7 @@ def settings(row: Row, data: Path, directory: Path) -> list[str]:
         f"+callbacks.record={{_target_: modes.Record, directory: {directory}}}",
         f"run_dir={directory}",
         *(noises if row.model in DENOISING else []),
-        *(["model/collaborator=[faster_rcnn_small,atss]"] if row.model in ("co_deformable", "co_dino") else []),
+        *(["model/auxiliary_head=[faster_rcnn_small,atss]"] if row.model in ("co_deformable", "co_dino") else []),
     ]
 
 

@@ -23,7 +23,7 @@ TRAINED = {
     "postprocess=soft_nms trainer.deterministic=true trainer.profiler=simple +callbacks@callbacks=[pictures,report]",
     "rare": "debug=fast_dev_run data/sampling=repeat_factor augment/colour@data.colour=jitter criterion=varifocal "
     "+criterion/fed_loss=sampled metrics.backend=pycocotools optimizer=adamw_deformable trainer.detect_anomaly=true "
-    "data.verify=decode trainer.deterministic=warn data.on_error=skip postprocess=nms model/collaborator=[retinanet] "
+    "data.verify=decode trainer.deterministic=warn data.on_error=skip postprocess=nms model/auxiliary_head=[retinanet] "
     "model.detector.heads.retinanet.box_loss=l1",
     "overfit": "debug=overfit trainer.max_epochs=1 trainer.check_val_every_n_epoch=1 data/sampling=class_balanced "
     "augment/colour@data.colour=photometric criterion=quality_focal metrics.backend=faster_coco_eval "

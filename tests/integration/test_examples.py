@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "task_aligned"
 def test_it_trains_through_config_alone(tmp_path: Path) -> None:
     """The command of its README, on a small set: its queries and losses are in the log, and it is evaluated too."""
     make_coco(tmp_path / "data", train=6, val=3)
-    options = ["model/collaborator=[task_aligned]", "branches=true", "trainer.max_epochs=2", "run_dir=run"]
+    options = ["model/auxiliary_head=[task_aligned]", "evaluate_heads=true", "trainer.max_epochs=2", "run_dir=run"]
     own_config = f"--config-dir={EXAMPLE / 'conf'}"
     done = train(tmp_path / "data", tmp_path, *options, own_config, PYTHONPATH=str(EXAMPLE))
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def test_assignment_equals_its_definition(monkeypatch: pytest.MonkeyPatch) -> No
             "train",
             [
                 "model=co_deformable_tiny",
-                "model/collaborator=[task_aligned]",
+                "model/auxiliary_head=[task_aligned]",
                 f"model.num_classes={len(CLASSES)}",
                 f"hydra.searchpath=[{EXAMPLE / 'conf'}]",
             ],

@@ -186,11 +186,11 @@ def test_every_head_at_once_and_evaluated_on_its_own(tmp_path: Path) -> None:
     done = train(
         data,
         tmp_path,
-        f"model/collaborator=[{chosen}]",
-        "+model/collaborator@model.detector.heads.second=atss",
-        "+criterion.own_lambda_2.second=0.5",
+        f"model/auxiliary_head=[{chosen}]",
+        "+model/auxiliary_head@model.detector.heads.second=atss",
+        "+criterion.lambda_2_by_head.second=0.5",
         "trainer.max_epochs=1",
-        "branches=true",
+        "evaluate_heads=true",
         "run_dir=run",
     )
     assert done.returncode == 0, done.stderr

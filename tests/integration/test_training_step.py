@@ -11,7 +11,12 @@ import pytest
 from toy_model import SIZES
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("model/backbone=resnet10_small", "model/collaborator=[faster_rcnn_small,atss]", "model.num_classes=3", *SIZES)
+SMALL = (
+    "model/backbone=resnet10_small",
+    "model/auxiliary_head=[faster_rcnn_small,atss]",
+    "model.num_classes=3",
+    *SIZES,
+)
 
 
 @pytest.mark.slow

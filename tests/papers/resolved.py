@@ -29,7 +29,10 @@ def resolve(config: DictConfig) -> Facts:
     facts = {**detector, **trained, **_training(config), **_loss(config, detector["heads"]), **_data(config.data)}
     post = config.postprocess
     facts |= {"detections": post.max_detections, "suppression": _suppression(post.suppression)}
-    facts |= {"branches": config.branches, "ema": config.callbacks.ema.decay if "ema" in config.callbacks else False}
+    facts |= {
+        "evaluate_heads": config.evaluate_heads,
+        "ema": config.callbacks.ema.decay if "ema" in config.callbacks else False,
+    }
     return facts
 
 
@@ -153,7 +156,7 @@ def _loss(config: DictConfig, heads: list[str]) -> Facts:
         "fed_loss": criterion.fed_loss is not None,
     }
     if heads:
-        facts["lambda_2"] = _one({criterion.own_lambda_2.get(head, criterion.lambda_2) for head in heads})
+        facts["lambda_2"] = _one({criterion.lambda_2_by_head.get(head, criterion.lambda_2) for head in heads})
     return facts
 
 

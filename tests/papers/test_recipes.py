@@ -146,7 +146,7 @@ MISTAKES = [
     ("dn_unused", CO, f"{MODEL}.queries.denoising.unused", "background", "masked"),
     ("lambda_1", CO, f"{MODEL}.queries.atss.weight", 1.0, 2.0),
     ("lambda_2", CO, "criterion.lambda_2", 2.0, 1.0),
-    ("lambda_2", CO, "criterion.own_lambda_2", {}, {"atss": 1.0}),
+    ("lambda_2", CO, "criterion.lambda_2_by_head", {}, {"atss": 1.0}),
     ("atss_convs", CO, f"{MODEL}.heads.atss.num_convs", 1, 4),
     ("loss_weights", DINO, "criterion.focal", 1.0, 2.0),
     ("matching_cost", DINO, "criterion.matching_cost.focal", 2.0, 1.0),

@@ -234,9 +234,9 @@ def assignment(bundle: Bundle) -> Iterator[Line]:
     pyramid, head = detector.adapter(memory), detector.heads[bundle.heads[0]]
     anchors = torch.cat(head.rpn.grid(pyramid))
     inside = head.rpn.grid.valid(pyramid, targets.frames.sizes)
-    owner = assign_max_iou(anchors, inside, targets.boxes_xyxy, targets.valid, *head.rpn.thresholds)
+    matched_index = assign_max_iou(anchors, inside, targets.boxes_xyxy, targets.valid, *head.rpn.thresholds)
     sampled, labels = train["train.rpn_target.label_weights"] > 0, train["train.rpn_target.labels"]
-    yield equal("RPN, positive anchors", (owner >= 0)[sampled], (labels == 0)[sampled])
+    yield equal("RPN, positive anchors", (matched_index >= 0)[sampled], (labels == 0)[sampled])
     regions = head(pyramid, targets).positives
     used = regions.positive | regions.negative
     for i in range(len(targets.frames.sizes)):
@@ -313,10 +313,16 @@ def _matching(bundle: Bundle) -> Iterator[Line]:
     solved["enc"] = (stage.labels[0], stage.boxes[0], agnostic)
     for name, (labels, boxes, one_class) in solved.items():
         for i in range(len(labels)):
-            owner = train[f"train.match.{name}.img{i}.gt_inds"] - 1
-            expected = (targets.labels[i] * (not one_class))[owner.clamp(min=0)].masked_fill(owner < 0, -1)
+            matched_index = train[f"train.match.{name}.img{i}.gt_inds"] - 1
+            expected = (targets.labels[i] * (not one_class))[matched_index.clamp(min=0)].masked_fill(
+                matched_index < 0, -1
+            )
             yield equal(f"matching {name}, image {i}", labels[i], expected)
-            yield equal(f"matching {name}, image {i}, boxes", boxes[i, owner >= 0], targets.boxes[i, owner[owner >= 0]])
+            yield equal(
+                f"matching {name}, image {i}, boxes",
+                boxes[i, matched_index >= 0],
+                targets.boxes[i, matched_index[matched_index >= 0]],
+            )
 
 
 def training(bundle: Bundle) -> Iterator[Line]:

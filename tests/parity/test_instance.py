@@ -42,9 +42,12 @@ class Case:
         train, found = self.bundle.train, Regions(torch.zeros(2, 30, 4), torch.full((2, 30), -1))
         for i in range(2):
             record = {k: train[f"train.instance_sample.img{i}.{k}"] for k in ("boxes", "pos_inds")}
-            owner = train[f"train.instance_sample.img{i}.pos_assigned_gt_inds"]
+            matched_index = train[f"train.instance_sample.img{i}.pos_assigned_gt_inds"]
             everything = torch.cat([self.bundle.inputs[f"gt_boxes.{i}"], record["boxes"][:, :4]])
-            found.boxes[i, : len(owner)], found.owner[i, : len(owner)] = everything[record["pos_inds"]], owner
+            found.boxes[i, : len(matched_index)], found.matched_index[i, : len(matched_index)] = (
+                everything[record["pos_inds"]],
+                matched_index,
+            )
         return found
 
 
@@ -81,15 +84,15 @@ def test_regions_are_the_same(case: Case) -> None:
     recorded = case.recorded_regions()
     for i in range(2):
         close(boxes[i], case.bundle.train[f"train.instance_sample.img{i}.boxes"][:, :4])
-        own, expected = found.owner[i] >= 0, recorded.owner[i] >= 0
-        assert torch.equal(found.owner[i, own], recorded.owner[i, expected])
+        own, expected = found.matched_index[i] >= 0, recorded.matched_index[i] >= 0
+        assert torch.equal(found.matched_index[i, own], recorded.matched_index[i, expected])
         close(found.boxes[i, own], recorded.boxes[i, expected])
 
 
 def test_targets_of_every_stage(case: Case) -> None:
     regions = case.recorded_regions()
-    images, places = torch.where(regions.owner >= 0)
-    given = (case.bundle.targets.masks, case.bundle.targets.valid, images, regions.owner[images, places])
+    images, places = torch.where(regions.matched_index >= 0)
+    given = (case.bundle.targets.masks, case.bundle.targets.valid, images, regions.matched_index[images, places])
     for i, size in enumerate((14, 28, 56, 112)):
         expected = case.bundle.train[f"train.instance_target.{i}"]
         shown = region_masks(*given, regions.boxes[images, places], size)[: len(expected)]

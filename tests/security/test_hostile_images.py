@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ImageFile
 
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.images import UnreadableImage, read_image, seen_size
 from codetr.errors import UserError
 from codetr.inference.sources import MAX_PIXELS, Images, Unreadable, find_sources
@@ -85,7 +85,7 @@ class TestRefused:
         content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
         (tmp_path / "truth.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"1 bad record.*(?s:.)*12000x12000"):
-            CocoDetection(large.parent, tmp_path / "truth.json", max_pixels=LIMIT)
+            DetectionDataset(large.parent, tmp_path / "truth.json", max_pixels=LIMIT)
 
 
 def test_a_larger_limit_lets_it_pass(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ PARTS: Choices = [
         [MAIN_QUERIES + "two_stage", "model.detector.main.mixed_selection=false"],
     ],
     [[], *([POSITION + rule] for rule in ("given", "reference", "conditional", "modulated"))],
-    [[], ["model.indicator=true"], ["model.detector.collaborative=null"], ["model/collaborator=[atss]"]],
+    [[], ["model.indicator=true"], ["model.detector.collaborative=null"], ["model/auxiliary_head=[atss]"]],
     [[], [ATTENTION + "conditional"], [ATTENTION + "deformable"]],
     [[], ["model/encoder@model.detector.encoder=dense"], ["model/encoder@model.detector.encoder=deformable"]],
 ]
@@ -63,10 +63,10 @@ TRAINING: Choices = [
         [SOURCE + ".extra=hybrid", "model.detector.queries.extra.num_queries=5"],
     ],
     [
-        ["model/collaborator=[]"],
-        *([f"model/collaborator=[{head}]"] for head in ("faster_rcnn_small", "mask_rcnn_small", "faster_rcnn")),
-        *([f"model/collaborator=[{head}]"] for head in ("faster_rcnn_convfc", "mask_rcnn", "atss", "retinanet")),
-        *([f"model/collaborator=[{head}]"] for head in ("fcos", "paa", "gfl")),
+        ["model/auxiliary_head=[]"],
+        *([f"model/auxiliary_head=[{head}]"] for head in ("faster_rcnn_small", "mask_rcnn_small", "faster_rcnn")),
+        *([f"model/auxiliary_head=[{head}]"] for head in ("faster_rcnn_convfc", "mask_rcnn", "atss", "retinanet")),
+        *([f"model/auxiliary_head=[{head}]"] for head in ("fcos", "paa", "gfl")),
     ],
     [[f"criterion={name}"] for name in ("focal", "quality_focal", "varifocal")],
     [[], *([f"model.detector.decoder.update={name}"] for name in ("keep", "refine", "look_forward_twice"))],

@@ -91,14 +91,14 @@ def test_thresholds_equal_the_matchers(seed: int, high: float, low: float) -> No
     anchors[:6] = objects[1]
     anchors[:6, 2:] += (objects[1, :, 2:] - objects[1, :, :2]) * torch.tensor([1, 0])  # IoU exactly 1/2
     usable = torch.rand(3, 200) < 0.8
-    owner = assign_max_iou(anchors, usable, objects, valid, high, low, None)
+    matched_index = assign_max_iou(anchors, usable, objects, valid, high, low, None)
     for i in range(3):
         expected = torch.full((200,), BACKGROUND)  # torchvision's models do so without objects, their Matcher raises
         if valid[i].any():
             index = Matcher(high, low)(box_iou(objects[i, valid[i]], anchors))
             expected = valid[i].nonzero()[:, 0][index.clamp(min=0)].where(index >= 0, index)
-        assert torch.equal(owner[i], expected.where(usable[i], IGNORED))
-    assert (owner >= 0).any()
+        assert torch.equal(matched_index[i], expected.where(usable[i], IGNORED))
+    assert (matched_index >= 0).any()
 
 
 @every_seed
@@ -110,13 +110,13 @@ def test_low_quality_matches_equal_the_matchers(seed: int, high: float, low: flo
     objects[3] = objects[1] + 0.1  # alike enough to have the same best anchor
     iou = box_iou(objects, anchors)
     usable, valid = torch.ones(1, 150).bool(), torch.ones(1, 5).bool()
-    (owner,) = assign_max_iou(anchors, usable, objects[None], valid, high, low, quality)
+    (matched_index,) = assign_max_iou(anchors, usable, objects[None], valid, high, low, quality)
     best_of = (iou == iou.amax(1, keepdim=True)) & (iou.amax(1, keepdim=True) >= quality)
     taken, contested = best_of.any(0), (best_of & (iou < iou.amax(0))).any(0)
     with_low, without = (Matcher(high, low, allow)(iou) for allow in (True, False))
-    assert torch.equal(owner[~contested], with_low.where(taken, without)[~contested])
+    assert torch.equal(matched_index[~contested], with_low.where(taken, without)[~contested])
     last = (best_of * torch.arange(5)[:, None]).amax(0)  # of several objects
-    assert torch.equal(owner[taken], last[taken])
+    assert torch.equal(matched_index[taken], last[taken])
 
 
 @every_seed
@@ -197,13 +197,13 @@ def test_fcos_equals_torchvisions(seed: int, count: int) -> None:
     # torchvision subtracts areas from 1e8: too much for single precision
     exact = [{"boxes": truth[0]["boxes"].double(), "labels": truth[0]["labels"]}]
     sizes = [16 * 16, 8 * 8, 4 * 4]
-    (owner,) = torchvision_fcos(Recorder()).compute_loss(exact, {}, [cells], sizes)
+    (matched_index,) = torchvision_fcos(Recorder()).compute_loss(exact, {}, [cells], sizes)
     found = head.assign(levels, targets)
-    assert torch.equal(found.positive[0], owner >= 0)
-    assert torch.equal(found.negative[0], owner < 0)
-    own = owner >= 0
-    assert torch.equal(found.target_boxes_xyxy[0, own], truth[0]["boxes"][owner[own]])
-    assert torch.equal(found.labels[0, own], truth[0]["labels"][owner[own]])
+    assert torch.equal(found.positive[0], matched_index >= 0)
+    assert torch.equal(found.negative[0], matched_index < 0)
+    own = matched_index >= 0
+    assert torch.equal(found.target_boxes_xyxy[0, own], truth[0]["boxes"][matched_index[own]])
+    assert torch.equal(found.labels[0, own], truth[0]["labels"][matched_index[own]])
     logits, centerness = torch.randn(1, len(cells), CLASSES), torch.randn(1, len(cells))
     losses = head.losses(Dense(logits, torch.rand(1, len(cells), 4) * 50, centerness), found)
     given = {
@@ -233,19 +233,19 @@ def test_faster_rcnn_assigns_proposals_as_torchvision(seed: int, count: int) -> 
     other = RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
     candidates = torch.cat([truth["boxes"], proposals[0]])
     (index,), (label,) = other.assign_targets_to_proposals([candidates], [truth["boxes"]], [truth["labels"] + 1])
-    kept = regions.owner[0] != IGNORED
+    kept = regions.matched_index[0] != IGNORED
     order = torch.cat([(label > 0).nonzero()[:, 0], (label == 0).nonzero()[:, 0]])
     assert torch.equal(regions.boxes[0, kept], candidates[order])
-    assert torch.equal(regions.owner[0, kept], index.where(label > 0, BACKGROUND)[order])
+    assert torch.equal(regions.matched_index[0, kept], index.where(label > 0, BACKGROUND)[order])
     logits = torch.randn(1, len(kept), CLASSES + 1)
     labels = (label - 1)[order]
     found = Positives(
         regions.boxes,
         regions.boxes,
-        torch.full_like(regions.owner, -1).masked_scatter(kept[None], labels),
+        torch.full_like(regions.matched_index, -1).masked_scatter(kept[None], labels),
         regions.boxes,
-        regions.owner >= 0,
-        regions.owner == BACKGROUND,
+        regions.matched_index >= 0,
+        regions.matched_index == BACKGROUND,
     )
     losses = head.losses(logits, torch.zeros(1, len(kept), CLASSES, 4), found)
     expected = cross_entropy(logits[0, kept].roll(1, -1), label[order])

@@ -12,7 +12,7 @@ from codetr.models.detector import Detector
 from codetr.types import Frames, Targets
 from toy_model import SIZES
 
-SMALL = ["model=co_deformable", "model/collaborator=[atss]", "model.num_classes=3", *SIZES]
+SMALL = ["model=co_deformable", "model/auxiliary_head=[atss]", "model.num_classes=3", *SIZES]
 SMALL += ["model.detector.decoder.num_layers=1"]
 # Overrides beside the name, and the strides.
 MODELS: dict[str, tuple[list[str], tuple[int, ...]]] = {

@@ -30,7 +30,7 @@ NETWORK = FRAMES.sizes
 def model() -> Detector:
     torch.manual_seed(0)
     collaborators = ["faster_rcnn_small", *HEADS[1:-1], "mask_rcnn_small"]
-    return detector(CLASSES, f"model/collaborator=[{','.join(collaborators)}]").eval()
+    return detector(CLASSES, f"model/auxiliary_head=[{','.join(collaborators)}]").eval()
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +85,12 @@ def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector
 
 
 @pytest.mark.parametrize(
-    ("kept", "branches", "key"), [(100, False, "postprocess"), (300, True, "model.detector.heads.")]
+    ("kept", "evaluate_heads", "key"), [(100, False, "postprocess"), (300, True, "model.detector.heads.")]
 )
-def test_what_is_counted_must_be_kept(model: Detector, kept: int, branches: bool, key: str) -> None:
+def test_what_is_counted_must_be_kept(model: Detector, kept: int, evaluate_heads: bool, key: str) -> None:
     metrics = partial(METRICS, max_detections=300)
     with pytest.raises(UserError, match=rf"metrics\.max_detections=300 counts more .* {key}.*max_detections=\d+ keeps"):
-        DetectionTask(model, None, PostProcess(kept, None), metrics, branches, partial(print), None, {})
+        DetectionTask(model, None, PostProcess(kept, None), metrics, evaluate_heads, partial(print), None, {})
 
 
 def test_off_by_default(model: Detector) -> None:

@@ -88,7 +88,7 @@ def test_unknown_class_names_of_another_number_start_fresh() -> None:
 
 
 def test_training_only_parts_may_differ_others_not() -> None:
-    plain_model = "model/collaborator=[]"
+    plain_model = "model/auxiliary_head=[]"
     whole, bare = detector(OLD), detector(OLD, plain_model)
     report = initialise_from(detector(OLD), Checkpoint(Path("x"), bare.state_dict(), class_names=OLD), OLD)
     assert report.allowed
@@ -159,7 +159,7 @@ def test_every_layer_that_grows_with_the_classes_declares_how() -> None:
         "model.detector.main.class_agnostic=false",
         "model/position@model.detector.decoder.query_position=reference",
     )
-    few, many = (detector(tuple("abcde")[:number], f"model/collaborator={heads}", *more) for number in (3, 5))
+    few, many = (detector(tuple("abcde")[:number], f"model/auxiliary_head={heads}", *more) for number in (3, 5))
     declared, sizes = declared_rows(many), few.state_dict()
     grown = {name: len(sizes[name]) for name, tensor in many.state_dict().items() if tensor.shape != sizes[name].shape}
     assert len(grown) > 30
@@ -168,7 +168,7 @@ def test_every_layer_that_grows_with_the_classes_declares_how() -> None:
 
 
 def test_each_anchor_of_a_cell_has_a_row_per_class() -> None:
-    old, model = detector(OLD, "model/collaborator=[retinanet]"), detector(NEW, "model/collaborator=[retinanet]")
+    old, model = detector(OLD, "model/auxiliary_head=[retinanet]"), detector(NEW, "model/auxiliary_head=[retinanet]")
     weights, fresh = numbered(old), {name: t.clone() for name, t in model.state_dict().items()}
     initialise_from(model, Checkpoint(Path("old.ckpt"), weights, class_names=OLD), NEW)
     name = "heads.retinanet.predictor.classes.bias"

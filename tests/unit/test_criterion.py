@@ -31,7 +31,7 @@ LAYERS, BATCH, QUERIES, CLASSES = 2, 3, 6, 4
 
 
 def criterion(class_loss: ClassLoss = FOCAL) -> Criterion:
-    return Criterion(COST, class_loss, focal=2.0, l1=5.0, giou=3.0, lambda_2=0.5, own_lambda_2={})
+    return Criterion(COST, class_loss, focal=2.0, l1=5.0, giou=3.0, lambda_2=0.5, lambda_2_by_head={})
 
 
 def boxes(*shape: int) -> Tensor:

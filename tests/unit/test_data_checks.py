@@ -10,7 +10,7 @@ import pytest
 from coco_files import document, write
 
 from codetr.data.checks import check_trainable, check_val_classes
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.images import UnreadableImage, looks_complete
 from codetr.errors import UserError
 
@@ -96,7 +96,7 @@ def test_a_bad_record_stops_with_its_name(tmp_path: Path, case: str) -> None:
     breaks, message, *_ = CASES[case]
     files = broken(tmp_path, breaks)
     with pytest.raises(UserError, match=rf"(?s)train\.json: 1 bad record\n.*1 x .*{message}.*data\.on_error=skip"):
-        CocoDetection(*files)
+        DetectionDataset(*files)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,7 +104,7 @@ def test_a_bad_record_is_skipped_and_counted(tmp_path: Path, case: str, caplog: 
     breaks, _, images, objects = CASES[case]
     files = broken(tmp_path, breaks)
     with caplog.at_level(logging.WARNING):
-        dataset = CocoDetection(*files, on_error="skip")
+        dataset = DetectionDataset(*files, on_error="skip")
     assert [len(dataset), sum(dataset.label_counts.values())] == [images, objects]
     assert sum(dataset.report.errors.values()) == 1
     assert [r.levelname for r in caplog.records] == ["WARNING"]
@@ -114,7 +114,7 @@ def test_a_bad_record_is_skipped_and_counted(tmp_path: Path, case: str, caplog: 
 
 
 def test_good_data_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = CocoDetection(*write(tmp_path, good()))
+    dataset = DetectionDataset(*write(tmp_path, good()))
     assert dataset.report.errors == {}
     assert not caplog.records
 
@@ -126,7 +126,7 @@ def test_the_message_shows_the_first_few_of_each_kind(tmp_path: Path) -> None:
         annotation["bbox"] = [0, 0, 0, 0]
     doc["annotations"][8]["category_id"] = 99
     with pytest.raises(UserError) as caught:
-        CocoDetection(*write(tmp_path, doc))
+        DetectionDataset(*write(tmp_path, doc))
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("train.json: 8 bad records")
     assert lines[1].startswith("  1 x unknown category id: annotation 32 (category 99) (add the category")
@@ -142,7 +142,7 @@ def test_structural_faults_stop_whatever_the_policy(tmp_path: Path) -> None:
     def read(text: str | None = None, **changes: Any) -> None:
         if text is not None:
             source.write_text(text)
-        CocoDetection(**{"root": root, "annotations": source, "on_error": "skip"} | changes)
+        DetectionDataset(**{"root": root, "annotations": source, "on_error": "skip"} | changes)
 
     with pytest.raises(UserError, match=r"nothing\.json does not exist"):
         read(annotations=tmp_path / "nothing.json")
@@ -170,12 +170,12 @@ def test_structural_faults_stop_whatever_the_policy(tmp_path: Path) -> None:
 def test_class_lists(tmp_path: Path) -> None:
     files = write(tmp_path, good())
     with pytest.raises(UserError, match=r"data\.classes names \['cat'\], but .*train\.json only has \['disc'"):
-        CocoDetection(*files, classes=["disc", "cat"])
+        DetectionDataset(*files, classes=["disc", "cat"])
     with pytest.raises(UserError, match=r"data\.classes names \['disc'\] more than once"):
-        CocoDetection(*files, classes=["disc", "disc"])
-    check_trainable(CocoDetection(*files, classes=["disc"]).label_counts, files[1])
+        DetectionDataset(*files, classes=["disc", "disc"])
+    check_trainable(DetectionDataset(*files, classes=["disc"]).label_counts, files[1])
     with pytest.raises(UserError, match=r"no training label is left in .*train\.json: .*\['star', 'square'\]"):
-        check_trainable(CocoDetection(*files, classes=["star", "square"]).label_counts, files[1])
+        check_trainable(DetectionDataset(*files, classes=["star", "square"]).label_counts, files[1])
 
 
 def test_only_objects_of_classes_that_are_not_trained_stop() -> None:
@@ -192,12 +192,12 @@ def test_what_each_verification_finds(tmp_path: Path) -> None:
     data = bytearray((root / "001.png").read_bytes())
     data[len(data) // 2] ^= 255
     (root / "001.png").write_bytes(data)
-    CocoDetection(root, source, verify="exists")
-    CocoDetection(root, source, verify="complete")
+    DetectionDataset(root, source, verify="exists")
+    DetectionDataset(root, source, verify="complete")
     with pytest.raises(UserError, match=r"image 103 \(.*001\.png cannot be decoded"):
-        CocoDetection(root, source, verify="decode")
+        DetectionDataset(root, source, verify="decode")
     (root / "000.jpg").write_bytes((root / "000.jpg").read_bytes()[:-100])
-    dataset = CocoDetection(root, source, verify="exists")
+    dataset = DetectionDataset(root, source, verify="exists")
     with pytest.raises(UnreadableImage, match=r"000\.jpg cannot be decoded"):
         dataset[0]
 
@@ -217,14 +217,14 @@ def test_files_in_subfolders_are_found(tmp_path: Path) -> None:
         image["file_name"] = f"a/b/{image['file_name']}"
     root, source = write(tmp_path, doc)
     (root / "a/b/002.jpg").unlink()
-    dataset = CocoDetection(root, source, on_error="skip")
+    dataset = DetectionDataset(root, source, on_error="skip")
     assert dataset.image_ids.tolist() == [100, 103, 109]
 
 
 def test_numbers_as_text_train_what_they_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Every column of the same file with numbers and with texts; `bool("0")` is true."""
     doc = document(6)
-    plain = CocoDetection(*write(tmp_path, doc, "plain"))
+    plain = DetectionDataset(*write(tmp_path, doc, "plain"))
     for record in doc["annotations"]:
         record.update({k: str(record[k]) for k in ("iscrowd", "image_id", "category_id", "area")})
         record["bbox"] = [str(v) for v in record["bbox"]]
@@ -232,7 +232,7 @@ def test_numbers_as_text_train_what_they_mean(tmp_path: Path, caplog: pytest.Log
         image["width"] = float(image["width"])
     (tmp_path / "text.json").write_text(json.dumps(doc))
     with caplog.at_level(logging.WARNING):
-        text = CocoDetection(tmp_path / "plain", tmp_path / "text.json")
+        text = DetectionDataset(tmp_path / "plain", tmp_path / "text.json")
     assert "value of another type" in caplog.text
     for i in range(len(plain)):
         expected, found = plain.truth(i), text.truth(i)

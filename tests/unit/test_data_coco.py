@@ -13,7 +13,7 @@ from coco_files import CATEGORIES, document, write, write_image
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.images import UnreadableImage, read_image
 
 
@@ -23,7 +23,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_truth_and_targets_are_what_pycocotools_reads(files: tuple[Path, Path]) -> None:
-    dataset = CocoDetection(*files)
+    dataset = DetectionDataset(*files)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(files[1])
     assert dataset.class_names == ("disc", "square", "star")
@@ -54,7 +54,7 @@ def test_truth_and_targets_are_what_pycocotools_reads(files: tuple[Path, Path]) 
 
 
 def test_classes_select_and_order(files: tuple[Path, Path]) -> None:
-    every, some = CocoDetection(*files), CocoDetection(*files, classes=["star", "disc"])
+    every, some = DetectionDataset(*files), DetectionDataset(*files, classes=["star", "disc"])
     assert some.category_ids == (12, 7)
     for index in range(len(every)):
         labels = every[index].labels
@@ -67,7 +67,7 @@ def test_iscrowd_and_area_may_be_missing(tmp_path: Path) -> None:
     doc = document()
     for annotation in doc["annotations"]:
         del annotation["iscrowd"], annotation["area"]
-    dataset = CocoDetection(*write(tmp_path, doc))
+    dataset = DetectionDataset(*write(tmp_path, doc))
     for index in range(len(dataset)):
         truth = dataset.truth(index)
         assert not truth["iscrowd"].any()
@@ -79,7 +79,7 @@ def test_a_box_that_reaches_out_is_clipped_for_training_only(tmp_path: Path) -> 
     doc = document(1)
     doc["images"][0] |= {"width": 50, "height": 40}
     doc["annotations"][0] |= {"bbox": [-5, 30, 20, 30], "iscrowd": 0}
-    dataset = CocoDetection(*write(tmp_path, doc))
+    dataset = DetectionDataset(*write(tmp_path, doc))
     assert dataset[0].boxes.tolist() == [[0, 30, 15, 40]]
     assert dataset[0].truth["boxes"].tolist() == [[-5, 30, 15, 60]]
     assert not dataset.report.errors
@@ -87,7 +87,7 @@ def test_a_box_that_reaches_out_is_clipped_for_training_only(tmp_path: Path) -> 
 
 
 def test_a_data_set_travels_to_workers_as_a_few_arrays(files: tuple[Path, Path]) -> None:
-    dataset = CocoDetection(*files)
+    dataset = DetectionDataset(*files)
     copy = pickle.loads(pickle.dumps(dataset))
     torch.testing.assert_close(copy.truth(3), dataset.truth(3))
     assert not any(isinstance(v, (list, dict)) for v in vars(dataset).values())
@@ -151,5 +151,5 @@ def test_areas_of_wrong_type_fall_back_to_the_box(tmp_path: Path) -> None:
     doc["annotations"][0]["area"] = None
     source = write(tmp_path, doc)
     assert json.loads(source[1].read_text())["annotations"][0]["area"] is None
-    areas = torch.cat([CocoDetection(*source).truth(i)["area"] for i in range(2)])
+    areas = torch.cat([DetectionDataset(*source).truth(i)["area"] for i in range(2)])
     assert areas.isfinite().all()

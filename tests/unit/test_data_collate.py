@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
 
-from codetr.data.coco import Sample
 from codetr.data.collate import collate
+from codetr.data.dataset import Sample
 
 SHAPES = [(20, 33), (31, 12), (7, 9)]
 

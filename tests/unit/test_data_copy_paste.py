@@ -9,8 +9,8 @@ from coco_files import document, write
 from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
-from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste, tight_boxes
+from codetr.data.dataset import DetectionDataset, Sample
 from codetr.data.transforms import TransformedDataset, fit_canvas
 
 SIDE = 32
@@ -116,7 +116,7 @@ def test_a_data_set_that_pastes(tmp_path: Path) -> None:
     for annotation in doc["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    reader = CocoDetection(*write(tmp_path, doc), masks=True)
+    reader = DetectionDataset(*write(tmp_path, doc), masks=True)
 
     def dataset(masks: bool) -> TransformedDataset:
         return TransformedDataset(reader, fit_canvas(48, 114), 3, "stop", CopyPaste(99, 10, 20), masks)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from codetr.application import compose
-from codetr.data.coco import CocoDetection, Sample
+from codetr.data.dataset import DetectionDataset, Sample
 from codetr.data.transforms import PadTo, RandomSizeCrop, TransformedDataset, fit_canvas, large_scale_jitter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def colour(label: int) -> list[int]:
     return [20 + 7 * label, 250 - 6 * label, 5 * label]
 
 
-def draw(folder: Path, paint: Any) -> CocoDetection:
+def draw(folder: Path, paint: Any) -> DetectionDataset:
     """Images with a rectangle in every quarter, some up to the border, painted by `paint(pixels, label, box)`."""
     rng = np.random.default_rng(7)
     categories = [{"id": i + 1, "name": str(i)} for i in range(IMAGES * OBJECTS)]
@@ -68,11 +68,11 @@ def draw(folder: Path, paint: Any) -> CocoDetection:
     root, source = write(folder, doc, "painted")
     for i, pixels in enumerate(canvases):
         Image.fromarray(pixels).save(root / f"{i}.png")
-    return CocoDetection(root, source, masks=True, cache=None)
+    return DetectionDataset(root, source, masks=True, cache=None)
 
 
 @pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     def paint(pixels: np.ndarray, label: int, box: tuple[int, int, int, int]) -> None:
         pixels[box[1] : box[3], box[0] : box[2]] = colour(label)
 
@@ -80,7 +80,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
 
 
 @pytest.fixture(scope="module")
-def by_channel(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
+def by_channel(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     """The first three objects of an image fill a channel each, the last all of them: its edges are not looked at."""
 
     def paint(pixels: np.ndarray, label: int, box: tuple[int, int, int, int]) -> None:
@@ -159,7 +159,7 @@ def check_exact(sample: Sample, tolerance: float, sources: int) -> int:
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_to_the_pixel(coloured: CocoDetection, name: str) -> None:
+def test_transforms_to_the_pixel(coloured: DetectionDataset, name: str) -> None:
     dataset = TransformedDataset(coloured, _exact(TRANSFORMS[name], interpolate=False), 1, "stop")
     gone = 0
     for epoch in range(8):
@@ -170,7 +170,7 @@ def test_transforms_to_the_pixel(coloured: CocoDetection, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["train", "val"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_to_the_pixel(coloured: CocoDetection, name: str, kind: str) -> None:
+def test_recipes_to_the_pixel(coloured: DetectionDataset, name: str, kind: str) -> None:
     """Behind two resizes the first one's rounding is enlarged by the second, at most from 384 to 1536 pixels."""
     transform, copy_paste = recipe(name, kind, interpolate=False)
     tolerance = {"multiscale": 1 + 800 / 384, "multiscale_1536": 5, "multiscale_1536_long": 5}.get(name, 1)
@@ -202,7 +202,7 @@ def check_pasted(sample: Sample, index: int) -> int:
 
 @pytest.mark.parametrize("kind", ["train", "val"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_as_they_interpolate(by_channel: CocoDetection, name: str, kind: str) -> None:
+def test_recipes_as_they_interpolate(by_channel: DetectionDataset, name: str, kind: str) -> None:
     transform, _ = recipe(name, kind, interpolate=True)
     dataset = TransformedDataset(by_channel, transform, 2, "stop")
     worst = 0.0

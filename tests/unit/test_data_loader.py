@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from codetr.application import compose
-from codetr.data.coco import CocoDetection
 from codetr.data.datamodule import DetectionDataModule
+from codetr.data.dataset import DetectionDataset
 from codetr.data.images import UnreadableImage
 from codetr.data.transforms import TransformedDataset
 from codetr.types import Batch
@@ -131,7 +131,7 @@ def test_batches_keep_the_layout_from_the_decoder_to_the_device(tmp_path: Path) 
 
 
 def test_colour_is_applied_before_the_transform_to_training_images(tmp_path: Path) -> None:
-    reader = CocoDetection(*write(tmp_path, document(4)))
+    reader = DetectionDataset(*write(tmp_path, document(4)))
     pad = v2.Pad([0, 0, 5, 5], fill=7)
     plain, inverted = (TransformedDataset(reader, pad, 0, "stop", colour=c) for c in (None, v2.RandomInvert(1)))
     for i in range(4):
@@ -145,7 +145,7 @@ def test_colours_leave_the_objects_alone(tmp_path: Path, colour: str) -> None:
     write(tmp_path, document(6), "train")
     given = [f"data.{s}_annotations={tmp_path}/train.json" for s in ("train", "val")]
     config = compose("train", ["data=custom", *given, f"augment/colour@data.colour={colour}"]).data
-    reader = CocoDetection(tmp_path / "train", tmp_path / "train.json")
+    reader = DetectionDataset(tmp_path / "train", tmp_path / "train.json")
     plain = TransformedDataset(reader, v2.Identity(), 3, "stop")
     coloured = TransformedDataset(reader, v2.Identity(), 3, "stop", colour=instantiate(config.colour))
     changed = 0

@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 from torch.nn.functional import max_pool2d
 from torchvision.transforms import v2
 
-from codetr.data.coco import CocoDetection
 from codetr.data.collate import collate
+from codetr.data.dataset import DetectionDataset
 from codetr.data.transforms import RandomSizeCrop, TransformedDataset
 from codetr.errors import UserError
 
@@ -57,7 +57,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_masks_are_what_pycocotools_reads(files: tuple[Path, Path]) -> None:
-    dataset = CocoDetection(*files, masks=True)
+    dataset = DetectionDataset(*files, masks=True)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(files[1])
     compared = 0
@@ -73,13 +73,13 @@ def test_masks_are_what_pycocotools_reads(files: tuple[Path, Path]) -> None:
 
 
 def test_no_masks_unless_asked_for(files: tuple[Path, Path]) -> None:
-    sample = CocoDetection(*files)[3]
+    sample = DetectionDataset(*files)[3]
     assert sample.masks is None
     assert collate([sample], 32).targets.masks is None
 
 
 @pytest.fixture
-def painted(tmp_path: Path) -> CocoDetection:
+def painted(tmp_path: Path) -> DetectionDataset:
     """Triangles of label 0, 1, 2, filled in the red, green and blue channel of a black image."""
     rng = np.random.default_rng(3)
     doc: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
@@ -103,7 +103,7 @@ def painted(tmp_path: Path) -> CocoDetection:
     root, source = write(tmp_path, doc, "painted")
     for i, canvas in enumerate(canvases):
         Image.fromarray(canvas).save(root / f"{i}.png")
-    return CocoDetection(root, source, masks=True)
+    return DetectionDataset(root, source, masks=True)
 
 
 def seam(shape: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def seam(shape: torch.Tensor) -> torch.Tensor:
     return max_pool2d(shape, 7, 1, 3) > -max_pool2d(-shape, 7, 1, 3)
 
 
-def test_masks_move_with_the_picture(painted: CocoDetection) -> None:
+def test_masks_move_with_the_picture(painted: DetectionDataset) -> None:
     """Flip, resize, crop, resize: mask and paint differ along the outline alone (nearest and smooth interpolation)."""
     recipe = v2.Compose(
         [
@@ -133,7 +133,7 @@ def test_masks_move_with_the_picture(painted: CocoDetection) -> None:
     assert removed > 0
 
 
-def test_a_batch_pads_masks_with_nothing(painted: CocoDetection) -> None:
+def test_a_batch_pads_masks_with_nothing(painted: DetectionDataset) -> None:
     samples = [painted[i] for i in range(3)]
     samples[1].boxes, samples[1].labels, samples[1].masks = (
         samples[1].boxes[:1],
@@ -182,11 +182,11 @@ def test_an_object_without_a_usable_mask_is_named_or_left_out(
     files = write(tmp_path, doc)
     where = f"annotation {broken['id']} of image {broken['image_id']}: .*{message}"
     with pytest.raises(UserError, match=f"without a usable mask: {where}"):
-        CocoDetection(*files, masks=True)
+        DetectionDataset(*files, masks=True)
     with caplog.at_level(logging.WARNING):
-        rest = CocoDetection(*files, masks=True, on_error="skip")
+        rest = DetectionDataset(*files, masks=True, on_error="skip")
     assert sum(rest.label_counts.values()) == len(doc["annotations"]) - 1
     assert "data.masks=false" in caplog.text
-    assert sum(CocoDetection(*files).label_counts.values()) == len(doc["annotations"])
+    assert sum(DetectionDataset(*files).label_counts.values()) == len(doc["annotations"])
     broken["iscrowd"] = 1
-    assert len(CocoDetection(*write(tmp_path, doc), masks=True)) == 4
+    assert len(DetectionDataset(*write(tmp_path, doc), masks=True)) == 4

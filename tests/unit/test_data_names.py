@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from coco_files import write_image
 
-from codetr.data.coco import CocoDetection
 from codetr.data.commands import convert
+from codetr.data.dataset import DetectionDataset
 from codetr.data.names import find_misspelt
 from codetr.errors import UserError
 
@@ -60,7 +60,7 @@ def test_training_and_convert_find_it_and_say_so(root: Path, tmp_path: Path, cap
     source = root.parent / "train.json"
     source.write_text(json.dumps(document("C:\\me\\My%20cat%2B1.jpg")))
     with caplog.at_level(logging.WARNING):
-        dataset = CocoDetection(root, source)
+        dataset = DetectionDataset(root, source)
     assert dataset.path(0) == root / "My cat+1.jpg"
     assert dataset[0].labels.tolist() == [0]
     assert caplog.text.count("image file of another spelling: image 1") == 1
@@ -76,4 +76,4 @@ def test_what_would_mend_it_is_said(root: Path) -> None:
     for name, advice in (("D:\\x\\none.jpg", "the path is of another place"), ("no%20ne.jpg", "tools write % for")):
         source.write_text(json.dumps(document(name)))
         with pytest.raises(UserError, match=advice):
-            CocoDetection(root, source)
+            DetectionDataset(root, source)

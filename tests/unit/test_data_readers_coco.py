@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from codetr.data import tabulate
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.readers import coco, json_stream
 from codetr.data.segmentations import fault
 from codetr.errors import UserError
@@ -65,7 +65,7 @@ def test_lvis_is_what_its_package_reads(tmp_path: Path) -> None:
     doc = lvis_document(9)
     source = write_lvis(tmp_path, doc)
     theirs = LVIS(source)
-    dataset = CocoDetection(tmp_path, source, masks=True, runs=True)
+    dataset = DetectionDataset(tmp_path, source, masks=True, rle=True)
     categories = theirs.load_cats(theirs.get_cat_ids())
     assert dataset.class_names == tuple(c["name"] for c in categories)
     assert dataset.frequencies == tuple(c["frequency"] for c in categories)
@@ -86,7 +86,7 @@ def test_lvis_is_what_its_package_reads(tmp_path: Path) -> None:
         boxes[:, 2:] += boxes[:, :2]
         np.testing.assert_array_equal(truth["boxes"], boxes)
         assert sample.masks is not None
-        for mask, runs, annotation in zip(sample.masks, truth["runs"], objects, strict=True):
+        for mask, runs, annotation in zip(sample.masks, truth["rle"], objects, strict=True):
             expected = theirs.ann_to_mask(annotation)
             assert torch.equal(mask, torch.from_numpy(expected))
             np.testing.assert_array_equal(coco_mask.decode(runs), expected)
@@ -97,7 +97,7 @@ def test_lvis_is_what_its_package_reads(tmp_path: Path) -> None:
 def test_lists_of_categories_follow_the_selected_classes(tmp_path: Path) -> None:
     doc = lvis_document(6)
     source = write_lvis(tmp_path, doc)
-    some = CocoDetection(tmp_path, source, classes=["star", "disc"])
+    some = DetectionDataset(tmp_path, source, classes=["star", "disc"])
     assert some.frequencies == ("c", "r")
     label = {12: 0, 7: 1}
     for index, image in enumerate(doc["images"]):
@@ -117,9 +117,9 @@ def test_objects365_names_count_from_their_patch(tmp_path: Path, caplog: pytest.
     source.write_text(json.dumps(doc))
     reader = partial(coco.read, name_parts=2)
     with pytest.raises(UserError, match=r"1 x missing image file: image 109 \(.*/train/patch1/objects365_v2_00000003"):
-        CocoDetection(tmp_path / "train", source, reader=reader)
+        DetectionDataset(tmp_path / "train", source, reader=reader)
     with caplog.at_level(logging.WARNING):
-        dataset = CocoDetection(tmp_path / "train", source, reader=reader, on_error="skip")
+        dataset = DetectionDataset(tmp_path / "train", source, reader=reader, on_error="skip")
     assert "1 bad records dropped" in caplog.text
     assert dataset.image_ids.tolist() == [100, 103, 106, 112, 115]
     assert dataset.path(4) == tmp_path / "train/patch2/objects365_v2_00000005.jpg"
@@ -142,7 +142,7 @@ def test_ignored_objects_are_truth_that_is_not_trained_on(tmp_path: Path) -> Non
     doc = document(8)
     for i, a in enumerate(doc["annotations"]):
         a |= {"ignore": int(i % 3 == 0)}
-    dataset = CocoDetection(*write(tmp_path, doc))
+    dataset = DetectionDataset(*write(tmp_path, doc))
     of_image = {i["id"]: [a for a in doc["annotations"] if a["image_id"] == i["id"]] for i in doc["images"]}
     ignored = 0
     for index in range(len(dataset)):
@@ -178,9 +178,9 @@ def test_pieces_hold_what_json_reads(tmp_path: Path, piece: int, indent: int | N
 
 def test_small_and_large_files_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, source = write(tmp_path, outlined(document(12)))
-    whole = CocoDetection(root, source, masks=True)
+    whole = DetectionDataset(root, source, masks=True)
     monkeypatch.setattr(tabulate, "_BATCH", 4)
-    pieces = CocoDetection(root, source, reader=partial(in_pieces, piece=200), masks=True)
+    pieces = DetectionDataset(root, source, reader=partial(in_pieces, piece=200), masks=True)
     for index in range(len(whole)):
         a, b = whole[index], pieces[index]
         torch.testing.assert_close(a.truth, b.truth, rtol=0, atol=0)

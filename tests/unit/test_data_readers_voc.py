@@ -12,7 +12,7 @@ from coco_files import write_image
 from PIL import Image
 from torchvision.datasets import VOCDetection
 
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.readers import voc
 from codetr.errors import UserError
 
@@ -125,7 +125,7 @@ def test_every_change_is_seen(tmp_path: Path) -> None:
     lists = voc_set(tmp_path, {"a": xml(thing()), "sub/b": xml(thing())}, train="a\n")
 
     def counts() -> tuple[int, ...]:
-        found = CocoDetection(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read, on_error="skip")
+        found = DetectionDataset(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read, on_error="skip")
         return (len(found), found.label_counts["cat"])
 
     annotations = tmp_path / "Annotations"
@@ -149,7 +149,7 @@ def test_bad_files_stop_or_are_skipped(tmp_path: Path) -> None:
     }
     lists = voc_set(tmp_path, texts, train="a\nb\nc\nd\n")
     with pytest.raises(UserError) as raised:
-        CocoDetection(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read)
+        DetectionDataset(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read)
     for message in (
         "train.txt: 6 bad records",
         "2 x bad image record: Annotations/b.xml: cannot be read as XML",
@@ -160,7 +160,7 @@ def test_bad_files_stop_or_are_skipped(tmp_path: Path) -> None:
         "1 x box that is not 4 finite numbers: Annotations/c.xml, object 2: no number as xmax",
     ):
         assert message in str(raised.value)
-    found = CocoDetection(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read, on_error="skip")
+    found = DetectionDataset(tmp_path / "JPEGImages", lists / "train.txt", reader=voc.read, on_error="skip")
     assert (len(found), found.label_counts["cat"]) == (2, 1)
 
 

@@ -11,7 +11,7 @@ import pytest
 from coco_files import write_image
 from PIL import Image
 
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.readers import folder, yolo
 from codetr.errors import UserError
 
@@ -154,7 +154,7 @@ def test_every_change_is_seen(tmp_path: Path) -> None:
     (tmp_path / "labels").rmdir()
 
     def counts() -> tuple[int, ...]:
-        found = CocoDetection(tmp_path, source / "train", reader=yolo.read)
+        found = DetectionDataset(tmp_path, source / "train", reader=yolo.read)
         return (len(found), *found.label_counts.values())
 
     labels = tmp_path / "labels" / "train"
@@ -178,7 +178,7 @@ def test_bad_lines_stop_or_are_skipped(tmp_path: Path) -> None:
     labels = {"a": "0 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1\n", "b": "7 0.5 0.5 0.1 0.1\n1 0.5 0.5 0 0.1\n"}
     source = yolo_set(tmp_path, "train: images/train\n" + NAMES, labels)
     with pytest.raises(UserError) as raised:
-        CocoDetection(tmp_path, source / "train", reader=yolo.read)
+        DetectionDataset(tmp_path, source / "train", reader=yolo.read)
     for message in (
         "data.yaml/train: 3 bad records",
         "1 x unknown category id: labels/train/b.txt, line 1 (category 7)",
@@ -186,7 +186,7 @@ def test_bad_lines_stop_or_are_skipped(tmp_path: Path) -> None:
         "1 x box without area: labels/train/b.txt, line 2",
     ):
         assert message in str(raised.value)
-    found = CocoDetection(tmp_path, source / "train", reader=yolo.read, on_error="skip")
+    found = DetectionDataset(tmp_path, source / "train", reader=yolo.read, on_error="skip")
     assert (len(found), found.label_counts) == (2, {"cat": 1, "dog": 0})
 
 
@@ -306,8 +306,8 @@ def test_labels_without_an_image_are_named(tmp_path: Path) -> None:
     for name, text in (("lost.txt", OTHER), ("empty.txt", ""), ("classes.txt", "cat"), ("A.txt", OTHER)):
         (tmp_path / "labels/train" / name).write_text(text)
     with pytest.raises(UserError, match=r"2 x annotation of an unknown image: .*train/(A|lost)\.txt: no image has"):
-        CocoDetection(tmp_path, source / "train", reader=yolo.read)
-    found = CocoDetection(tmp_path, source / "train", reader=yolo.read, on_error="skip")
+        DetectionDataset(tmp_path, source / "train", reader=yolo.read)
+    found = DetectionDataset(tmp_path, source / "train", reader=yolo.read, on_error="skip")
     assert found.label_counts == {"cat": 1, "dog": 0}
 
 
@@ -349,7 +349,7 @@ def windows_list(root: Path) -> None:
 @pytest.mark.parametrize("export", [cvat, label_studio, notes_alone, windows, windows_list])
 def test_exports_are_read_as_they_are(tmp_path: Path, export: Any) -> None:
     export(tmp_path)
-    found = CocoDetection(tmp_path, tmp_path / "data.yaml/train", reader=yolo.read)
+    found = DetectionDataset(tmp_path, tmp_path / "data.yaml/train", reader=yolo.read)
     assert found.class_names == ("cat", "dog")
     assert [found.truth(i)["labels"].tolist() for i in range(2)] == [[0], [1]]
     assert [found.path(i).name for i in range(2)] == ["a.jpg", "b.jpg"]

@@ -12,7 +12,7 @@ from coco_files import document, write
 from torch.utils.data import DataLoader
 
 from codetr.data import sampling
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.loader import TrainLoader
 from codetr.data.sampler import TrainSampler, mix_seed
 from codetr.data.sampling import (
@@ -103,7 +103,7 @@ def test_classes_of_images(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_objects_of_a_coco_file_are_those_to_train_on(tmp_path: Any) -> None:
     doc = document(12)
-    data = CocoDetection(*write(tmp_path, doc))
+    data = DetectionDataset(*write(tmp_path, doc))
     assert any(a["iscrowd"] for a in doc["annotations"])
     offsets, labels = data.objects()
     assert len(offsets) == 13

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.errors import UserError
 from codetr.shapes import PRESETS, Preset, generate
 from codetr.shapes.generate import HARD
@@ -73,7 +73,7 @@ def test_an_image_does_not_depend_on_the_others(tiny: Path, tmp_path: Path) -> N
 
 def test_is_read_by_the_ordinary_reader(tiny: Path) -> None:
     train, val = (
-        CocoDetection(tiny / s, tiny / "annotations" / f"instances_{s}.json", verify="decode") for s in SPLITS
+        DetectionDataset(tiny / s, tiny / "annotations" / f"instances_{s}.json", verify="decode") for s in SPLITS
     )
     assert (len(train), len(val)) == (PRESETS["tiny"].train, PRESETS["tiny"].val)
     assert set(train.class_names) == {s.name for s in SHAPES}

@@ -17,7 +17,7 @@ from coco_files import document, write
 
 from codetr.data import cache, tabulate
 from codetr.data.cache import open_table
-from codetr.data.coco import CocoDetection
+from codetr.data.dataset import DetectionDataset
 from codetr.data.findings import Findings
 from codetr.data.image_records import take_lists
 from codetr.data.readers import Document, coco
@@ -120,8 +120,8 @@ def test_options_that_change_a_table_have_their_own(source: Path, read: Read, re
 
 def test_classes_are_a_view(source: Path, read: Read, reads: Callable[[], int], tmp_path: Path) -> None:
     reader = functools.partial(logged, note=tmp_path / "note")
-    every = CocoDetection(tmp_path / "train", source, reader=reader)
-    some = CocoDetection(tmp_path / "train", source, reader=reader, classes=["star", "disc"])
+    every = DetectionDataset(tmp_path / "train", source, reader=reader)
+    some = DetectionDataset(tmp_path / "train", source, reader=reader, classes=["star", "disc"])
     assert reads() == 1
     assert some.label_counts == {name: every.label_counts[name] for name in ("star", "disc")}
     assert some.image_counts == {name: every.image_counts[name] for name in ("star", "disc")}
@@ -136,13 +136,13 @@ def test_a_warm_start_reports_the_same(source: Path, tmp_path: Path, caplog: pyt
     messages = []
     for _ in range(2):
         with pytest.raises(UserError) as caught:
-            CocoDetection(tmp_path / "train", source)
+            DetectionDataset(tmp_path / "train", source)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert "5 bad records" in messages[0]
     (tmp_path / "train/000.jpg").unlink()
     with caplog.at_level(logging.WARNING):
-        report = CocoDetection(tmp_path / "train", source, on_error="skip").report
+        report = DetectionDataset(tmp_path / "train", source, on_error="skip").report
     assert report.errors["missing image file"] == 1
     assert report.counts["box that reaches out of its image"] == 1
     assert "6 bad records dropped" in caplog.text
@@ -264,7 +264,7 @@ def test_what_travels_to_workers_does_not_grow(tmp_path: Path) -> None:
         doc["annotations"] = [
             {**a, "id": 10_000 * k + i} for k in range(repeats) for i, a in enumerate(document(4)["annotations"])
         ]
-        dataset = CocoDetection(*write(tmp_path, doc, f"x{repeats:03}"))
+        dataset = DetectionDataset(*write(tmp_path, doc, f"x{repeats:03}"))
         sizes.append(len(pickle.dumps(dataset)))
         assert len(dataset.truth(1)["boxes"]) == 2 * repeats
     assert sizes[1] - sizes[0] < 100

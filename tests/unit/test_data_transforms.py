@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from codetr.data.coco import CocoDetection, Sample
 from codetr.data.collate import collate
+from codetr.data.dataset import DetectionDataset, Sample
 from codetr.data.images import UnreadableImage
 from codetr.data.transforms import RandomSizeCrop, TransformedDataset, fit_canvas, large_scale_jitter
 from codetr.postprocess import PostProcess
@@ -32,7 +32,7 @@ RECIPE = v2.Compose(
 
 
 @pytest.fixture
-def painted(tmp_path: Path) -> CocoDetection:
+def painted(tmp_path: Path) -> DetectionDataset:
     """Objects of label 0, 1, 2 fill the red, green and blue channel of their box, on black."""
     rng = np.random.default_rng(3)
     doc: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
@@ -56,7 +56,7 @@ def painted(tmp_path: Path) -> CocoDetection:
             x, y, w, h = annotation["bbox"]
             canvas[y : y + h, x : x + w, label] = 255
         Image.fromarray(canvas).save(root / image["file_name"])
-    return CocoDetection(root, source)
+    return DetectionDataset(root, source)
 
 
 def extent(channel: Tensor) -> list[int] | None:
@@ -67,7 +67,7 @@ def extent(channel: Tensor) -> list[int] | None:
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
 
 
-def test_boxes_stay_on_their_objects_to_a_pixel(painted: CocoDetection) -> None:
+def test_boxes_stay_on_their_objects_to_a_pixel(painted: DetectionDataset) -> None:
     dataset = TransformedDataset(painted, RECIPE, seed=1, unreadable="stop")
     removed = 0
     for epoch in range(20):
@@ -94,13 +94,13 @@ def test_boxes_stay_on_their_objects_to_a_pixel(painted: CocoDetection) -> None:
     assert removed > 10
 
 
-def test_truth_stays_in_pixels_of_the_file(painted: CocoDetection) -> None:
+def test_truth_stays_in_pixels_of_the_file(painted: DetectionDataset) -> None:
     dataset = TransformedDataset(painted, RECIPE, seed=1, unreadable="stop")
     for index in range(len(dataset)):
         torch.testing.assert_close(dataset[3, index].truth, painted.truth(index))
 
 
-def test_the_scale_is_that_of_the_objects(painted: CocoDetection) -> None:
+def test_the_scale_is_that_of_the_objects(painted: DetectionDataset) -> None:
     """Flips leave it alone. Behind crops too, a box has the size in the file that it had, unless cut."""
     whole = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomShortestSize([33, 47, 61], max_size=70)])
     for transform in (whole, RECIPE, large_scale_jitter(80, (0.3, 2.0), 0.5, 114)):
@@ -127,7 +127,7 @@ def same(a: Sample, b: Sample) -> bool:
     return a.image.shape == b.image.shape and torch.equal(a.image, b.image) and torch.equal(a.boxes, b.boxes)
 
 
-def test_randomness_is_a_function_of_seed_epoch_and_index(painted: CocoDetection) -> None:
+def test_randomness_is_a_function_of_seed_epoch_and_index(painted: DetectionDataset) -> None:
     def dataset(seed: int) -> TransformedDataset:
         return TransformedDataset(painted, RECIPE, seed, unreadable="stop")
 
@@ -141,7 +141,7 @@ def test_randomness_is_a_function_of_seed_epoch_and_index(painted: CocoDetection
         assert any(not same(dataset(2)[e, i], reference[e, i]) for e in range(6))
 
 
-def test_the_global_random_state_is_left_alone(painted: CocoDetection) -> None:
+def test_the_global_random_state_is_left_alone(painted: DetectionDataset) -> None:
     dataset = TransformedDataset(painted, RECIPE, 1, unreadable="stop")
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -150,7 +150,7 @@ def test_the_global_random_state_is_left_alone(painted: CocoDetection) -> None:
     torch.testing.assert_close(torch.rand(3), expected)
 
 
-def test_both_branches_and_all_scales_occur(painted: CocoDetection) -> None:
+def test_both_branches_and_all_scales_occur(painted: DetectionDataset) -> None:
     """Of 240 draws: half flipped, and each short side a third, within five standard deviations."""
 
     def share(transform: Callable, happened: Callable[[Sample, int], bool]) -> float:
@@ -184,7 +184,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_or_named(tmp_path: Path) ->
     root, source = write(tmp_path, document(4))
     for name in ("001.jpg", "002.jpg", "003.jpg"):
         (root / name).write_bytes(b"broken")
-    reader = CocoDetection(root, source, verify="exists")
+    reader = DetectionDataset(root, source, verify="exists")
     replaced = TransformedDataset(reader, v2.Identity(), 0, unreadable="next")
     assert [replaced[0, i].image_id for i in range(4)] == [100, 100, 100, 100]
     strict = TransformedDataset(reader, v2.Identity(), 0, unreadable="stop")
@@ -196,7 +196,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_or_named(tmp_path: Path) ->
 
 
 @pytest.fixture
-def thin(tmp_path: Path) -> CocoDetection:
+def thin(tmp_path: Path) -> DetectionDataset:
     """Images of 10 x 20,000, 1 x 200 and 64 x 64 pixels; a white object fills the second quarter of each."""
     doc: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
     pictures = []
@@ -212,13 +212,13 @@ def thin(tmp_path: Path) -> CocoDetection:
     root, source = write(tmp_path, doc, "thin")
     for i, picture in enumerate(pictures):
         picture.save(root / f"{i}.png")
-    return CocoDetection(root, source)
+    return DetectionDataset(root, source)
 
 
 @pytest.mark.parametrize(
     "recipe", [v2.Resize(64, max_size=100), v2.Resize(None, max_size=64), RECIPE, fit_canvas(96, 0)]
 )
-def test_the_thinnest_images_keep_a_pixel_and_their_objects(thin: CocoDetection, recipe: v2.Transform) -> None:
+def test_the_thinnest_images_keep_a_pixel_and_their_objects(thin: DetectionDataset, recipe: v2.Transform) -> None:
     dataset = TransformedDataset(thin, recipe, 1, unreadable="stop")
     for i, (epoch, file_size) in enumerate(((1, (20000, 10)), (2, (1, 200)), (3, (64, 64)))):
         sample = dataset[epoch, i]
@@ -236,7 +236,7 @@ def test_the_thinnest_images_keep_a_pixel_and_their_objects(thin: CocoDetection,
             torch.testing.assert_close(share, truth.float(), rtol=0, atol=1e-6)
 
 
-def test_an_image_on_which_the_transform_fails_stops_or_is_replaced(thin: CocoDetection) -> None:
+def test_an_image_on_which_the_transform_fails_stops_or_is_replaced(thin: DetectionDataset) -> None:
     def strict(parts: dict[str, Any]) -> dict[str, Any]:
         assert parts["image"].shape[1:] == (64, 64), "not my size"
         return parts
@@ -264,7 +264,7 @@ def rectangle(image: Tensor) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -> None:
+def test_fitted_images_come_back_to_pixels_of_the_file(painted: DetectionDataset) -> None:
     """What a detector finds on the canvas, through the batch and the postprocessing: up to 1.4 pixels per pixel."""
     dataset = TransformedDataset(painted, fit_canvas(96, 114), 0, unreadable="stop")
     samples = [dataset[0, i] for i in range(len(dataset))]
@@ -289,7 +289,7 @@ def test_fitted_images_come_back_to_pixels_of_the_file(painted: CocoDetection) -
         torch.testing.assert_close(one.boxes_xyxy[one.labels.argsort()], truth, atol=ROUNDED, rtol=0)
 
 
-def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: CocoDetection) -> None:
+def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: DetectionDataset) -> None:
     dataset = TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, unreadable="stop")
     factors, removed = [], 0
     for epoch in range(20):
@@ -313,7 +313,7 @@ def test_large_scale_jitter_keeps_boxes_on_objects_on_a_grey_canvas(painted: Coc
     assert 0.08 < min(factors) < 0.2 < 1.9 < max(factors) < 2.03
 
 
-def test_transforms_that_drop_boxes_can_be_composed(painted: CocoDetection) -> None:
+def test_transforms_that_drop_boxes_can_be_composed(painted: DetectionDataset) -> None:
     """Those of torchvision treat whatever boxes they get as objects."""
     picky = v2.Compose([v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes(min_size=30), v2.Resize((20, 30))])
     dataset = TransformedDataset(painted, picky, 1, unreadable="stop")
@@ -321,7 +321,7 @@ def test_transforms_that_drop_boxes_can_be_composed(painted: CocoDetection) -> N
     assert {0, 1, 2} <= counts
 
 
-def test_fits_and_jitter_depend_on_seed_epoch_and_index(painted: CocoDetection) -> None:
+def test_fits_and_jitter_depend_on_seed_epoch_and_index(painted: DetectionDataset) -> None:
     def dataset() -> TransformedDataset:
         return TransformedDataset(painted, large_scale_jitter(80, (0.1, 2.0), 0.5, 114), 1, unreadable="stop")
 

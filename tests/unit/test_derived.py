@@ -12,9 +12,9 @@ TINY = "model=co_deformable_tiny"
     ("overrides", "masks"),
     [
         ([TINY], (False, False)),
-        ([TINY, "model/collaborator=[]"], (False, False)),
-        ([TINY, "model/collaborator=[mask_rcnn_small,atss]"], (True, False)),
-        ([TINY, "+model/collaborator@model.detector.heads.second=mask_rcnn"], (True, False)),
+        ([TINY, "model/auxiliary_head=[]"], (False, False)),
+        ([TINY, "model/auxiliary_head=[mask_rcnn_small,atss]"], (True, False)),
+        ([TINY, "+model/auxiliary_head@model.detector.heads.second=mask_rcnn"], (True, False)),
         ([TINY, "model/mask_head=refine_mask"], (True, True)),
         (["experiment=official/co_deformable_detr_mask_r50_1x_coco"], (True, False)),
         (["experiment=official/co_dino_5scale_vit_large_coco_instance"], (True, True)),

@@ -22,8 +22,8 @@ SMALL = [*SIZES, NARROW, "model.num_points=2", "model.detector.main.num_queries=
 
 PRESETS = sorted(f.stem for f in Path(codetr.conf.__path__[0], "model").glob("*.yaml") if f.stem != "base")
 ONE_LEVEL, FOUR_FEATURES = ("conditional_detr", "dab_detr", "dn_detr"), ("dino_5scale", "co_dino")
-TRAINING_SCHEMES = ["model/collaborator=[faster_rcnn_small,atss]", "model.query_groups=3"]
-PLAIN = ["model/collaborator=[]"]
+TRAINING_SCHEMES = ["model/auxiliary_head=[faster_rcnn_small,atss]", "model.query_groups=3"]
+PLAIN = ["model/auxiliary_head=[]"]
 
 
 def build(*overrides: str, model: str = "co_deformable_tiny") -> tuple[Detector, Criterion]:
@@ -138,7 +138,7 @@ def test_inference_neither_needs_nor_runs_what_training_adds(preset: Preset) -> 
 
 @pytest.mark.parametrize(("collaborators", "heads"), [("[]", []), ("[atss]", ["atss"])])
 def test_k_is_a_matter_of_config(collaborators: str, heads: list[str]) -> None:
-    detector, criterion = build(f"model/collaborator={collaborators}")
+    detector, criterion = build(f"model/auxiliary_head={collaborators}")
     output = detector(**batch())
     assert sorted(output.predictions) == sorted(["main", *heads])
     groups = {name.split("/")[0] for name in criterion(output, batch()["targets"])}
@@ -147,16 +147,16 @@ def test_k_is_a_matter_of_config(collaborators: str, heads: list[str]) -> None:
 
 def test_lambda_2_and_the_number_of_layers_multiply_the_heads_losses() -> None:
     """lambda_2 is 2 for every head but those that have their own."""
-    detector, criterion = build("model/collaborator=[atss,fcos]")
+    detector, criterion = build("model/auxiliary_head=[atss,fcos]")
     given = batch()
     output = detector(**given)
-    criterion.own_lambda_2 = {"fcos": 0.25}
+    criterion.lambda_2_by_head = {"fcos": 0.25}
     losses = criterion(output, given["targets"])
     for head, factor in (("atss", 2), ("fcos", 0.25)):
         for term, value in output.head_losses[head].items():
             torch.testing.assert_close(losses[f"head_{head}/{term}"], value * factor * 2)
-    criterion.own_lambda_2 = {"paa": 1.0}
-    with pytest.raises(UserError, match=r"own_lambda_2 names \['paa'\]; the heads are \['atss', 'fcos'\]"):
+    criterion.lambda_2_by_head = {"paa": 1.0}
+    with pytest.raises(UserError, match=r"lambda_2_by_head names \['paa'\]; the heads are \['atss', 'fcos'\]"):
         criterion(output, given["targets"])
 
 
@@ -223,7 +223,7 @@ def test_a_checkpointed_layer_computes_the_same_gradients() -> None:
     gradients = []
     for layers in (0, 2):
         flags = [f"model.detector.{part}.checkpointed_layers={layers}" for part in ("encoder", "decoder")]
-        detector, criterion = build("model/collaborator=[atss]", *flags)
+        detector, criterion = build("model/auxiliary_head=[atss]", *flags)
         given = batch()
         torch.manual_seed(2)
         torch.stack(list(criterion(detector(**given), given["targets"]).values())).sum().backward()

@@ -216,7 +216,7 @@ def process(rank: int, folder: str) -> None:
     kinds = [{}, {}, {}, {}, {"iou_type": "segm"}, {"federated": True}]
     cases = [scenario(name) for name in names]
     for found, truth in (*cases[4].values(), *cases[5].values()):
-        found.runs, truth["runs"] = rectangles(found.boxes_xyxy), rectangles(truth["boxes"])
+        found.rle, truth["rle"] = rectangles(found.boxes_xyxy), rectangles(truth["boxes"])
         truth |= {"neg_labels": found.labels[:2], "not_exhaustive_labels": truth["labels"][:1]}
     alone = [evaluate(images, **kind) for images, kind in zip(cases, kinds, strict=True)]
     assert min(one.numbers["map"] for one in alone if one.precision.max() > 0) > 0.01

@@ -45,7 +45,7 @@ def image(objects: int, extra: int, crowds: float) -> Image:
         "labels": labels,
         "iscrowd": torch.rand(objects) < crowds,
         "area": masks.sum((1, 2)) * (0.5 + torch.rand(objects)),
-        "runs": encode(masks),
+        "rle": encode(masks),
     }
     count = objects + extra
     guess = torch.cat([labels, torch.randint(3, (extra,))])
@@ -55,13 +55,13 @@ def image(objects: int, extra: int, crowds: float) -> Image:
 def reference(images: dict[int, Image]) -> COCOeval:
     annotations, results, sizes = [], [], []
     for i, (found, truth) in images.items():
-        size = next((r["size"] for r in [*truth["runs"], *found.runs]), (1, 1))
+        size = next((r["size"] for r in [*truth["rle"], *found.rle]), (1, 1))
         sizes.append({"id": i, "height": size[0], "width": size[1]})
-        columns = (truth["runs"], truth["labels"].tolist(), truth["iscrowd"].tolist(), truth["area"].tolist())
+        columns = (truth["rle"], truth["labels"].tolist(), truth["iscrowd"].tolist(), truth["area"].tolist())
         for runs, label, crowd, area in zip(*columns, strict=True):
             entry = {"id": len(annotations) + 1, "image_id": i, "category_id": label, "segmentation": runs}
             annotations.append(entry | {"iscrowd": int(crowd), "area": area})
-        for runs, label, score in zip(found.runs, found.labels.tolist(), found.mask_scores.tolist(), strict=True):
+        for runs, label, score in zip(found.rle, found.labels.tolist(), found.mask_scores.tolist(), strict=True):
             results.append({"image_id": i, "category_id": label, "segmentation": runs, "score": score})
     truth = COCO()
     categories = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
@@ -109,7 +109,7 @@ def test_perfect_masks_are_perfect_whatever_their_boxes() -> None:
     images = {}
     for i in range(4):
         _, truth = image(5, 0, 0.0)
-        found = Detections(torch.zeros(5), truth["labels"], torch.zeros(5, 4), truth["runs"], torch.rand(5))
+        found = Detections(torch.zeros(5), truth["labels"], torch.zeros(5, 4), truth["rle"], torch.rand(5))
         images[i] = found, truth
     numbers = evaluate(images).numbers
     assert numbers["map"] == numbers["mar_100"] == 1.0

@@ -59,7 +59,7 @@ def test_a_present_class_leaves_its_place_to_no_other() -> None:
 
 
 def criterion(class_loss: ClassLoss, sampled: FedLoss | None) -> Criterion:
-    return Criterion(COST, class_loss, 2.0, 5.0, 3.0, lambda_2=0.5, own_lambda_2={}, fed_loss=sampled)
+    return Criterion(COST, class_loss, 2.0, 5.0, 3.0, lambda_2=0.5, lambda_2_by_head={}, fed_loss=sampled)
 
 
 def scene() -> tuple[Output, Targets]:

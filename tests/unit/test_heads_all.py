@@ -31,11 +31,11 @@ every_dense_head = pytest.mark.parametrize("name", DENSE)
 @cache
 def composed(name: str, *overrides: str) -> DictConfig:
     with initialize_config_module("codetr.conf", version_base="1.3"):
-        return compose("train", [f"model/collaborator=[{name}]", *SMALL, *overrides]).model.detector
+        return compose("train", [f"model/auxiliary_head=[{name}]", *SMALL, *overrides]).model.detector
 
 
 def build(name: str) -> nn.Module:
-    """The head as in conf/model/collaborator, small."""
+    """The head as in conf/model/auxiliary_head, small."""
     own = [f"model.detector.heads.{name}.{o}" for o in SMALL_REGIONS + EVERY_ANCHOR if name in REGIONS]
     torch.manual_seed(0)
     return instantiate(composed(name, "model=co_deformable_tiny", *HEAD, *own).heads[name], _convert_="all")

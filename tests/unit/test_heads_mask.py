@@ -113,7 +113,7 @@ def test_gradient_reaches_the_pyramid_where_the_regions_are() -> None:
 def mask_rcnn() -> FasterRCNNHead:
     overrides = ["model=conditional_detr_tiny", "model.num_classes=3", "model.width=16"]
     with initialize_config_module("codetr.conf", version_base="1.3"):
-        config = compose("train", [*overrides, "model/collaborator=[mask_rcnn_small]"])
+        config = compose("train", [*overrides, "model/auxiliary_head=[mask_rcnn_small]"])
     return instantiate(config.model.detector.heads.mask_rcnn, _convert_="all")
 
 

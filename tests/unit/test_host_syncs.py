@@ -17,7 +17,7 @@ from toy_model import compose
 CO_DINO = (
     "model=co_dino",
     "model/backbone=resnet10_small",
-    "model/collaborator=[faster_rcnn_small,atss]",
+    "model/auxiliary_head=[faster_rcnn_small,atss]",
     "criterion=quality_focal",
 )
 MATCHER = ("assign/hungarian.py", "match", "aten::_to_copy")
@@ -86,7 +86,7 @@ def test_a_step_of_co_dino_waits_where_it_must_and_nowhere_else() -> None:
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
 def test_one_stage_heads_do_not_wait(head: str) -> None:
     """Only their queries' number and the matcher do."""
-    places, _ = waits(*CO_DINO, f"model/collaborator=[{head}]")
+    places, _ = waits(*CO_DINO, f"model/auxiliary_head=[{head}]")
     assert places == Counter({MATCHER: 1, COLLABORATIVE: 1})
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.transforms import v2
 
-from codetr.data.coco import CocoDetection
 from codetr.data.collate import collate
 from codetr.data.datamodule import DetectionDataModule
+from codetr.data.dataset import DetectionDataset
 from codetr.data.readers import coco
 from codetr.data.sampling import Uniform
 from codetr.data.transforms import Transform, fit_canvas, transformed
@@ -85,7 +85,7 @@ def test_masks_have_the_size_of_the_file_and_lie_in_their_boxes(
     results = opened(model, PIPELINES[name], 8).predict(files, score_threshold=0.0, batch_size=2)
     with Writer(out, files, range(2), pictures=True) as writer:
         for one, size in zip(results, [(90, 60), (60, 90)], strict=True):
-            masks = coco_mask.decode(one.detections.runs)
+            masks = coco_mask.decode(one.detections.rle)
             assert masks.shape == (*size, 8)
             assert masks.any()
             assert inside(masks, one.boxes_xyxy).all()
@@ -103,8 +103,8 @@ def test_masks_of_weak_detections_are_not_made(model: Detector, files: list[Path
     everything, some = (every.predict(files[0], score_threshold=t)[0] for t in (0.0, 2.0))
     best = everything.detections.scores[4].item()
     found = everything.detections.above(best)
-    assert len(found.scores) == len(found.runs) == len(found.mask_scores) == 5
-    assert some.detections.runs == []
+    assert len(found.scores) == len(found.rle) == len(found.mask_scores) == 5
+    assert some.detections.rle == []
     assert some.masks.shape == (0, 90, 60)
 
 
@@ -121,9 +121,9 @@ def test_a_canvas_changes_nothing_but_the_padding(model: Detector, files: list[P
     with torch.no_grad():
         memory = model(canvas.images, canvas.padding).memory
         own, other = (with_masks(model, memory, found, batch.frames)[0] for batch in batches)
-    assert own.runs == other.runs
-    assert own.runs[0]["size"] == [HEIGHT, WIDTH]
-    assert coco_mask.area(own.runs).min() > 0
+    assert own.rle == other.rle
+    assert own.rle[0]["size"] == [HEIGHT, WIDTH]
+    assert coco_mask.area(own.rle).min() > 0
 
 
 @pytest.fixture
@@ -150,22 +150,22 @@ def painted(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_truth_has_the_run_lengths_of_crowds_too(painted: tuple[Path, Path]) -> None:
-    dataset = CocoDetection(*painted, runs=True)
+    dataset = DetectionDataset(*painted, rle=True)
     assert dataset[0].masks is None
     polygon = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
     polygon[5:35, 5:25] = polygon[5:20, 25:45] = 1
     for index, area in enumerate((15 * 20, 15 * 60)):
         truth = dataset.truth(index)
         assert truth["iscrowd"].tolist() == [True, False]
-        assert coco_mask.area(truth["runs"]).tolist() == [area, 900]
-        assert np.array_equal(coco_mask.decode(truth["runs"][1]), polygon)
-    dense = CocoDetection(*painted, masks=True)
-    assert "runs" not in dense.truth(0)
+        assert coco_mask.area(truth["rle"]).tolist() == [area, 900]
+        assert np.array_equal(coco_mask.decode(truth["rle"][1]), polygon)
+    dense = DetectionDataset(*painted, masks=True)
+    assert "rle" not in dense.truth(0)
     assert torch.equal(dense[0].masks[0], polygon)
 
 
 def test_validation_reads_run_lengths_where_asked(painted: tuple[Path, Path]) -> None:
-    def validation_set(masks: bool) -> CocoDetection:
+    def validation_set(masks: bool) -> DetectionDataset:
         folder, source = painted
         transform: Transform = v2.Identity()
         data = DetectionDataModule(
@@ -195,13 +195,13 @@ def test_validation_reads_run_lengths_where_asked(painted: tuple[Path, Path]) ->
         data.setup("fit")
         return data.val_set
 
-    assert len(validation_set(True).truth(0)["runs"]) == 2
-    assert "runs" not in validation_set(False).truth(0)
+    assert len(validation_set(True).truth(0)["rle"]) == 2
+    assert "rle" not in validation_set(False).truth(0)
 
 
 def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: tuple[Path, Path]) -> None:
     """Truth made of the detector's own masks: mask AP is 1; without masks there is no number."""
-    dataset = CocoDetection(*painted, runs=True)
+    dataset = DetectionDataset(*painted, rle=True)
     batch = collate([transformed(dataset[i], PIPELINES["resized"]) for i in range(2)], 32)
     postprocess, metrics = PostProcess(5, None), partial(detection_metric, CLASSES, max_detections=5)
     task = DetectionTask(model, None, postprocess, metrics, False, None, None, {})
@@ -213,18 +213,18 @@ def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: t
                 "boxes": torch.zeros(5, 4).double(),
                 "labels": one.labels,
                 "iscrowd": torch.zeros(5).bool(),
-                "area": torch.from_numpy(coco_mask.area(one.runs).astype(float)),
-                "runs": one.runs,
+                "area": torch.from_numpy(coco_mask.area(one.rle).astype(float)),
+                "rle": one.rle,
             }
             for one in found
         ]
         task.on_validation_epoch_start()
         task.validation_step(batch, 0)
-        assert min(coco_mask.area(one.runs).min() for one in found) > 0
+        assert min(coco_mask.area(one.rle).min() for one in found) > 0
         assert task.metrics["val/segm"].compute()["map"] == 1.0
         assert task.metrics["val"].compute()["map"] == 0.0
         task.on_validation_epoch_start()
-        batch.truth = [{name: one[name] for name in one if name != "runs"} for one in batch.truth]
+        batch.truth = [{name: one[name] for name in one if name != "rle"} for one in batch.truth]
         task.validation_step(batch, 0)
         task.metrics["val/segm"].compute()
     assert task.metrics["val/segm"].evaluations["segm"].images == 0

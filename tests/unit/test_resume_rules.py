@@ -52,7 +52,7 @@ def effect(saved: dict[str, Any], now: dict[str, Any], complete: bool) -> str:
 @pytest.mark.parametrize(("pattern", "promise", "row"), CASES, ids=[case[0] for case in CASES])
 def test_each_row_of_the_table_is_what_happens(config: dict[str, Any], pattern: str, promise: str, row: str) -> None:
     now = OmegaConf.create(copy.deepcopy(config))
-    key = re.sub(r"\.?\*$", ".changed", pattern).replace("*", "any") if pattern != "*" else "branches"
+    key = re.sub(r"\.?\*$", ".changed", pattern).replace("*", "any") if pattern != "*" else "evaluate_heads"
     new = "codetr.trainer.FullyShardedStrategy" if " with " in row else "another"
     OmegaConf.update(now, key, new, force_add=True, merge=False)
     found = [effect(config, OmegaConf.to_container(now), complete) for complete in (False, True)]
@@ -73,7 +73,7 @@ def test_the_table_in_docs_is_the_one_in_code(config: dict[str, Any]) -> None:
 
 def test_every_key_of_the_configuration_has_a_row(config: dict[str, Any]) -> None:
     rest = {key for key, _ in resume._leaves(config) if resume.rule_of(resume.Change(key, 0, 1)).keys == ("*",)}
-    assert {key.split(".")[0] for key in rest} <= {"branches", "callbacks", "metrics", "postprocess"}
+    assert {key.split(".")[0] for key in rest} <= {"evaluate_heads", "callbacks", "metrics", "postprocess"}
 
 
 @pytest.mark.parametrize(

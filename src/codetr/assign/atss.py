@@ -24,8 +24,8 @@ def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, vali
     iou = box_iou(boxes[:, :, None], every[nearest])[:, :, 0]
     chosen = usable & (iou >= _threshold(iou, usable)) & _inside(centers[nearest], boxes)
     quality = iou.new_full((*boxes.shape[:2], len(every)), -1).scatter_(2, nearest, iou.masked_fill(~chosen, -1))
-    best, owner = quality.max(1)
-    return owner.masked_fill(best < 0, BACKGROUND).masked_fill(~anchor_valid, IGNORED)
+    best, matched_index = quality.max(1)
+    return matched_index.masked_fill(best < 0, BACKGROUND).masked_fill(~anchor_valid, IGNORED)
 
 
 def _nearest(centers: Tensor, sizes: list[int], anchor_valid: Tensor, boxes: Tensor, topk: int) -> Tensor:

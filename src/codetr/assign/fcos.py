@@ -33,5 +33,5 @@ def assign_fcos(
     suits = (farthest >= limits[:, :1]) & (farthest <= limits[:, 1:])
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)[:, None].expand_as(farthest)
     area = area.masked_fill(~(inside & suits & valid[:, None]), torch.inf)
-    least, owner = area.min(-1)
-    return owner.masked_fill(least.isinf(), BACKGROUND).masked_fill(~point_valid, IGNORED)
+    least, matched_index = area.min(-1)
+    return matched_index.masked_fill(least.isinf(), BACKGROUND).masked_fill(~point_valid, IGNORED)

@@ -83,17 +83,19 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
     blocks = [_costs(problem, targets, cost) for problem in problems]
     flat = torch.cat([targets.counts.float(), *(block.flatten() for costs in blocks for block in costs)]).cpu().numpy()
     counts, flat = flat[: len(targets.labels)].astype(int), flat[len(targets.labels) :]
-    owners = []
+    matched_indices = []
     for problem, costs in zip(problems, blocks, strict=True):
         shape = (sum(len(block) for block in costs), *costs[0].shape[1:])
         size = math.prod(shape)
-        owners.append(_solve(flat[:size].reshape(shape), counts, problem.repeats))
+        matched_indices.append(_solve(flat[:size].reshape(shape), counts, problem.repeats))
         flat = flat[size:]
-    packed = torch.from_numpy(np.concatenate([o.ravel() for o in owners]))
+    packed = torch.from_numpy(np.concatenate([o.ravel() for o in matched_indices]))
     packed = packed.to(targets.labels.device, non_blocking=True)
     return [
-        _targets_of(owner.view(array.shape), targets, problem.class_agnostic)
-        for owner, array, problem in zip(packed.split([o.size for o in owners]), owners, problems, strict=True)
+        _targets_of(matched_index.view(array.shape), targets, problem.class_agnostic)
+        for matched_index, array, problem in zip(
+            packed.split([o.size for o in matched_indices]), matched_indices, problems, strict=True
+        )
     ]
 
 
@@ -110,20 +112,20 @@ def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> list[Tenso
 
 def _solve(costs: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
     """[L, B, M, N] -> [L, B, N]: the object that owns each query, -1 for none."""
-    owner = np.full((*costs.shape[:2], costs.shape[3]), -1, dtype=np.int64)
+    matched_index = np.full((*costs.shape[:2], costs.shape[3]), -1, dtype=np.int64)
     for image, count in enumerate(counts):
         matrices = costs[:, image, :count]
         if not np.isfinite(matrices).all():
             matrices = np.nan_to_num(matrices, nan=_WORST, posinf=_WORST, neginf=_WORST)
         for layer, matrix in enumerate(matrices):
             rows, columns = linear_sum_assignment(np.tile(matrix, (repeats, 1)) if repeats > 1 else matrix)
-            owner[layer, image, columns] = rows % count if count else rows
-    return owner
+            matched_index[layer, image, columns] = rows % count if count else rows
+    return matched_index
 
 
-def _targets_of(owner: Tensor, targets: Targets, class_agnostic: bool) -> Known:
-    """owner: [L, B, N], -1 for background."""
-    index = owner.clamp(min=0)
+def _targets_of(matched_index: Tensor, targets: Targets, class_agnostic: bool) -> Known:
+    """matched_index: [L, B, N], -1 for background."""
+    index = matched_index.clamp(min=0)
     image = torch.arange(index.shape[1], device=index.device)[None, :, None]
     labels = torch.zeros_like(index) if class_agnostic else targets.labels[image, index]
-    return Known(labels.masked_fill(owner < 0, -1), targets.boxes[image, index])
+    return Known(labels.masked_fill(matched_index < 0, -1), targets.boxes[image, index])

@@ -27,8 +27,8 @@ def assign_max_iou(
     candidates = candidates.expand(len(boxes), -1, -1)
     iou = box_iou(boxes, candidates)
     iou = iou.masked_fill(~(valid[:, :, None] & candidate_valid[:, None, :]), -1)
-    best, owner = iou.max(1)
-    assigned = owner.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
+    best, matched_index = iou.max(1)
+    assigned = matched_index.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
     if low_quality is not None:
         object_best = iou.amax(2, keepdim=True)
         taken = (iou == object_best) & (object_best >= low_quality) & (object_best > 0)

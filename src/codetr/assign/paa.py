@@ -9,17 +9,17 @@ ITERATIONS, TOLERANCE, FLOOR = 100, 1e-3, 1e-6  # of the expectation maximisatio
 
 
 @torch.no_grad()
-def assign_paa(owner: Tensor, cost: Tensor, level_sizes: list[int], num_objects: int, topk: int) -> Tensor:
+def assign_paa(matched_index: Tensor, cost: Tensor, level_sizes: list[int], num_objects: int, topk: int) -> Tensor:
     """Of each object's candidates, those that two Gaussians over their costs call good.
 
     Per object: its `topk` cheapest candidates of each level; two Gaussians are fitted to their costs; positive are
     those of the cheaper Gaussian up to the most likely one. An object with fewer than two candidates gets none.
 
-    owner: [B, N] the object whose candidate it is, BACKGROUND or IGNORED. cost: [B, N], finite on candidates.
-    level_sizes: candidates per level. Returns [B, N] the owner of what is left; other candidates are BACKGROUND.
+    matched_index: [B, N] the object whose candidate it is, BACKGROUND or IGNORED. cost: [B, N], finite on candidates.
+    level_sizes: candidates per level. Returns the matched index [B, N] of what is left; other candidates are BACKGROUND.
     """
-    objects = torch.arange(num_objects, device=owner.device)
-    table = cost.double()[:, None].masked_fill(owner[:, None] != objects[:, None], torch.inf)  # [B, M, N]
+    objects = torch.arange(num_objects, device=matched_index.device)
+    table = cost.double()[:, None].masked_fill(matched_index[:, None] != objects[:, None], torch.inf)  # [B, M, N]
     parts, start = [], 0
     for size in level_sizes:
         best = table[..., start : start + size].topk(min(topk, size), dim=-1, largest=False).indices
@@ -30,7 +30,7 @@ def assign_paa(owner: Tensor, cost: Tensor, level_sizes: list[int], num_objects:
     index = index.gather(-1, order)
     good = _cheaper_half(costs, costs.isfinite())
     chosen = torch.zeros_like(table, dtype=torch.bool).scatter_(-1, index, good).any(1)
-    return owner.masked_fill((owner >= 0) & ~chosen, BACKGROUND)
+    return matched_index.masked_fill((matched_index >= 0) & ~chosen, BACKGROUND)
 
 
 def _cheaper_half(costs: Tensor, valid: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from codetr.data.coco import Sample
+from codetr.data.dataset import Sample
 from codetr.types import Batch, Frames, Targets, box_scale
 
 

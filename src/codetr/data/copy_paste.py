@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.tv_tensors import wrap
 
-from codetr.data.coco import Sample
+from codetr.data.dataset import Sample
 
 
 @dataclass(frozen=True)

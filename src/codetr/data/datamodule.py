@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torchvision.tv_tensors import Image
 
 from codetr.data.checks import Verify, check_trainable, check_val_classes
-from codetr.data.coco import CocoDetection
 from codetr.data.copy_paste import CopyPaste
+from codetr.data.dataset import DetectionDataset
 from codetr.data.findings import OnError
 from codetr.data.loader import BatchLoader, TrainLoader
 from codetr.data.readers import Reader, locate
@@ -64,7 +64,7 @@ class DetectionDataModule(LightningDataModule):
         size_divisor: int,
         num_workers: int,
         seed: int,
-        sampling: Callable[[CocoDetection], Order],
+        sampling: Callable[[DetectionDataset], Order],
         aspect_ratio_grouping: bool,
         classes: Sequence[str] | None,
         on_error: OnError,
@@ -88,8 +88,8 @@ class DetectionDataModule(LightningDataModule):
         self.masks, self.val_masks = bool(masks), bool(val_masks)
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
         self.max_pixels = max_pixels
-        self.train_set: CocoDetection | None = None
-        self.val_set: CocoDetection | None = None
+        self.train_set: DetectionDataset | None = None
+        self.val_set: DetectionDataset | None = None
         self._in_use: dict[str, TransformedDataset] = {}
 
     @property
@@ -107,7 +107,7 @@ class DetectionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
             masks = self.masks or self.copy_paste is not None
-            self.train_set = self._read(*self.train_paths, self.classes, masks=masks, runs=False)
+            self.train_set = self._read(*self.train_paths, self.classes, masks=masks, rle=False)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
         if self.val_set is None:
@@ -162,10 +162,10 @@ class DetectionDataModule(LightningDataModule):
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _read_val(self) -> CocoDetection:
+    def _read_val(self) -> DetectionDataset:
         """Labels are those of the training set when that is known, whatever this file lists, and in which order."""
         classes = self.classes if self.train_set is None else self.train_set.class_names
-        val = self._read(*self.val_paths, classes, masks=False, runs=self.val_masks, absent=True)
+        val = self._read(*self.val_paths, classes, masks=False, rle=self.val_masks, absent=True)
         if self.train_set is not None and self.classes is None:
             check_val_classes(self.train_set.class_names, val.label_counts, val.others, val.report.source)
         return val
@@ -176,10 +176,10 @@ class DetectionDataModule(LightningDataModule):
         annotations: Path,
         classes: Sequence[str] | None,
         masks: bool,
-        runs: bool,
+        rle: bool,
         absent: bool = False,
-    ) -> CocoDetection:
-        return CocoDetection(
+    ) -> DetectionDataset:
+        return DetectionDataset(
             images,
             annotations,
             reader=self.reader,
@@ -188,7 +188,7 @@ class DetectionDataModule(LightningDataModule):
             on_error=self.on_error,
             verify=self.verify,
             masks=masks,
-            runs=runs,
+            rle=rle,
             cache=self.cache,
             max_pixels=self.max_pixels,
         )

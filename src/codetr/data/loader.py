@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from codetr.data.coco import Sample
 from codetr.data.collate import collate
+from codetr.data.dataset import Sample
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.errors import UserError
 from codetr.types import Batch, Targets

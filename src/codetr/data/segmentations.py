@@ -34,11 +34,11 @@ class Segmentations:
         """[n, H, W] uint8, 1 on the object, of the objects `rows` of an image of (height, width) `size`."""
         if not len(rows):
             return torch.zeros(0, *size, dtype=torch.uint8)
-        return torch.from_numpy(coco_mask.decode(self.runs(rows, size))).permute(2, 0, 1)
+        return torch.from_numpy(coco_mask.decode(self.rle(rows, size))).permute(2, 0, 1)
 
-    def runs(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
+    def rle(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> list[dict[str, Any]]:
         """Compressed run lengths {size, counts} of the objects `rows` of an image of (height, width) `size`."""
-        return [_runs(self.packed[self.offsets[r] : self.offsets[r + 1]].tobytes(), size) for r in rows]
+        return [_rle(self.packed[self.offsets[r] : self.offsets[r + 1]].tobytes(), size) for r in rows]
 
 
 def pack(segmentations: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -71,7 +71,7 @@ def _pack_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> bytes:
     return _RUNS + (counts.encode() if isinstance(counts, str) else counts)
 
 
-def _runs(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
+def _rle(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
     """Compressed run lengths of what `pack` made."""
     if packed[:1] == _RUNS:
         return {"size": list(size), "counts": packed[1:].decode()}
@@ -88,7 +88,7 @@ def encode(masks: Tensor) -> list[dict[str, Any]]:
     """Compressed run lengths {size: [H, W], counts: str} of [n, H, W] bool masks on any device."""
     # Column by column, as COCO counts; turned where the masks are, in a layout that the encoder takes as it is.
     columns = masks.transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
-    return [{**runs, "counts": runs["counts"].decode()} for runs in coco_mask.encode(columns.transpose(2, 1, 0))]
+    return [{**rle, "counts": rle["counts"].decode()} for rle in coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
 def fault(segmentation: Any, size: tuple[int, int]) -> str | None:
@@ -104,9 +104,9 @@ def fault(segmentation: Any, size: tuple[int, int]) -> str | None:
         return "neither polygons nor run lengths {size, counts}"
     if segmentation.get("size") not in (list(size), size):
         return f"run lengths of size {segmentation.get('size')} in an image of {list(size)} (height, width)"
-    runs = segmentation["counts"]
-    good = all(type(r) is int and r >= 0 for r in runs) if isinstance(runs, list) else runs.isascii()
-    if not good or (sum(runs) if isinstance(runs, list) else _pixels(runs.encode())) != size[0] * size[1]:
+    rle = segmentation["counts"]
+    good = all(type(r) is int and r >= 0 for r in rle) if isinstance(rle, list) else rle.isascii()
+    if not good or (sum(rle) if isinstance(rle, list) else _pixels(rle.encode())) != size[0] * size[1]:
         return f"run lengths that do not add up to {size[0]} x {size[1]} pixels"
     return None
 

@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, KeyPoints, wrap
 
-from codetr.data.coco import CocoDetection, Sample
 from codetr.data.copy_paste import CopyPaste
+from codetr.data.dataset import DetectionDataset, Sample
 from codetr.data.images import UnreadableImage
 from codetr.data.sampler import mix_seed
 from codetr.types import Truth
@@ -188,7 +188,7 @@ class TransformedDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        dataset: CocoDetection,
+        dataset: DetectionDataset,
         transform: Transform,
         seed: int,
         unreadable: Unreadable,

@@ -58,7 +58,7 @@ class Columns(NamedTuple):
     truth: Ragged
     checked: Ragged
     found_runs: Ragged
-    truth_runs: Ragged
+    truth_rle: Ragged
 
     def of(self, images: np.ndarray) -> Columns:
         """images: [I] bool."""
@@ -87,8 +87,8 @@ class Columns(NamedTuple):
         unknown = np.isnan(rows[:, 6])
         if not unknown.any():
             return self
-        runs = runs_of(self.truth_runs, self.truth.counts, self.sizes) if masks else None
-        own = np.where(unknown, areas(rows, runs), rows[:, 6])
+        rle = rle_of(self.truth_rle, self.truth.counts, self.sizes) if masks else None
+        own = np.where(unknown, areas(rows, rle), rows[:, 6])
         return self._replace(truth=self.truth._replace(rows=np.column_stack([rows[:, :6], own])))
 
 
@@ -117,14 +117,14 @@ def columns_of(
     crowd = [image.get("iscrowd", torch.zeros_like(image["labels"])) for image in target]
     truth = [true_boxes, [image["labels"] for image in target], crowd, [_area(t, given_areas) for t in target]]
     checked = [_checked(image) for image in target] if federated else [STATES["checked"]] * len(target)
-    runs, true_runs = (
-        [_runs(image["masks"]) if "segm" in iou_types else [] for image in images] for images in (preds, target)
+    rle, true_rle = (
+        [_rle(image["masks"]) if "segm" in iou_types else [] for image in images] for images in (preds, target)
     )
-    texts, true_texts = ([_characters(own) for own in every] for every in (runs, true_runs))
+    texts, true_texts = ([_characters(own) for own in every] for every in (rle, true_rle))
     table = [
         (int(image.get("image_id", UNNAMED)), *next((o["size"] for o in (*f, *t)), (0, 0)), *map(len, lengths))
         for image, f, t, *lengths in zip(
-            target, runs, true_runs, boxes, true_boxes, checked, texts, true_texts, strict=True
+            target, rle, true_rle, boxes, true_boxes, checked, texts, true_texts, strict=True
         )
     ]
     return {
@@ -173,7 +173,7 @@ def _checked(image: dict[str, Any]) -> Tensor:
     return torch.cat([torch.column_stack([own, torch.full_like(own, kind)]) for kind, own in enumerate(labels)])
 
 
-def _runs(masks: Tensor | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rle(masks: Tensor | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of [n, H, W] masks, or run lengths as they are."""
     if not isinstance(masks, Tensor):
         return masks
@@ -183,29 +183,29 @@ def _runs(masks: Tensor | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return coco_mask.encode(columns.transpose(2, 1, 0))
 
 
-def _characters(runs: list[dict[str, Any]]) -> bytes:
+def _characters(rle: list[dict[str, Any]]) -> bytes:
     """All run lengths end with BETWEEN."""
-    counts = (one["counts"] for one in runs)
+    counts = (one["counts"] for one in rle)
     return b"".join((text.encode() if isinstance(text, str) else text) + BETWEEN for text in counts)
 
 
-def runs_of(characters: Ragged, objects: np.ndarray, sizes: np.ndarray) -> list[dict[str, Any]]:
+def rle_of(characters: Ragged, objects: np.ndarray, sizes: np.ndarray) -> list[dict[str, Any]]:
     """Run lengths {size, counts} of every object of every image. objects: [I], their numbers."""
     counts = characters.rows.tobytes().split(BETWEEN)[:-1]
     owners = np.repeat(sizes, objects, axis=0).tolist()
     return [{"size": size, "counts": text} for size, text in zip(owners, counts, strict=True)]
 
 
-def areas(rows: np.ndarray, runs: list[Any] | None) -> np.ndarray:
+def areas(rows: np.ndarray, rle: list[Any] | None) -> np.ndarray:
     """[n]: of the masks if there are any, else of the boxes."""
-    if runs is not None:
-        return mask_areas(runs)
+    if rle is not None:
+        return mask_areas(rle)
     boxes = rows[:, :4].astype(float)
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def mask_areas(runs: list[Any]) -> np.ndarray:
+def mask_areas(rle: list[Any]) -> np.ndarray:
     """[n] pixels. pycocotools' own function stops at more than 255 masks."""
     from hotcoco import mask
 
-    return np.asarray(mask.area(runs), float).reshape(-1)
+    return np.asarray(mask.area(rle), float).reshape(-1)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from codetr.evaluation.columns import Columns, Ragged, areas, mask_areas, runs_of
+from codetr.evaluation.columns import Columns, Ragged, areas, mask_areas, rle_of
 
 IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 RECALL_THRESHOLDS = tuple(np.linspace(0.0, 1.0, 101).tolist())
@@ -58,7 +58,7 @@ class Objects:
     scores: np.ndarray | None = None
     crowd: np.ndarray | None = None
     area: np.ndarray | None = None
-    runs: list[Any] | None = None
+    rle: list[Any] | None = None
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _overlap(scene: Scene, found: list[int], truth: list[int], rules: Rules) -> 
     assert scene.truth.crowd is not None
     best = [found[i] for i in np.argsort(-scene.found.scores[found], kind="stable")[: rules.limits[-1]]]
     shapes = [
-        [objects.runs[i] for i in own] if objects.runs is not None else objects.boxes[own]
+        [objects.rle[i] for i in own] if objects.rle is not None else objects.boxes[own]
         for objects, own in ((scene.found, best), (scene.truth, truth))
     ]
     return np.asarray(iou(*shapes, scene.truth.crowd[truth].tolist())).reshape(len(best), len(truth))
@@ -153,16 +153,16 @@ def _scenes(columns: Columns, rules: Rules, ranges: Sequence[tuple[int, int]]) -
     number = _numbers(columns)
     owners, true_owners = number[columns.found.owners], number[columns.truth.owners]
     checked = np.column_stack([number[columns.checked.owners], columns.checked.rows])
-    runs, true_runs = _runs(columns) if rules.masks else (None, None)
-    keep, true_keep = _counts_in_lvis(columns, rules.limits[-1], runs) if rules.federated else (None, None)
+    rle, true_rle = _rle(columns) if rules.masks else (None, None)
+    keep, true_keep = _counts_in_lvis(columns, rules.limits[-1], rle) if rules.federated else (None, None)
     by_class, labels = _by_class(columns.found.rows[:, 5], keep)
     true_by_class, true_labels = _by_class(columns.truth.rows[:, 4], true_keep)
     for first, last in ranges:
         rows = by_class[slice(*np.searchsorted(labels, (first, last)))]
         true_rows = true_by_class[slice(*np.searchsorted(true_labels, (first, last)))]
         yield Scene(
-            _found(columns.found.rows[rows], owners[rows], _some(runs, rows)),
-            _truth(columns.truth.rows[true_rows], true_owners[true_rows], _some(true_runs, true_rows)),
+            _found(columns.found.rows[rows], owners[rows], _some(rle, rows)),
+            _truth(columns.truth.rows[true_rows], true_owners[true_rows], _some(true_rle, true_rows)),
             np.arange(first, last),
             checked[(checked[:, 1] >= first) & (checked[:, 1] < last)],
         )
@@ -173,35 +173,35 @@ def _numbers(columns: Columns) -> np.ndarray:
     return np.argsort(np.argsort(columns.ids, kind="stable"), kind="stable").astype(np.int32)
 
 
-def _runs(columns: Columns) -> tuple[list[Any], list[Any]]:
+def _rle(columns: Columns) -> tuple[list[Any], list[Any]]:
     """Of all detections, and of all objects."""
     return (
-        runs_of(columns.found_runs, columns.found.counts, columns.sizes),
-        runs_of(columns.truth_runs, columns.truth.counts, columns.sizes),
+        rle_of(columns.found_runs, columns.found.counts, columns.sizes),
+        rle_of(columns.truth_rle, columns.truth.counts, columns.sizes),
     )
 
 
-def _some(runs: list[Any] | None, rows: np.ndarray) -> list[Any] | None:
-    return None if runs is None else [runs[i] for i in rows.tolist()]
+def _some(rle: list[Any] | None, rows: np.ndarray) -> list[Any] | None:
+    return None if rle is None else [rle[i] for i in rows.tolist()]
 
 
-def _found(rows: np.ndarray, owners: np.ndarray, runs: list[Any] | None) -> Objects:
+def _found(rows: np.ndarray, owners: np.ndarray, rle: list[Any] | None) -> Objects:
     rows = rows.astype(float)
-    return Objects(owners, rows[:, 5].astype(np.int64), _xywh(rows), scores=rows[:, 4], runs=runs)
+    return Objects(owners, rows[:, 5].astype(np.int64), _xywh(rows), scores=rows[:, 4], rle=rle)
 
 
-def _truth(rows: np.ndarray, owners: np.ndarray, runs: list[Any] | None) -> Objects:
+def _truth(rows: np.ndarray, owners: np.ndarray, rle: list[Any] | None) -> Objects:
     rows = rows.astype(float)
     crowd, area = rows[:, 5] > 0, rows[:, 6]
-    return Objects(owners, rows[:, 4].astype(np.int64), _xywh(rows), crowd=crowd, area=area, runs=runs)
+    return Objects(owners, rows[:, 4].astype(np.int64), _xywh(rows), crowd=crowd, area=area, rle=rle)
 
 
 def in_coco_format(columns: Columns, boxes: bool, masks: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A data set, and what was found in it; its images are numbered in the order of the ids."""
     number = _numbers(columns)
-    runs, true_runs = _runs(columns) if masks else (None, None)
-    found = _entries(_found(columns.found.rows, number[columns.found.owners], runs), boxes)
-    truth = _entries(_truth(columns.truth.rows, number[columns.truth.owners], true_runs), boxes)
+    rle, true_rle = _rle(columns) if masks else (None, None)
+    found = _entries(_found(columns.found.rows, number[columns.found.owners], rle), boxes)
+    truth = _entries(_truth(columns.truth.rows, number[columns.truth.owners], true_rle), boxes)
     labels = np.unique(np.concatenate([columns.found.rows[:, 5], columns.truth.rows[:, 4]])).astype(int).tolist()
     sizes = columns.sizes[np.argsort(number)].tolist()
     dataset = {
@@ -235,7 +235,7 @@ def _xywh(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2]], 1)
 
 
-def _counts_in_lvis(columns: Columns, limit: int, runs: list[Any] | None) -> tuple[np.ndarray, np.ndarray]:
+def _counts_in_lvis(columns: Columns, limit: int, rle: list[Any] | None) -> tuple[np.ndarray, np.ndarray]:
     """[n], [m] bool: the detections and the objects that count.
 
     Those are the best `limit` detections of each image whose class is among its objects or its negatives. Like
@@ -253,7 +253,7 @@ def _counts_in_lvis(columns: Columns, limit: int, runs: list[Any] | None) -> tup
         _pairs(columns.checked.owners[negative], columns.checked.rows[negative, 0]),
     ]
     known = np.isin(_pairs(owners, rows[:, 5]), np.concatenate(searched))
-    return (place < limit) & known & (areas(rows, runs) > 0), objects
+    return (place < limit) & known & (areas(rows, rle) > 0), objects
 
 
 def _pairs(image: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -286,15 +286,15 @@ def _hotcoco_evaluation(scene: Scene, rules: Rules) -> Any:
         truth.boxes,
         area=truth.area,
         iscrowd=truth.crowd,
-        segmentation=truth.runs,
+        segmentation=truth.rle,
     )
     assert found.scores is not None
     table = np.column_stack([found.image, found.boxes, found.scores, found.label])
-    detections = true.load_res(table, segmentation=found.runs)
+    detections = true.load_res(table, segmentation=found.rle)
     if rules.federated:
         detections = detections.cap_detections_per_image(None)  # done already, before the classes parted
-    if found.runs:
-        detections.update_anns(ids=np.arange(1, len(table) + 1), area=mask_areas(found.runs))
+    if found.rle:
+        detections.update_anns(ids=np.arange(1, len(table) + 1), area=mask_areas(found.rle))
     return COCOeval(true, detections, "segm" if rules.masks else "bbox", lvis_style=rules.federated)
 
 
@@ -307,12 +307,12 @@ def _coco_api(scene: Scene, rules: Rules, backend: str) -> Curves:
         from faster_coco_eval.core import COCO
         from faster_coco_eval.core import COCOeval_faster as COCOeval
     sizes = {
-        image: runs["size"]
+        image: rle["size"]
         for objects in (scene.found, scene.truth)
-        for image, runs in zip(objects.image.tolist(), objects.runs or [], strict=False)
+        for image, rle in zip(objects.image.tolist(), objects.rle or [], strict=False)
     }
     found, truth = scene.found, scene.truth
-    found.area = mask_areas(found.runs) if found.runs else found.boxes[:, 2] * found.boxes[:, 3]
+    found.area = mask_areas(found.rle) if found.rle else found.boxes[:, 2] * found.boxes[:, 3]
     images = [{"id": i, "height": h, "width": w} for i in scene.images for h, w in [sizes.get(i, (0, 0))]]
     categories = [{"id": k} for k in scene.classes.tolist()]
     both = [COCO(), COCO()]
@@ -347,6 +347,6 @@ def _entries(objects: Objects, boxes: bool = True) -> list[dict[str, Any]]:
         columns["bbox"] = objects.boxes.tolist()
     if objects.scores is not None:
         columns["score"] = objects.scores.tolist()
-    if objects.runs is not None:
-        columns["segmentation"] = [{**runs, "counts": runs["counts"].decode()} for runs in objects.runs]
+    if objects.rle is not None:
+        columns["segmentation"] = [{**rle, "counts": rle["counts"].decode()} for rle in objects.rle]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

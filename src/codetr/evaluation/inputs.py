@@ -41,11 +41,11 @@ def inputs(
     target = [{**own, "image_id": i} for i, own in zip(ids, truth, strict=True)]
     if masks:
         for own, found in zip(preds, detections, strict=True):
-            own |= {"masks": found.runs or []}
+            own |= {"masks": found.rle or []}
             if found.mask_scores is not None:
                 own["scores"] = found.mask_scores
         for own in target:
-            own["masks"] = own["runs"]
+            own["masks"] = own["rle"]
     return preds, target
 
 

@@ -57,11 +57,11 @@ class ATSSHead(nn.Module):
 
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         assert dense.quality is not None
-        positive, goals = found.positive, found.target_boxes_xyxy
+        positive, target_boxes = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
-        quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
+        quality = centerness_target(found.boxes_xyxy, target_boxes).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
-        giou = giou_loss(self.coder.decode(found.boxes_xyxy, dense.boxes), goals)
+        giou = giou_loss(self.coder.decode(found.boxes_xyxy, dense.boxes), target_boxes)
         entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,

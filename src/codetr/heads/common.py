@@ -21,25 +21,25 @@ def flatten(maps: list[Tensor], per_cell: int) -> Tensor:
     return torch.cat([m.permute(0, 2, 3, 1).reshape(len(m), -1, m.shape[1] // per_cell) for m in maps], 1)
 
 
-def assigned_boxes(boxes: Tensor, owner: Tensor) -> Tensor:
+def assigned_boxes(boxes: Tensor, matched_index: Tensor) -> Tensor:
     """The objects' boxes [B, M, 4] for every candidate [B, N, 4]; the first object's where it has none."""
-    return take(boxes, owner.clamp(min=0))
+    return take(boxes, matched_index.clamp(min=0))
 
 
-def assigned_labels(labels: Tensor, owner: Tensor) -> Tensor:
+def assigned_labels(labels: Tensor, matched_index: Tensor) -> Tensor:
     """The objects' labels [B, M] for every candidate [B, N]; -1 where it has none."""
-    return labels.gather(1, owner.clamp(min=0)).masked_fill(owner < 0, -1)
+    return labels.gather(1, matched_index.clamp(min=0)).masked_fill(matched_index < 0, -1)
 
 
-def assigned(candidates: Tensor, features: Tensor, owner: Tensor, targets: Targets) -> Positives:
-    """Candidates [B, N, 4] xyxy in pixels with their features [B, N, C] and owners [B, N] from an assigner."""
+def assigned(candidates: Tensor, features: Tensor, matched_index: Tensor, targets: Targets) -> Positives:
+    """Candidates [B, N, 4] xyxy in pixels with their features [B, N, C] and matched indices [B, N] from an assigner."""
     return Positives(
         boxes_xyxy=candidates,
         features=features,
-        labels=assigned_labels(targets.labels, owner),
-        target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, owner),
-        positive=owner >= 0,
-        negative=owner == BACKGROUND,
+        labels=assigned_labels(targets.labels, matched_index),
+        target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, matched_index),
+        positive=matched_index >= 0,
+        negative=matched_index == BACKGROUND,
     )
 
 
@@ -47,9 +47,9 @@ def assigned_by_atss(grid: AnchorGrid, pyramid: Pyramid, targets: Targets, topk:
     """The anchors of a grid with one of them per cell, assigned by ATSS, with the pyramid's features at their cells."""
     anchors = grid(pyramid)
     inside = grid.valid(pyramid, targets.frames.sizes)
-    owner = assign_atss(anchors, inside, targets.boxes_xyxy, targets.valid, topk)
-    every = torch.cat(anchors).expand(len(owner), -1, -1)
-    return assigned(every, flatten(pyramid.levels, 1), owner, targets)
+    matched_index = assign_atss(anchors, inside, targets.boxes_xyxy, targets.valid, topk)
+    every = torch.cat(anchors).expand(len(matched_index), -1, -1)
+    return assigned(every, flatten(pyramid.levels, 1), matched_index, targets)
 
 
 def cell_strides(pyramid: Pyramid) -> Tensor:

@@ -61,12 +61,12 @@ class FasterRCNNHead(nn.Module):
         losses = {f"rpn_{k}": v for k, v in self.rpn.losses(logits, deltas, pyramid, targets).items()}
         proposals, valid = self.rpn.propose(logits, deltas, pyramid, targets.frames.sizes, self.proposals)
         regions = self.sample(proposals, valid, targets)
-        pooled = self.pool(pyramid, regions.boxes, regions.owner != IGNORED)
-        positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.owner, targets)
+        pooled = self.pool(pyramid, regions.boxes, regions.matched_index != IGNORED)
+        positives = assigned(regions.boxes, pooled.mean((-2, -1)), regions.matched_index, targets)
         logits, deltas = self.box_head(pooled)
         losses |= weighted(self.losses(logits, deltas, positives), self.weights)
         if self.mask is not None:
-            losses["mask"] = self.mask.loss(pyramid, regions.boxes, regions.owner, targets)
+            losses["mask"] = self.mask.loss(pyramid, regions.boxes, regions.matched_index, targets)
         return HeadOutput(losses, positives)
 
     def sample(self, proposals: Tensor, valid: Tensor, targets: Targets) -> Regions:

@@ -81,8 +81,8 @@ class FCOSHead(nn.Module):
         points, boxes = self.points(pyramid), targets.boxes_xyxy
         valid = self.grid.valid(pyramid, targets.frames.sizes)
         radius = None if self.center_radius is None else points.strides * self.center_radius
-        owner = assign_fcos(points.centers, valid, radius, points.limits, boxes, targets.valid)
-        return assigned(points.boxes.expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), owner, targets)
+        matched_index = assign_fcos(points.centers, valid, radius, points.limits, boxes, targets.valid)
+        return assigned(points.boxes.expand(len(boxes), -1, -1), flatten(pyramid.levels, 1), matched_index, targets)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)
@@ -91,11 +91,11 @@ class FCOSHead(nn.Module):
 
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         assert dense.quality is not None
-        positive, goals = found.positive, found.target_boxes_xyxy
+        positive, target_boxes = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum()).clamp(min=1)
-        quality = centerness_target(found.boxes_xyxy, goals).where(positive, 0)
+        quality = centerness_target(found.boxes_xyxy, target_boxes).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
-        giou = giou_loss(around(found.boxes_xyxy, dense.boxes), goals)
+        giou = giou_loss(around(found.boxes_xyxy, dense.boxes), target_boxes)
         entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,

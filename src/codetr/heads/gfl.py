@@ -68,16 +68,16 @@ class GFLHead(nn.Module):
     def losses(self, logits: Tensor, distances: Tensor, strides: Tensor, found: Positives) -> dict[str, Tensor]:
         """strides: [N] of every candidate."""
         positive = found.positive
-        anchors, goals = (boxes / strides[:, None] for boxes in (found.boxes_xyxy, found.target_boxes_xyxy))
+        anchors, target_boxes = (boxes / strides[:, None] for boxes in (found.boxes_xyxy, found.target_boxes_xyxy))
         boxes = around(anchors, self.mean(distances))
-        quality = aligned_iou(boxes.detach(), goals)
+        quality = aligned_iou(boxes.detach(), target_boxes)
         classes = self.class_loss(logits, found.labels, quality).sum(-1)
         count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
         weight = logits.detach().sigmoid().amax(-1).where(positive, 0)
         total = mean_over_processes(weight.sum()).clamp(min=1)
-        giou = giou_loss(boxes, goals)
+        giou = giou_loss(boxes, target_boxes)
         centers, _ = center_size(anchors)
-        spread = distribution_focal_loss(distances, point_distances(centers, goals)).mean(-1)
+        spread = distribution_focal_loss(distances, point_distances(centers, target_boxes)).mean(-1)
         return {
             "class": classes.where(positive | found.negative, 0).sum() / count,
             "giou": (giou.where(positive, 0) * weight).sum() / total,

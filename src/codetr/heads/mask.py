@@ -36,38 +36,40 @@ class MaskBranch(nn.Module):
         features = self.convs(self.pool.regions(pyramid, images, boxes))
         return self.classes(self.upsample(features).relu()).float()
 
-    def loss(self, pyramid: Pyramid, boxes: Tensor, owner: Tensor, targets: Targets) -> Tensor:
-        """boxes: [B, R, 4] xyxy in pixels. owner: [B, R], the object of positive regions, negative elsewhere.
+    def loss(self, pyramid: Pyramid, boxes: Tensor, matched_index: Tensor, targets: Targets) -> Tensor:
+        """boxes: [B, R, 4] xyxy in pixels. matched_index: [B, R], the object of positive regions, negative elsewhere.
 
         Raises UserError when the targets come without masks.
         """
         if targets.masks is None:
             raise UserError("the mask branch of Mask R-CNN needs the objects' masks: set data.masks=true")
-        images, places = torch.where(owner >= 0)
-        boxes, owner = boxes[images, places], owner[images, places]
+        images, places = torch.where(matched_index >= 0)
+        boxes, matched_index = boxes[images, places], matched_index[images, places]
         logits = self(pyramid, images, boxes)
-        own = logits[torch.arange(len(logits), device=logits.device), targets.labels[images, owner]]
-        goal = region_masks(targets.masks, targets.valid, images, owner, boxes, own.shape[-1])
-        entropy = binary_cross_entropy_with_logits(own, goal, reduction="none").mean((1, 2))
+        own = logits[torch.arange(len(logits), device=logits.device), targets.labels[images, matched_index]]
+        target_mask = region_masks(targets.masks, targets.valid, images, matched_index, boxes, own.shape[-1])
+        entropy = binary_cross_entropy_with_logits(own, target_mask, reduction="none").mean((1, 2))
         count = mean_over_processes(entropy.new_tensor(float(len(entropy)))).clamp(min=1)
         return entropy.sum() / count * self.weight
 
 
 @torch.no_grad()
-def region_masks(masks: Tensor, valid: Tensor, images: Tensor, owner: Tensor, boxes: Tensor, size: int) -> Tensor:
+def region_masks(
+    masks: Tensor, valid: Tensor, images: Tensor, matched_index: Tensor, boxes: Tensor, size: int
+) -> Tensor:
     """What each region shows of its object's mask: [R, size, size], 0 or 1.
 
-    masks: [B, M, H, W] bool. valid: [B, M], the objects. images, owner: [R]. boxes: [R, 4] xyxy in pixels.
+    masks: [B, M, H, W] bool. valid: [B, M], the objects. images, matched_index: [R]. boxes: [R, 4] xyxy in pixels.
     """
-    return crop_masks(*objects_and_rois(masks, valid, images, owner, boxes), size)
+    return crop_masks(*objects_and_rois(masks, valid, images, matched_index, boxes), size)
 
 
 def objects_and_rois(
-    masks: Tensor, valid: Tensor, images: Tensor, owner: Tensor, boxes: Tensor
+    masks: Tensor, valid: Tensor, images: Tensor, matched_index: Tensor, boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """For `crop_masks`, from the arguments of `region_masks`: objects [n, 1, H, W], 0 or 1; rois [R, 5]."""
     places = valid.flatten().cumsum(0).view_as(valid) - 1  # of the objects among the valid ones
-    rois = torch.cat([places[images, owner][:, None].to(boxes), boxes], 1)
+    rois = torch.cat([places[images, matched_index][:, None].to(boxes), boxes], 1)
     # Only real objects: as floats the masks of large images are the head's largest tensor.
     return masks[valid][:, None].to(boxes), rois
 

@@ -62,27 +62,27 @@ class PAAHead(nn.Module):
         boxes = targets.boxes_xyxy
         every = torch.cat(self.grid(pyramid)).expand(len(boxes), -1, -1)
         valid = self.grid.valid(pyramid, targets.frames.sizes)
-        owner = assign_max_iou(every, valid, boxes, targets.valid, self.candidate_iou, self.candidate_iou, 0.0)
-        labels, goals = assigned_labels(targets.labels, owner), assigned_boxes(boxes, owner)
-        cost = self._cost(dense, every, labels, goals)
-        owner = assign_paa(owner, cost, pyramid.cells, boxes.shape[1], self.topk)
-        return assigned(every, flatten(pyramid.levels, 1), owner, targets)
+        matched_index = assign_max_iou(every, valid, boxes, targets.valid, self.candidate_iou, self.candidate_iou, 0.0)
+        labels, target_boxes = assigned_labels(targets.labels, matched_index), assigned_boxes(boxes, matched_index)
+        cost = self._cost(dense, every, labels, target_boxes)
+        matched_index = assign_paa(matched_index, cost, pyramid.cells, boxes.shape[1], self.topk)
+        return assigned(every, flatten(pyramid.levels, 1), matched_index, targets)
 
     @torch.no_grad()
-    def _cost(self, dense: Dense, anchors: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
+    def _cost(self, dense: Dense, anchors: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
         """[B, N] what it would cost to make each candidate (label >= 0) a positive."""
         focal = self.class_loss(dense.logits, labels, (labels >= 0).float()).sum(-1)
-        giou = giou_loss(self.coder.decode(anchors, dense.boxes), goals)
+        giou = giou_loss(self.coder.decode(anchors, dense.boxes), target_boxes)
         return (self.weights["class"] * focal + self.weights["giou"] * giou).where(labels >= 0, 0)
 
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         assert dense.quality is not None
-        positive, goals = found.positive, found.target_boxes_xyxy
+        positive, target_boxes = found.positive, found.target_boxes_xyxy
         count = mean_over_processes(positive.sum())
         boxes = self.coder.decode(found.boxes_xyxy, dense.boxes)
-        quality = aligned_iou(boxes.detach(), goals).where(positive, 0)
+        quality = aligned_iou(boxes.detach(), target_boxes).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
-        giou = giou_loss(boxes, goals).where(positive, 0)
+        giou = giou_loss(boxes, target_boxes).where(positive, 0)
         entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count.clamp(min=len(positive)),

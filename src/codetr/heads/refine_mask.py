@@ -131,20 +131,22 @@ class RefineMaskHead(nn.Module):
         """Of the positive regions. Raises UserError when the targets come without masks."""
         if targets.masks is None:
             raise UserError("the mask head needs the objects' masks: set data.masks=true")
-        images, places = torch.where(regions.owner >= 0)
-        boxes, owner = regions.boxes[images, places], regions.owner[images, places]
-        logits, iou = self(pyramid, self.semantics(pyramid), images, boxes, targets.labels[images, owner])
-        objects, rois = objects_and_rois(targets.masks, targets.valid, images, owner, boxes)
-        goals = [crop_masks(objects, rois, one.shape[-1]) for one in logits]
-        counted = counted_pixels(logits, goals, self.boundary_width)
-        goal_iou = mask_iou_target(logits[WHOLE - 1], goals[WHOLE - 1], share_inside(objects, rois))
-        known = goal_iou > 0
+        images, places = torch.where(regions.matched_index >= 0)
+        boxes, matched_index = regions.boxes[images, places], regions.matched_index[images, places]
+        logits, iou = self(pyramid, self.semantics(pyramid), images, boxes, targets.labels[images, matched_index])
+        objects, rois = objects_and_rois(targets.masks, targets.valid, images, matched_index, boxes)
+        target_masks = [crop_masks(objects, rois, one.shape[-1]) for one in logits]
+        counted = counted_pixels(logits, target_masks, self.boundary_width)
+        target_iou = mask_iou_target(logits[WHOLE - 1], target_masks[WHOLE - 1], share_inside(objects, rois))
+        known = target_iou > 0
         counts = mean_over_processes(torch.stack([where.sum() for where in (*counted, known)])).clamp(min=1)
         losses = {}
-        for i, (own, goal, where, weight) in enumerate(zip(logits, goals, counted, self.stage_weights, strict=True)):
-            entropy = binary_cross_entropy_with_logits(own, goal, reduction="none")
+        for i, (own, target_mask, where, weight) in enumerate(
+            zip(logits, target_masks, counted, self.stage_weights, strict=True)
+        ):
+            entropy = binary_cross_entropy_with_logits(own, target_mask, reduction="none")
             losses[f"stage{i}"] = entropy.where(where, 0).sum() / counts[i] * (weight * self.mask_weight)
-        error = (iou - goal_iou).square().where(known, 0).sum()
+        error = (iou - target_iou).square().where(known, 0).sum()
         return losses | {"iou": error / counts[-1] * self.iou_weight}
 
     @torch.no_grad()
@@ -191,12 +193,12 @@ def refined(logits: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def counted_pixels(logits: list[Tensor], goals: list[Tensor], width: int) -> list[Tensor]:
+def counted_pixels(logits: list[Tensor], target_masks: list[Tensor], width: int) -> list[Tensor]:
     """Which pixels of each stage count in its loss: all, or those near a boundary of the mask so far or the true mask,
     both of the stage before (sec. 3.3). [R, s, s] bool each.
     """
     counted = [torch.ones_like(own, dtype=torch.bool) for own in logits[:WHOLE]]
     for stage in range(WHOLE, len(logits)):
-        edge = near_boundary(refined(logits[:stage]) >= 0, width) | near_boundary(goals[stage - 1], width)
+        edge = near_boundary(refined(logits[:stage]) >= 0, width) | near_boundary(target_masks[stage - 1], width)
         counted.append(enlarge(edge.float(), logits[stage].shape[-1]) >= 0.5)
     return counted

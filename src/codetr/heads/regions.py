@@ -15,10 +15,10 @@ from codetr.types import Targets
 
 
 class Regions(NamedTuple):
-    """Sampled regions: boxes [B, R, 4] xyxy in pixels, owner [B, R] (object index, BACKGROUND or IGNORED)."""
+    """Sampled regions: boxes [B, R, 4] xyxy in pixels, matched_index [B, R] (object index, BACKGROUND or IGNORED)."""
 
     boxes: Tensor
-    owner: Tensor
+    matched_index: Tensor
 
 
 @torch.no_grad()
@@ -35,10 +35,10 @@ def sample_regions(
     proposals: [B, P, 4] xyxy in pixels. valid: [B, P]. positive_iou: below it a proposal is background.
     """
     boxes = targets.boxes_xyxy
-    owner = assign_max_iou(proposals, valid, boxes, targets.valid, positive_iou, positive_iou, low_quality=None)
+    matched_index = assign_max_iou(proposals, valid, boxes, targets.valid, positive_iou, positive_iou, low_quality=None)
     itself = torch.arange(boxes.shape[1], device=boxes.device).where(targets.valid, IGNORED)
-    owner = torch.cat([itself, owner], 1)
-    chosen = sample_both(owner >= 0, owner == BACKGROUND, most_positive, num_samples)
+    matched_index = torch.cat([itself, matched_index], 1)
+    chosen = sample_both(matched_index >= 0, matched_index == BACKGROUND, most_positive, num_samples)
     index, kept = pack(*chosen, num_samples)
     boxes = take(torch.cat([boxes, proposals], 1), index)
-    return Regions(boxes, owner.gather(1, index).masked_fill(~kept, IGNORED))
+    return Regions(boxes, matched_index.gather(1, index).masked_fill(~kept, IGNORED))

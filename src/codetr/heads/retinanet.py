@@ -55,9 +55,9 @@ class RetinaNetHead(nn.Module):
         anchors = torch.cat(self.grid(pyramid))
         boxes = targets.boxes_xyxy
         valid = self.grid.valid(pyramid, targets.frames.sizes)
-        owner = assign_max_iou(anchors, valid, boxes, targets.valid, self.positive_iou, self.negative_iou, 0.0)
+        matched_index = assign_max_iou(anchors, valid, boxes, targets.valid, self.positive_iou, self.negative_iou, 0.0)
         features = flatten(pyramid.levels, 1).repeat_interleave(self.grid.per_cell, 1)
-        return assigned(anchors.expand(len(boxes), -1, -1), features, owner, targets)
+        return assigned(anchors.expand(len(boxes), -1, -1), features, matched_index, targets)
 
     def forward(self, pyramid: Pyramid, targets: Targets) -> HeadOutput:
         found = self.assign(pyramid, targets)

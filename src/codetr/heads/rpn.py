@@ -70,12 +70,14 @@ class RPN(nn.Module):
     def losses(self, logits: Tensor, deltas: Tensor, pyramid: Pyramid, targets: Targets) -> dict[str, Tensor]:
         anchors, boxes = torch.cat(self.grid(pyramid)), targets.boxes_xyxy
         inside = self.grid.valid(pyramid, targets.frames.sizes)
-        owner = assign_max_iou(anchors, inside, boxes, targets.valid, *self.thresholds)
-        positive, negative = sample_both(owner >= 0, owner == BACKGROUND, self.most_positive, self.num_samples)
+        matched_index = assign_max_iou(anchors, inside, boxes, targets.valid, *self.thresholds)
+        positive, negative = sample_both(
+            matched_index >= 0, matched_index == BACKGROUND, self.most_positive, self.num_samples
+        )
         count = positive.sum(1).clamp(min=1) + negative.sum(1).clamp(min=1)
         count = mean_over_processes(count.sum())
         entropy = binary_cross_entropy_with_logits(logits, positive.to(logits), reduction="none")
-        l1 = (deltas - self.coder.encode(anchors, assigned_boxes(boxes, owner))).abs().sum(-1)
+        l1 = (deltas - self.coder.encode(anchors, assigned_boxes(boxes, matched_index))).abs().sum(-1)
         losses = {
             "class": entropy.where(positive | negative, 0).sum() / count,
             "l1": l1.where(positive, 0).sum() / count,

@@ -65,11 +65,11 @@ class Result:
     @property
     def masks(self) -> Tensor | None:
         """[n, H, W] bool, or None where the model has no mask head."""
-        if self.detections.runs is None:
+        if self.detections.rle is None:
             return None
-        if not self.detections.runs:
+        if not self.detections.rle:
             return torch.zeros(0, *self.size, dtype=torch.bool)
-        return torch.from_numpy(coco_mask.decode(self.detections.runs)).permute(2, 0, 1).bool()
+        return torch.from_numpy(coco_mask.decode(self.detections.rle)).permute(2, 0, 1).bool()
 
     @property
     def mask_scores(self) -> Tensor | None:
@@ -94,7 +94,7 @@ class Result:
             assert self.path is not None, "a result without a file keeps its pixels"
             pixels = read_image(self.path, self.size)
         found = self.detections
-        return draw_boxes(pixels, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.runs)
+        return draw_boxes(pixels, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.rle)
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -122,10 +122,10 @@ class Result:
             }
             for label, (x0, y0, x1, y1), score in rows
         ]
-        if found.runs is None or found.mask_scores is None:
+        if found.rle is None or found.mask_scores is None:
             return records
-        masks = zip(records, found.runs, found.mask_scores.tolist(), strict=True)
-        return [record | {"segmentation": runs, "mask_score": score} for record, runs, score in masks]
+        masks = zip(records, found.rle, found.mask_scores.tolist(), strict=True)
+        return [record | {"segmentation": rle, "mask_score": score} for record, rle, score in masks]
 
     def to_supervision(self) -> supervision.Detections:
         """For the library supervision: its trackers, annotators and converters; `data["class_name"]` holds the names.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from codetr.data.coco import Sample
 from codetr.data.collate import collate
+from codetr.data.dataset import Sample
 from codetr.data.images import UnreadableImage, pixels_of, read_image, seen_size, unreadable
 from codetr.data.readers.folder import find_images
 from codetr.data.transforms import Transform, failed, transformed, without_objects

@@ -59,8 +59,8 @@ def _bounds(mask: Any, size: tuple[int, int]) -> Box | None:
         y = [v for polygon in mask for v in polygon[1::2]]
         bounds = float(min(x)), float(min(y)), float(max(x) - min(x)), float(max(y) - min(y))
         return bounds if any(map(_has_area, mask)) else None
-    runs = coco_mask.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
-    x, y, w, h = coco_mask.toBbox(runs).tolist()
+    rle = coco_mask.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
+    x, y, w, h = coco_mask.toBbox(rle).tolist()
     return (x, y, w, h) if w and h else None
 
 

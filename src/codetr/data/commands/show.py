@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import PIL.Image
     from omegaconf import DictConfig
 
-    from codetr.data.coco import CocoDetection
+    from codetr.data.dataset import DetectionDataset
     from codetr.data.loader import BatchLoader
     from codetr.types import Batch
 
@@ -63,7 +63,7 @@ def _check(config: DictConfig) -> None:
             raise UserError(f"{key}={config[key]}: must be a number of pictures, 1 or more")
 
 
-def _open(config: DictConfig) -> tuple[BatchLoader, CocoDetection, tuple[str, ...]]:
+def _open(config: DictConfig) -> tuple[BatchLoader, DetectionDataset, tuple[str, ...]]:
     """The loader of training, which reads here rather than in workers, the images behind it, and their classes."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
@@ -86,7 +86,7 @@ def _open(config: DictConfig) -> tuple[BatchLoader, CocoDetection, tuple[str, ..
 
 
 def _pictures(
-    loader: BatchLoader, dataset: CocoDetection, class_names: tuple[str, ...], original: bool
+    loader: BatchLoader, dataset: DetectionDataset, class_names: tuple[str, ...], original: bool
 ) -> Iterator[PIL.Image.Image]:
     from codetr.visualize import side_by_side
 
@@ -108,11 +108,11 @@ def _as_seen(batch: Batch, i: int, class_names: tuple[str, ...]) -> PIL.Image.Im
     targets = batch.targets
     valid = targets.valid[i]
     image = batch.images[i].masked_fill(batch.padding[i], _PADDING)
-    runs = encode(targets.masks[i][valid]) if targets.masks is not None and valid.any() else None
-    return draw_boxes(image, targets.boxes_xyxy[i][valid], targets.labels[i][valid], class_names, runs=runs)
+    rle = encode(targets.masks[i][valid]) if targets.masks is not None and valid.any() else None
+    return draw_boxes(image, targets.boxes_xyxy[i][valid], targets.labels[i][valid], class_names, rle=rle)
 
 
-def _as_stored(dataset: CocoDetection, index: int, class_names: tuple[str, ...]) -> PIL.Image.Image:
+def _as_stored(dataset: DetectionDataset, index: int, class_names: tuple[str, ...]) -> PIL.Image.Image:
     from torch import Tensor
 
     from codetr.visualize import draw_boxes

@@ -48,14 +48,14 @@ class Sample:
     masks: Mask | None = None
 
 
-class CocoDetection(Dataset[Sample]):
+class DetectionDataset(Dataset[Sample]):
     """Images of the folder `root` with the objects of an annotation file, checked on construction.
 
     reader: turns the file into COCO's records (see `codetr.data.readers`). Labels are 0, 1, ... in the order of
     `class_names`: all categories in the order of the file, or `classes`. `category_ids` holds the file's id of each
     label, -1 where it has none. absent: classes of which the file knows nothing may be among `classes`, if not all.
-    `report` tells what was dropped (see `codetr.data.rules`). masks, runs: also read the objects'
-    segmentations, for `masks` to train with, or for `runs` of the truth. cache: where tables are kept (see
+    `report` tells what was dropped (see `codetr.data.rules`). masks, rle: also read the objects'
+    segmentations, for `masks` to train with, or for `rle` of the truth. cache: where tables are kept (see
     `codetr.data.cache`). max_pixels: of an image; larger ones are not decoded.
 
     It is a view of a `Table`, and holds nothing else that grows with the number of objects: processes share it.
@@ -75,15 +75,15 @@ class CocoDetection(Dataset[Sample]):
         on_error: OnError = "stop",
         verify: Verify = "complete",
         masks: bool = False,
-        runs: bool = False,
+        rle: bool = False,
         cache: str | Path | None = None,
         max_pixels: int | None = None,
     ) -> None:
         self.max_pixels = max_pixels
         self.root, source = Path(root), Path(annotations)
         folder = Path(cache) if cache else None
-        self._table, self.report = open_table(source, reader, masks=masks or runs, cache=folder)
-        self._masks, self._runs = masks, runs
+        self._table, self.report = open_table(source, reader, masks=masks or rle, cache=folder)
+        self._masks, self._rle = masks, rle
         self._select(classes, source, absent)
         usable, found = check_files(self._table, self.root, verify, self.report, max_pixels)
         self._misspelt = np.array(sorted(found), np.int64)
@@ -205,9 +205,9 @@ class CocoDetection(Dataset[Sample]):
             area=torch.from_numpy(table.areas[rows]),
             ignore=torch.from_numpy(table.ignore[rows]),
         )
-        if self._runs:
+        if self._rle:
             height, width = table.sizes[image].tolist()
-            truth["runs"] = self._segmentations.runs(rows, (height, width))
+            truth["rle"] = self._segmentations.rle(rows, (height, width))
         if table.is_federated:
             truth["neg_labels"] = self._listed(image, table.negative, table.negative_offsets)
             truth["not_exhaustive_labels"] = self._listed(image, table.not_exhaustive, table.not_exhaustive_offsets)
