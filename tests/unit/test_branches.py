@@ -29,8 +29,8 @@ NETWORK = FRAMES.sizes
 @pytest.fixture(scope="module")
 def model() -> Detector:
     torch.manual_seed(0)
-    collaborators = ["faster_rcnn_small", *HEADS[1:-1], "mask_rcnn_small"]
-    return detector(CLASSES, f"model/auxiliary_head=[{','.join(collaborators)}]").eval()
+    heads_given = ["faster_rcnn_small", *HEADS[1:-1], "mask_rcnn_small"]
+    return detector(CLASSES, f"model/auxiliary_head=[{','.join(heads_given)}]").eval()
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,9 @@ def test_inference_neither_needs_nor_runs_what_training_adds(preset: Preset) -> 
     assert left[0] == left[1]
 
 
-@pytest.mark.parametrize(("collaborators", "heads"), [("[]", []), ("[atss]", ["atss"])])
-def test_k_is_a_matter_of_config(collaborators: str, heads: list[str]) -> None:
-    detector, criterion = build(f"model/auxiliary_head={collaborators}")
+@pytest.mark.parametrize(("given", "heads"), [("[]", []), ("[atss]", ["atss"])])
+def test_k_is_a_matter_of_config(given: str, heads: list[str]) -> None:
+    detector, criterion = build(f"model/auxiliary_head={given}")
     output = detector(**batch())
     assert sorted(output.predictions) == sorted(["main", *heads])
     groups = {name.split("/")[0] for name in criterion(output, batch()["targets"])}
