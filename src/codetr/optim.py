@@ -135,10 +135,10 @@ def multistep(
 ) -> float:
     """Times gamma at each milestone.
 
-    milestones: in epochs, by the length of the training: {"12e": [11], "36e": [30]}.
+    milestones: in epochs, by the length of the training: {"e12": [11], "e36": [30]}.
     otherwise: the only milestone of a training of any other length, as a share of it.
     """
-    passed = milestones.get(f"{epochs:g}e", [otherwise * epochs])
+    passed = milestones.get(f"e{epochs:g}", [otherwise * epochs])
     return gamma ** sum(epoch >= milestone for milestone in passed)
 
 

@@ -126,7 +126,8 @@ class Record(Callback):
 
 
 def settings(row: Row, data: Path, directory: Path) -> list[str]:
-    """Of `codetr.train`, without anything random: images, weights and targets are those of the reference."""
+    """Of `codetr.train`, without anything random: images, weights and targets are those of the reference. And without
+    negatives that fill up the positive queries: to the most of a process's batch, so that processes change them."""
     noises = [f"model.detector.queries.denoising.{noise}_noise=0" for noise in ("label", "box")]
     return [
         *overrides(data),
@@ -149,6 +150,7 @@ def settings(row: Row, data: Path, directory: Path) -> list[str]:
         f"+callbacks.record={{_target_: modes.Record, directory: {directory}}}",
         f"run_dir={directory}",
         *(noises if row.model in DENOISING else []),
+        "model.detector.collaborative.fill=none",
         *(["model/auxiliary_head=[faster_rcnn_small,atss]"] if row.model in ("co_deformable", "co_dino") else []),
     ]
 

@@ -130,7 +130,7 @@ def test_lr_weight_decay_and_betas_take_effect(run: Path, data: Path, caplog: py
 @end
 def test_the_schedule_goes_by_the_true_epoch(run: Path, data: Path) -> None:
     """One epoch of 6 steps, then epochs of 3: a drop after two epochs comes after 6 + 3 steps."""
-    fit(data, run, "trainer.max_epochs=3", "data.batch_size=4", "schedule=step", "+schedule.decay.milestones.3e=[2]")
+    fit(data, run, "trainer.max_epochs=3", "data.batch_size=4", "schedule=step", "+schedule.decay.milestones.e3=[2]")
     assert rates(run)[STEPS:] == pytest.approx([1e-4] * 3 + [1e-5] * 3)
     assert all(sorted(chain(*epoch)) == list(range(1, IMAGES + 1)) for epoch in (seen(run)[6:9], seen(run)[9:12]))
 

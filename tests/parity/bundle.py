@@ -187,7 +187,7 @@ def _sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     if "num_dn_queries" in sizes:
         small["detector.queries.denoising.num_queries"] = sizes["num_dn_queries"]
     if "max_pos_coords" in sizes:
-        small |= {f"detector.queries.{name}.max_queries": sizes["max_pos_coords"] for name in (region, "atss")}
+        small["detector.collaborative.max_queries"] = sizes["max_pos_coords"]
     if "mask_iou_head" in sizes["official_model_config"]:
         small["detector.mask_head.num_candidates"] = sizes["max_per_img"]
         small["detector.mask_head.iou.hidden_width"] = sizes["fc_dim"]
