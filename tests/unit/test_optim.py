@@ -60,7 +60,7 @@ def test_shared_parameter_counts_once() -> None:
     ("decay", "expected"),
     [
         (constant, lambda e: 1.0),
-        (lambda e, n: multistep(e, n, {f"{n}e": [2, 3]}, 0.5, 0.1), lambda e: 1.0 if e < 2 else 0.1 if e < 3 else 0.01),
+        (lambda e, n: multistep(e, n, {f"e{n}": [2, 3]}, 0.5, 0.1), lambda e: 1.0 if e < 2 else 0.1 if e < 3 else 0.01),
         (lambda e, n: multistep(e, n, {"e5": [1]}, 0.5, 0.1), lambda e: 1.0 if e < 2 else 0.1),
         (lambda e, n: cosine(e, n, 0.2), lambda e: 0.6 + 0.4 * math.cos(math.pi * e / 4)),
     ],

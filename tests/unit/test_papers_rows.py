@@ -82,7 +82,7 @@ def test_the_rate_drops_before_the_end() -> None:
         config = compose("train")
     schedule, own = instantiate(config.schedule), config.schedule.decay.milestones
     for epochs in {row.epochs for row in ROWS.values() if not row.needs}:
-        (milestone,) = own[f"{epochs}e"]
+        (milestone,) = own[f"e{epochs}"]
         assert 0.7 * epochs < milestone < epochs
         for epoch, factor in ((milestone - 0.5, 1.0), (milestone, 0.1), (epochs - 0.5, 0.1)):
             assert schedule.factor(1, epoch, float(epochs)) == pytest.approx(factor)
