@@ -16,7 +16,7 @@ def assign_paa(matched_index: Tensor, cost: Tensor, level_sizes: list[int], num_
     those of the cheaper Gaussian up to the most likely one. An object with fewer than two candidates gets none.
 
     matched_index: [B, N] the object whose candidate it is, BACKGROUND or IGNORED. cost: [B, N], finite on candidates.
-    level_sizes: candidates per level. Returns [B, N], the matched index of what is left, BACKGROUND for other candidates.
+    level_sizes: candidates per level. Returns [B, N], the matched index of what is left, else BACKGROUND.
     """
     objects = torch.arange(num_objects, device=matched_index.device)
     table = cost.double()[:, None].masked_fill(matched_index[:, None] != objects[:, None], torch.inf)  # [B, M, N]
