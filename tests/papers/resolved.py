@@ -173,27 +173,13 @@ def _data(data: DictConfig) -> Facts:
     facts |= {"aspect_groups": data.aspect_ratio_grouping, "canvas": 0}
     copy_paste = data.get("copy_paste")
     facts["copy_paste"] = copy_paste.most if copy_paste else 0
-    steps: dict[str, list[DictConfig]] = {}
-    for step in _steps(data.train_transform):
-        steps.setdefault(step._target_.rpartition(".")[2], []).append(step)
-    if "large_scale_jitter" in steps:
-        (jitter,) = steps["large_scale_jitter"]
-        facts |= {"canvas": jitter.canvas, "scale_range": list(jitter.scale_range), "flip": jitter.flip}
-        return facts | {
-            "short": [],
-            "long": 0,
-            "crop_short": [],
-            "crop": [],
-            "eval_size": [data.val_transform.canvas] * 2,
-        }
-    before, last = steps["RandomShortestSize"]
-    (crop,) = steps["RandomSizeCrop"]
+    recipe = data.train_transform
+    if recipe._target_.endswith("large_scale_jitter"):
+        facts |= {"canvas": recipe.canvas, "scale_range": list(recipe.scale_range), "flip": recipe.flip}
+        none: Facts = {"short": [], "long": 0, "crop_short": [], "crop": []}
+        return facts | none | {"eval_size": [data.val_transform.canvas] * 2}
+    flip, cropped, last = instantiate(recipe, _convert_="all").transforms
+    before, crop = cropped.transforms
     facts |= {"short": list(last.min_size), "long": last.max_size, "crop_short": list(before.min_size)}
-    facts |= {"crop": [crop.min_size, crop.max_size], "flip": steps["RandomHorizontalFlip"][0].p}
+    facts |= {"crop": [crop.min_size, crop.max_size], "flip": flip.p}
     return facts | {"eval_size": [data.val_transform.size, data.val_transform.max_size]}
-
-
-def _steps(node: Any) -> Iterator[DictConfig]:
-    yield node
-    for inner in node.get("transforms", ()):
-        yield from _steps(inner)

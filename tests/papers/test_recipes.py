@@ -132,7 +132,7 @@ MISTAKES = [
     ("batch", R50, "data.batch_size", 16, 32),
     ("batch", R50, "trainer.accumulate_grad_batches", 1, 2),
     ("epochs", R50, "trainer.max_epochs", 12, 36),
-    ("milestones", R50, "schedule.decay.milestones", [11], [8]),
+    ("milestones", R50, "schedule.decay.milestones", {"e12": [11]}, {"e12": [8]}),
     ("gamma", R50, "schedule.decay.gamma", 0.1, 0.5),
     ("warmup_steps", R50, "schedule.warmup_steps", 0, 500),
     ("clip", R50, "trainer.gradient_clip_val", 0.1, 1.0),
@@ -144,7 +144,7 @@ MISTAKES = [
     ("dn_box_noise", DINO, f"{MODEL}.queries.denoising.box_noise", 1.0, 0.4),
     ("dn_label_noise", DINO, f"{MODEL}.queries.denoising.label_noise", 0.25, 0.5),
     ("dn_unused", CO, f"{MODEL}.queries.denoising.unused", "background", "masked"),
-    ("lambda_1", CO, f"{MODEL}.queries.atss.weight", 1.0, 2.0),
+    ("lambda_1", CO, f"{MODEL}.collaborative.weight", 1.0, 2.0),
     ("lambda_2", CO, "criterion.lambda_2", 2.0, 1.0),
     ("lambda_2", CO, "criterion.lambda_2_by_head", {}, {"atss": 1.0}),
     ("atss_convs", CO, f"{MODEL}.heads.atss.num_convs", 1, 4),
@@ -153,8 +153,8 @@ MISTAKES = [
     ("dropout", R50, "model.dropout", 0.1, 0.0),
     ("size_divisor", CO, "data.size_divisor", 1, 32),
     ("aspect_groups", CO, "data.aspect_ratio_grouping", True, False),
-    ("short", R50, "data.train_transform.transforms.2.min_size", SHORT, SHORT[1:]),
-    ("long", R50, "data.train_transform.transforms.2.max_size", 1333, 2400),
+    ("short", R50, "data.train_transform.short_sides", SHORT, SHORT[1:]),
+    ("long", R50, "data.train_transform.long_side", 1333, 2400),
     ("eval_size", R50, "data.val_transform.size", 800, 480),
     ("canvas", "co_detr_t4_co_dino_pp_36e", "data.train_transform.canvas", 1024, 1280),
 ]
@@ -174,7 +174,7 @@ def test_an_injected_mistake_is_caught(key: str, name: str, where: str, right: A
         found.append(differences(EXPECTED[name], resolve(config)))
     assert key not in found[0]
     assert key in found[1]
-    assert found[1].keys() - found[0].keys() <= {key, "lr_backbone", "milestones"}
+    assert found[1].keys() - found[0].keys() <= {key, "lr_backbone", "milestones", "eval_size"}
 
 
 def test_an_average_of_the_weights_is_caught() -> None:
