@@ -57,14 +57,15 @@ def test_errors_are_told_in_text_page_and_json(data: Path, capsys: pytest.Captur
     plant(data)
     assert check.main(arguments("report=out/check.json", "page=out/check.html")) == 1
     printed = capsys.readouterr().out
+    said = re.sub(r"[\s│]+", " ", printed)  # a narrow terminal breaks lines anywhere
     first = json.loads((data / "train.json").read_bytes())["annotations"][0]["id"]
     for text in ("train.json", f"annotation {first} of image", "bbox [9, 9, -5, 4]", "must be above 0", "2 errors"):
-        assert text in printed
+        assert text in said
     report = json.loads((data / "out" / "check.json").read_bytes())
     kinds = {f["kind"]: f for f in report["train"]["findings"]}
     assert kinds["inverted box"]["severity"] == "error"
     assert kinds["inverted box"]["count"] == 1
-    assert kinds["missing image file"]["records"][0] in printed
+    assert kinds["missing image file"]["records"][0] in said
     assert report["val"]["statistics"]["images"] == 6
     page = (data / "out" / "check.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;.jpg" in page
