@@ -205,5 +205,5 @@ def main() -> None:
     if options.overrides:
         return  # a variation: the committed figures are those of the plain command
     name = f"compare_{options.study}"
-    report.write(name, markdown(rows, study, f"make compare-{options.study}"), {"summary": rows, "rle": runs})
+    report.write(name, markdown(rows, study, f"make compare-{options.study}"), {"summary": rows, "runs": runs})
     curves(out, study, report.folder / f"{name}.png")

@@ -10,8 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from chaos.rle import Kind, differences, finite, last_step
-
+from chaos.runs import Kind, differences, finite, last_step
 from toy import environment
 
 EPOCHS, STEPS_PER_EPOCH, EVERY = 2, 5, 2
