@@ -12,7 +12,7 @@ from codetr.heads.common import assigned, cell_strides, flatten, weighted
 from codetr.heads.dense import DensePredictor, Selection
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import around, center_size, point_distances
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -86,7 +86,7 @@ class TaskAlignedHead(nn.Module):
         return matched_index, scaled.amax(1)
 
     def losses(self, logits: Tensor, boxes: Tensor, quality: Tensor, found: Positives) -> dict[str, Tensor]:
-        total = mean_over_processes(quality.sum()).clamp(min=1)
+        total = normaliser(quality.sum()).clamp(min=1)
         target = torch.zeros_like(logits).scatter_(-1, found.labels.clamp(min=0)[..., None], quality[..., None])
         weight = (target - logits.sigmoid()).abs().square().detach() + target  # hard negatives count most
         entropy = (binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).sum(-1)

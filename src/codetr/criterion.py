@@ -14,7 +14,7 @@ from codetr.assign.hungarian import MatchingCost, match
 from codetr.errors import UserError
 from codetr.losses import ClassLoss, FedLoss, giou_loss
 from codetr.nn.boxes import aligned_iou
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Known, Output, Prediction, QueryGroup, TargetRule, Targets
 
 
@@ -67,9 +67,7 @@ class Criterion(nn.Module):
         losses: dict[str, Tensor] = {}
         stages = _merged([stage for name, group in output.groups.items() for stage in _stages(name, group, output)])
         stage_targets = self._stage_targets(stages, targets)
-        positives = mean_over_processes(
-            torch.cat([(target.labels >= 0).sum((1, 2)) for target in stage_targets])
-        ).clamp(min=1)
+        positives = normaliser(torch.cat([(target.labels >= 0).sum((1, 2)) for target in stage_targets])).clamp(min=1)
         counts = positives.split([len(stage.names) for stage in stages])
         drawn = None if self.fed_loss is None else self.fed_loss(targets.labels, targets.valid)
         for stage, target, count in zip(stages, stage_targets, counts, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.names import tags
+from codetr.ops.normaliser import measure, normalised_by
 from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
 from codetr.trainer import fused_optimizer
@@ -31,7 +33,8 @@ class DetectionTask(LightningModule):
     their numbers are logged: "val", of boxes; "val/segm", of masks, with a mask head and where the validation set has
     masks (`data.val_masks`); "val/branch/<head>", with `evaluate_heads`, of every auxiliary head on its own, with its
     suppression (Co-DETR, table 11). optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its
-    model: plain containers.
+    model: plain containers. normalise_over_step: where gradients of several batches are accumulated, losses are divided
+    by what all of them hold together, for which each is first run without gradients; False: each by what it holds.
     Raises UserError where fewer detections of an image are kept than `metrics` counts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
@@ -46,6 +49,7 @@ class DetectionTask(LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Schedule,
         settings: dict[str, Any],
+        normalise_over_step: bool = False,
     ) -> None:
         super().__init__()
         self.metrics = {"val": metrics()}
@@ -58,7 +62,8 @@ class DetectionTask(LightningModule):
         self.detector, self.criterion, self.postprocess = detector, criterion, postprocess
         self.evaluate_heads = evaluate_heads
         self.optimizer, self.schedule = optimizer, schedule
-        self.settings = settings
+        self.settings, self.normalise_over_step = settings, normalise_over_step
+        self._means: list[Tensor] | None = None  # by which the losses of the step's batches are normalised
         self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
         self._logged_step = -1
         self._steps_ahead = 0
@@ -117,15 +122,37 @@ class DetectionTask(LightningModule):
         set_again(self.lr_schedulers(), self._optimizer_settings)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.detector(batch.images, batch.padding, batch.targets)
-        losses = self.criterion(output, batch.targets)
+        accumulate = self.trainer.accumulate_grad_batches
+        first = batch_idx // accumulate * accumulate
+        batches = min(accumulate, int(self.trainer.num_training_batches) - first)  # the last step of an epoch has fewer
+        if batch_idx == first:
+            together = self.normalise_over_step and batches > 1
+            self._means = self._measure([batch, *batch.ahead[: batches - 1]]) if together else None
+        with normalised_by(self._means):
+            losses = self._losses(batch)
         terms = torch.stack(list(losses.values()))
         loss = terms.sum()
         self.seen.append(Seen(tuple(losses), terms.detach(), batch.image_ids))
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
         self._log_losses({"loss": loss, **losses})
         # A factor of one; NaN where the loss is not finite: then its gradient is not either, and every process sees it.
-        return loss * (loss.detach() * 0 + 1)
+        # Lightning divides by `accumulate`, also where the step has fewer batches.
+        return loss * (loss.detach() * 0 + 1) * (accumulate / batches)
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        return self.criterion(self.detector(batch.images, batch.padding, batch.targets), batch.targets)
+
+    @torch.no_grad()
+    def _measure(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The normalisers of a step. Leaves random states and running statistics as they were: the draws repeat."""
+        buffers = list(self.detector.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            means = measure(partial(self._losses, batch.to(self.device)) for batch in batches)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        torch.clear_autocast_cache()  # casts of the weights that no gradient flows through
+        return means
 
     def _log_losses(self, losses: dict[str, Tensor]) -> None:
         """Straight to the loggers: Lightning's own bookkeeping of a hundred names costs more than their losses."""

@@ -117,6 +117,7 @@ def fit(config: DictConfig) -> Run:
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule),
         settings=settings,
+        normalise_over_step=config.normalise_over_step,
     )
     if task.criterion.fed_loss is not None:
         task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))

@@ -119,6 +119,7 @@ class Batch(_Movable):
 
     images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
     truth: per image, what the evaluator needs and the model must not see, on the CPU.
+    ahead: in training, the other batches of the optimizer step that begins with this one; they stay on the CPU.
     """
 
     images: Tensor
@@ -126,6 +127,7 @@ class Batch(_Movable):
     targets: Targets
     image_ids: Tensor
     truth: list[Truth]
+    ahead: tuple[Batch, ...] = ()
 
     @property
     def frames(self) -> Frames:

@@ -134,7 +134,8 @@ class DetectionDataModule(LightningDataModule):
             colour=self.colour,
         )
         self._in_use["training"] = dataset
-        return TrainLoader(dataset, sampler, **self._loading())
+        batches_per_step = self.trainer.accumulate_grad_batches if self.trainer else 1
+        return TrainLoader(dataset, sampler, batches_per_step=batches_per_step, **self._loading())
 
     def val_dataloader(self) -> BatchLoader:
         assert self.val_set is not None, "setup() comes first"

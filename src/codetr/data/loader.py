@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ class BatchLoader(DataLoader[Sample]):
 class TrainLoader(BatchLoader):
     """A BatchLoader over a TrainSampler that goes on in the middle of an epoch.
 
+    batches_per_step: of the optimizer. The first batch of each step brings the others along, as its `ahead`.
+
     `state_dict` tells the epoch and the number of images handed out to all processes, however far the workers have
     read ahead; after `load_state_dict` that epoch goes on with the next image, also in other batches. Lightning
     stores both in its checkpoints, for every loader that has these methods.
@@ -58,12 +61,19 @@ class TrainLoader(BatchLoader):
     batch_sampler: TrainSampler
     _position = 0
 
+    def __init__(self, *args: Any, batches_per_step: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches_per_step = batches_per_step
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator on purpose: Lightning asks for the iterator before it knows in which epoch it resumes.
         self._position = self.batch_sampler.start
-        for batch in super().__iter__():
-            self._position += 1
-            yield batch
+        batches = super().__iter__()
+        while step := list(islice(batches, self.batches_per_step)):
+            first, *ahead = step
+            for batch in (replace(first, ahead=tuple(ahead)), *ahead):
+                self._position += 1
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self.batch_sampler

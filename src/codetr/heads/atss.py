@@ -11,7 +11,7 @@ from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import BoxCoder, centerness_target
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -58,14 +58,14 @@ class ATSSHead(nn.Module):
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         assert dense.quality is not None
         positive, target_boxes = found.positive, found.target_boxes_xyxy
-        count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
+        count = normaliser(positive.sum(1).clamp(min=1).sum())
         quality = centerness_target(found.boxes_xyxy, target_boxes).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
         giou = giou_loss(self.coder.decode(found.boxes_xyxy, dense.boxes), target_boxes)
         entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,
-            "giou": (giou * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1),
+            "giou": (giou * quality).sum() / normaliser(quality.sum()).clamp(min=1),
             "centerness": entropy.where(positive, 0).sum() / count,
         }
 

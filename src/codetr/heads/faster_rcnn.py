@@ -14,9 +14,9 @@ from codetr.heads.roi import BoxHead, RoIPool
 from codetr.heads.rpn import RPN, ProposalSelection
 from codetr.losses import giou_loss
 from codetr.nn.boxes import BoxCoder, clip
-from codetr.ops.distributed import mean_over_processes
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -75,7 +75,7 @@ class FasterRCNNHead(nn.Module):
 
     def losses(self, logits: Tensor, deltas: Tensor, regions: Positives) -> dict[str, Tensor]:
         valid = regions.positive | regions.negative
-        count = mean_over_processes(valid.sum()).clamp(min=1)
+        count = normaliser(valid.sum()).clamp(min=1)
         background = logits.shape[-1] - 1
         labels = regions.labels.where(regions.positive, background)
         entropy = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)

@@ -14,7 +14,7 @@ from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import around, center_size, centerness_target
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -92,14 +92,14 @@ class FCOSHead(nn.Module):
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         assert dense.quality is not None
         positive, target_boxes = found.positive, found.target_boxes_xyxy
-        count = mean_over_processes(positive.sum()).clamp(min=1)
+        count = normaliser(positive.sum()).clamp(min=1)
         quality = centerness_target(found.boxes_xyxy, target_boxes).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
         giou = giou_loss(around(found.boxes_xyxy, dense.boxes), target_boxes)
         entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count,
-            "giou": (giou.where(positive, 0) * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
+            "giou": (giou.where(positive, 0) * quality).sum() / normaliser(quality.sum()).clamp(min=1e-6),
             "centerness": entropy.where(positive, 0).sum() / count,
         }
 

@@ -11,7 +11,7 @@ from codetr.heads.dense import DensePredictor, Selection
 from codetr.losses import QualityFocal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import aligned_iou, around, center_size, point_distances
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -72,9 +72,9 @@ class GFLHead(nn.Module):
         boxes = around(anchors, self.mean(distances))
         quality = aligned_iou(boxes.detach(), target_boxes)
         classes = self.class_loss(logits, found.labels, quality).sum(-1)
-        count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
+        count = normaliser(positive.sum(1).clamp(min=1).sum())
         weight = logits.detach().sigmoid().amax(-1).where(positive, 0)
-        total = mean_over_processes(weight.sum()).clamp(min=1)
+        total = normaliser(weight.sum()).clamp(min=1)
         giou = giou_loss(boxes, target_boxes)
         centers, _ = center_size(anchors)
         spread = distribution_focal_loss(distances, point_distances(centers, target_boxes)).mean(-1)

@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 from codetr.errors import UserError
 from codetr.heads.roi import RoIPool
 from codetr.nn.class_rows import by_class
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Pyramid, Targets
 
 
@@ -49,7 +49,7 @@ class MaskBranch(nn.Module):
         own = logits[torch.arange(len(logits), device=logits.device), targets.labels[images, matched_index]]
         target_mask = region_masks(targets.masks, targets.valid, images, matched_index, boxes, own.shape[-1])
         entropy = binary_cross_entropy_with_logits(own, target_mask, reduction="none").mean((1, 2))
-        count = mean_over_processes(entropy.new_tensor(float(len(entropy)))).clamp(min=1)
+        count = normaliser(entropy.new_tensor(float(len(entropy)))).clamp(min=1)
         return entropy.sum() / count * self.weight
 
 

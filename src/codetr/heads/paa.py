@@ -13,7 +13,7 @@ from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import BoxCoder, aligned_iou
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -78,7 +78,7 @@ class PAAHead(nn.Module):
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         assert dense.quality is not None
         positive, target_boxes = found.positive, found.target_boxes_xyxy
-        count = mean_over_processes(positive.sum())
+        count = normaliser(positive.sum())
         boxes = self.coder.decode(found.boxes_xyxy, dense.boxes)
         quality = aligned_iou(boxes.detach(), target_boxes).where(positive, 0)
         focal = self.class_loss(dense.logits, found.labels, quality).sum(-1)
@@ -86,7 +86,7 @@ class PAAHead(nn.Module):
         entropy = binary_cross_entropy_with_logits(dense.quality, quality, reduction="none")
         return {
             "class": focal.where(positive | found.negative, 0).sum() / count.clamp(min=len(positive)),
-            "giou": (giou * quality).sum() / mean_over_processes(quality.sum()).clamp(min=1e-6),
+            "giou": (giou * quality).sum() / normaliser(quality.sum()).clamp(min=1e-6),
             "iou": entropy.where(positive, 0).sum() / count.clamp(min=1),
         }
 

@@ -14,7 +14,7 @@ from codetr.heads.regions import Regions, sample_regions
 from codetr.heads.roi import RoIPool
 from codetr.nn.boxes import best_pairs
 from codetr.nn.class_rows import by_class
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, Masks, Prediction, Pyramid, Targets
 
 WHOLE = 2  # so many stages predict whole masks, the later ones correct boundaries (sec. 3.3)
@@ -139,7 +139,7 @@ class RefineMaskHead(nn.Module):
         counted = counted_pixels(logits, target_masks, self.boundary_width)
         target_iou = mask_iou_target(logits[WHOLE - 1], target_masks[WHOLE - 1], share_inside(objects, rois))
         known = target_iou > 0
-        counts = mean_over_processes(torch.stack([where.sum() for where in (*counted, known)])).clamp(min=1)
+        counts = normaliser(torch.stack([where.sum() for where in (*counted, known)])).clamp(min=1)
         losses = {}
         for i, (own, target_mask, where, weight) in enumerate(
             zip(logits, target_masks, counted, self.stage_weights, strict=True)

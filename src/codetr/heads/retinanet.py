@@ -14,7 +14,7 @@ from codetr.heads.dense import Dense, DensePredictor, Selection
 from codetr.losses import Focal, giou_loss
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import BoxCoder
-from codetr.ops.distributed import mean_over_processes
+from codetr.ops.normaliser import normaliser
 from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
@@ -66,7 +66,7 @@ class RetinaNetHead(nn.Module):
 
     def losses(self, dense: Dense, found: Positives) -> dict[str, Tensor]:
         positive = found.positive
-        count = mean_over_processes(positive.sum(1).clamp(min=1).sum())
+        count = normaliser(positive.sum(1).clamp(min=1).sum())
         focal = self.class_loss(dense.logits, found.labels, positive.float()).sum(-1)
         if self.box_loss == "giou":
             boxes = self.coder.decode(found.boxes_xyxy, dense.boxes)

@@ -14,9 +14,9 @@ from codetr.assign.sampling import sample_both
 from codetr.heads.common import assigned_boxes, flatten, init_normal, top_per_level, weighted
 from codetr.nn.anchors import AnchorGrid
 from codetr.nn.boxes import BoxCoder, clip
-from codetr.ops.distributed import mean_over_processes
 from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
+from codetr.ops.normaliser import normaliser
 from codetr.types import Pyramid, Targets
 
 
@@ -75,7 +75,7 @@ class RPN(nn.Module):
             matched_index >= 0, matched_index == BACKGROUND, self.most_positive, self.num_samples
         )
         count = positive.sum(1).clamp(min=1) + negative.sum(1).clamp(min=1)
-        count = mean_over_processes(count.sum())
+        count = normaliser(count.sum())
         entropy = binary_cross_entropy_with_logits(logits, positive.to(logits), reduction="none")
         l1 = (deltas - self.coder.encode(anchors, assigned_boxes(boxes, matched_index))).abs().sum(-1)
         losses = {

@@ -16,11 +16,10 @@ PORT = "codetr/port"
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, detached, as float32; `value` itself when there is one process.
+    """The mean of a tensor over all processes; `value` itself when there is one.
 
     Stays on the device: no host synchronisation. Every process must call it equally often.
     """
-    value = value.detach().float()
     if several():
         value = value.clone()
         dist.all_reduce(value)
