@@ -1,5 +1,6 @@
 """Partitions, equal lengths and the order after a resume, by brute force over small sizes."""
 
+import numpy as np
 import pytest
 
 from codetr.data.sampler import EvalSampler, TrainSampler, mix_seed
@@ -25,6 +26,21 @@ def test_the_split_into_processes_does_not_change_a_step() -> None:
     alone = list(TrainSampler(Uniform(range(29)), 6, seed=1))
     ranks = [list(TrainSampler(Uniform(range(29)), 2, seed=1, rank=r, world_size=3)) for r in range(3)]
     assert [[*a, *b, *c] for a, b, c in zip(*ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_accumulated_batches_are_those_of_as_many_processes(grouped: bool) -> None:
+    """And, without groups, of one batch of all."""
+    groups = np.arange(29) % 3 // 2 if grouped else None
+
+    def sampler(batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
+        return list(TrainSampler(Uniform(range(29)), batch, seed=1, rank=rank, world_size=world, groups=groups))
+
+    alone = sampler(2)
+    steps = [sum(alone[n : n + 4], []) for n in range(0, 12, 4)]  # by accumulate_grad_batches=4
+    ranks = [sampler(2, rank, 4) for rank in range(4)]
+    assert steps == [[*a, *b, *c, *d] for a, b, c, d in zip(*ranks, strict=True)]
+    assert grouped or steps == sampler(8)
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:

@@ -73,7 +73,10 @@ def test_the_table_in_docs_is_the_one_in_code(config: dict[str, Any]) -> None:
 
 def test_every_key_of_the_configuration_has_a_row(config: dict[str, Any]) -> None:
     rest = {key for key, _ in resume._leaves(config) if resume.rule_of(resume.Change(key, 0, 1)).keys == ("*",)}
-    assert {key.split(".")[0] for key in rest} <= {"evaluate_heads", "callbacks", "metrics", "postprocess"}
+    assert {key.split(".")[0] for key in rest} <= {
+        *("evaluate_heads", "normalise_over_step"),
+        *("callbacks", "metrics", "postprocess"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""Gradients of optimizer steps, however the images of a step are split into batches and processes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from fixed_draws import fixed_draws
+from toy import SIZE, environment, overrides
+
+COUNTS = (1, 9, 0, 2, 14, 1, 5, 0, 3, 12)  # objects of the images
+
+
+@dataclass(frozen=True)
+class Split:
+    """Of a step's images. over_step: whether losses are normalised over the step."""
+
+    batch_size: int
+    accumulate: int = 1
+    processes: int = 1
+    over_step: bool = True
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values())
+
+
+def make_data(folder: Path, sizes: Sequence[tuple[int, int]] = ((SIZE, SIZE),)) -> None:
+    """Images with as many coloured rectangles as `COUNTS` says. sizes: (height, width) of the images, in turn."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        images, annotations = [], []
+        for i, count in enumerate(COUNTS):
+            height, width = sizes[i % len(sizes)]
+            pixels = np.full((height, width, 3), 90, np.uint8)
+            images.append({"id": i + 1, "file_name": f"{i}.png", "width": width, "height": height})
+            for _ in range(count):
+                label = int(rng.integers(3))
+                (x, y), (w, h) = rng.integers(0, 40, 2).tolist(), rng.integers(6, 24, 2).tolist()
+                pixels[y : y + h, x : x + w] = np.eye(3, dtype=np.uint8)[label] * 255
+                corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+                own = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1}
+                annotations.append(own | {"bbox": [x, y, w, h], "segmentation": [corners], "area": w * h, "iscrowd": 0})
+            Image.fromarray(pixels).save(folder / split / f"{i}.png")
+        categories = [{"id": k + 1, "name": name} for k, name in enumerate(("red", "green", "blue"))]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+
+
+class Gradients(Callback):
+    """Of every step, by parameter, into `directory`, and the images that it saw; no step changes a weight.
+
+    As later in training, heads give classes a probability of about one half: of the first steps' one in a hundred
+    GFL's sum of scores stays below 1, the least that a batch is divided by.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self.images: list[int] = []
+        self.steps: list[tuple[dict[str, Tensor], list[int]]] = []
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for name, parameter in module.detector.named_parameters():
+            if name.endswith("predictor.classes.bias"):
+                parameter.zero_()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+        self.images += batch.image_ids.tolist()  # type: ignore[attr-defined]
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        found = {name: p.grad.clone() for name, p in module.detector.named_parameters() if p.grad is not None}
+        self.steps.append((found, self.images))
+        self.images = []
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        torch.save(self.steps, self.directory / f"gradients_{trainer.global_rank}.pt")
+        torch.save(dict(module.detector.named_buffers()), self.directory / f"buffers_{trainer.global_rank}.pt")
+
+
+def train(split: Split, data: Path, directory: Path, *more: str) -> None:
+    """An epoch in float64; `more` may say otherwise. Samples of a head's candidates are not random."""
+    from codetr.application import compose
+    from codetr.training import fit
+
+    directory.mkdir(parents=True, exist_ok=True)
+    given = [
+        *overrides(data),
+        "model.dropout=0",
+        "model.detector.backbone.norm=frozen",
+        "model.detector.collaborative.fill=none",
+        "trainer.precision=64-true",
+        "trainer.gradient_clip_val=null",
+        f"trainer={'ddp' if split.processes > 1 else 'cpu'}",
+        "trainer.accelerator=cpu",
+        f"trainer.accumulate_grad_batches={split.accumulate}",
+        f"data.batch_size={split.batch_size}",
+        f"normalise_over_step={str(split.over_step).lower()}",
+        "trainer.max_epochs=1",
+        "trainer.limit_val_batches=0",
+        "~callbacks.checkpoints",
+        "+trainer.enable_checkpointing=false",
+        "~callbacks.ema",
+        "~callbacks.progress",
+        "logger=csv",
+        "callbacks.non_finite.skip=0",
+        f"+callbacks.gradients={{_target_: accumulation.Gradients, directory: {directory}}}",
+        f"run_dir={directory}",
+        *more,
+    ]
+    with fixed_draws():
+        fit(compose("train", given))
+
+
+def steps(split: Split, directory: Path) -> list[tuple[dict[str, Tensor], list[int]]]:
+    """Gradients of every step, and the images of all processes."""
+    ranks = [torch.load(directory / f"gradients_{rank}.pt") for rank in range(split.processes)]
+    return [(same[0][0], [image for _, images in same for image in images]) for same in zip(*ranks, strict=True)]
+
+
+def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The norm of the difference by that of what is expected, over all parameters."""
+    assert found.keys() == expected.keys()
+    apart = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
+    return (apart / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
+
+
+def train_in_processes(splits: Sequence[Split], data: Path, folder: Path, *more: str) -> None:
+    """Of two processes each, one after the other in the same ones; into `folder`/split."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    content = json.dumps([[asdict(split) for split in splits], str(data), str(folder), more])
+    own = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    started = []
+    for rank in ("0", "1"):
+        with (folder / f"log_{rank}.txt").open("w") as log:
+            command = [sys.executable, "-W", "ignore", __file__, content]
+            process = subprocess.Popen(command, env={**own, "LOCAL_RANK": rank}, stdout=log, stderr=subprocess.STDOUT)
+        started.append(process)
+    try:
+        codes = [process.wait(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "\n".join((folder / f"log_{rank}.txt").read_text()[-3000:] for rank in (0, 1))
+
+
+if __name__ == "__main__":
+    given, where, results, changes = json.loads(sys.argv[1])
+    for values in given:
+        chosen = Split(**values)
+        train(chosen, Path(where), Path(results) / str(chosen), *changes)
