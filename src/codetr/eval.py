@@ -52,7 +52,7 @@ def evaluate(config: DictConfig) -> float:
         enable_model_summary=False,
     )
     trainer.validate(task, datamodule=data, verbose=False)
-    return float(trainer.callback_metrics["val/map"])
+    return task.metrics["val"].evaluations["bbox"].numbers["map"]
 
 
 def _with_enough(postprocess: dict[str, Any], counted: int) -> dict[str, Any]:

@@ -26,8 +26,18 @@ class Trained:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Random weights; the averaged ones (EMA) made the annotations, so they find most of it and the raw ones do not."""
+    return make(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The same with a mask head, whose masks the annotations have."""
+    mask_head = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
+    return make(tmp_path_factory.mktemp("segmenting"), *mask_head)
+
+
+def make(folder: Path, *model: str) -> Trained:
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("trained")
     (folder / "images").mkdir()
     for i in range(5):
         pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8), (96, 128), mode="bilinear")[0]
@@ -39,6 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         "model=co_deformable_tiny",
         "data.val_transform.size=96",
         f"model.num_classes={len(NAMES)}",
+        *model,
     ]
     config = application.plain(application.compose("train", [*overrides, "data.num_workers=0", "run_dir=nowhere"]))
     config["model"]["detector"]["backbone"]["pretrained"] = False
@@ -56,13 +67,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def annotate(checkpoint: Path, paths: list[Path]) -> dict:
-    """A COCO instances file with the three best detections of each image, category ids in reverse order."""
+    """A COCO instances file with the three best detections of each image, with their masks if there are any, and
+    category ids in reverse order."""
     found = load(checkpoint, device="cpu").predict(paths, score_threshold=0, batch_size=1)
     images, annotations = [], []
     for number, one in enumerate(found, start=100):
+        before = len(annotations)
         images.append({"id": number, "file_name": one.path.name, "height": 96, "width": 128})
         for (x0, y0, x1, y1), label in zip(one.boxes_xyxy[:3].tolist(), one.labels, strict=False):
             entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 9 - int(label), "iscrowd": 0}
             annotations.append(entry | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+            if one.detections.rle is not None:
+                annotations[-1]["segmentation"] = one.detections.rle[len(annotations) - 1 - before]
     categories = [{"id": 9 - i, "name": name} for i, name in reversed(list(enumerate(NAMES)))]
     return {"images": images, "annotations": annotations, "categories": categories}

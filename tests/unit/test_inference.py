@@ -82,7 +82,7 @@ def run(paths: list[Path], num_workers: int = 0, score_threshold: float = 0.5) -
 
 
 def writer_of(out: Path, paths: list[Path], pictures: bool = True, inputs: Sequence[Path] = ()) -> Writer:
-    return Writer(out, paths, range(len(paths)), pictures, inputs)
+    return Writer(out, paths, pictures, inputs)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_masks_have_the_size_of_the_file_and_lie_in_their_boxes(
 ) -> None:
     out = tmp_path / "found"
     results = opened(model, PIPELINES[name], 8).predict(files, score_threshold=0.0, batch_size=2)
-    with Writer(out, files, range(2), pictures=True) as writer:
+    with Writer(out, files, pictures=True) as writer:
         for one, size in zip(results, [(90, 60), (60, 90)], strict=True):
             masks = coco_mask.decode(one.detections.rle)
             assert masks.shape == (*size, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,12 @@ class Ragged(NamedTuple):
     def of(self, images: np.ndarray) -> Ragged:
         """images: [I] bool."""
         return Ragged(self.rows[np.repeat(images, self.counts)], self.counts[images])
+
+    def parts(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Ragged]:
+        """Views of the images [first, last) of each range."""
+        ends = np.cumsum([0, *self.counts])
+        for first, last in ranges:
+            yield Ragged(self.rows[ends[first] : ends[last]], self.counts[first:last])
 
 
 class Columns(NamedTuple):
@@ -187,6 +193,21 @@ def _characters(rle: list[dict[str, Any]]) -> bytes:
     """All run lengths end with BETWEEN."""
     counts = (one["counts"] for one in rle)
     return b"".join((text.encode() if isinstance(text, str) else text) + BETWEEN for text in counts)
+
+
+def places(found: Ragged) -> np.ndarray:
+    """[n]: of each detection by its score, among those of its image, from 0; of equal scores, the first ones."""
+    owners = found.owners
+    order = np.lexsort((-found.rows[:, 4], owners))
+    start = np.cumsum(found.counts) - found.counts
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order)) - start[owners[order]]
+    return place
+
+
+def xywh(rows: np.ndarray) -> np.ndarray:
+    """[n, 4 or more] xyxy, ... -> [n, 4]."""
+    return np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2]], 1)
 
 
 def rle_of(characters: Ragged, objects: np.ndarray, sizes: np.ndarray) -> list[dict[str, Any]]:

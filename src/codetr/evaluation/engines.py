@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from codetr.evaluation.columns import Columns, Ragged, areas, mask_areas, rle_of
+from codetr.evaluation.columns import Columns, Ragged, areas, mask_areas, places, rle_of, xywh
 
 IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 RECALL_THRESHOLDS = tuple(np.linspace(0.0, 1.0, 101).tolist())
@@ -87,7 +87,7 @@ def curves(columns: Columns, num_classes: int, rules: Rules, backend: Backend) -
     whole = Curves(*(np.full((thresholds, *middle, *shape), ABSENT) for middle in ((recalls,), (), (recalls,))))
     engine = {"hotcoco": _hotcoco, "faster_coco_eval": _coco_api, "pycocotools": _coco_api}[backend]
     rows = np.bincount(columns.found.rows[:, 5].astype(int), minlength=num_classes)
-    for scene in _scenes(columns, rules, list(_ranges(np.cumsum([0, *rows])))):
+    for scene in _scenes(columns, rules, list(ranges_of(np.cumsum([0, *rows])))):
         if len(scene.truth.image):  # without objects there is nothing to find out
             own = engine(scene, rules, backend)
             whole.precision[:, :, scene.classes] = own.precision
@@ -139,7 +139,7 @@ def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
     counts = np.bincount(columns.found.owners[sure], minlength=len(columns.ids))
     columns = columns._replace(found=Ragged(rows[sure], counts))
     matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    for some in _ranges(np.cumsum([0, *counts])):
+    for some in ranges_of(np.cumsum([0, *counts])):
         here = np.zeros(len(counts), bool)
         here[slice(*some)] = True
         for scene in _scenes(columns.of(here), rules, [(0, num_classes)]):
@@ -187,13 +187,13 @@ def _some(rle: list[Any] | None, rows: np.ndarray) -> list[Any] | None:
 
 def _found(rows: np.ndarray, owners: np.ndarray, rle: list[Any] | None) -> Objects:
     rows = rows.astype(float)
-    return Objects(owners, rows[:, 5].astype(np.int64), _xywh(rows), scores=rows[:, 4], rle=rle)
+    return Objects(owners, rows[:, 5].astype(np.int64), xywh(rows), scores=rows[:, 4], rle=rle)
 
 
 def _truth(rows: np.ndarray, owners: np.ndarray, rle: list[Any] | None) -> Objects:
     rows = rows.astype(float)
     crowd, area = rows[:, 5] > 0, rows[:, 6]
-    return Objects(owners, rows[:, 4].astype(np.int64), _xywh(rows), crowd=crowd, area=area, rle=rle)
+    return Objects(owners, rows[:, 4].astype(np.int64), xywh(rows), crowd=crowd, area=area, rle=rle)
 
 
 def in_coco_format(columns: Columns, boxes: bool, masks: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -222,17 +222,13 @@ def _by_class(labels: np.ndarray, keep: np.ndarray | None) -> tuple[np.ndarray, 
     return order, short[order]
 
 
-def _ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[first, last) with no more than CHUNK rows each, or one. ends: [n + 1], rows before each of n things."""
+def ranges_of(ends: np.ndarray, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """[first, last) with no more than `chunk` rows each, or one. ends: [n + 1], rows before each of n things."""
     first = 0
     while first < len(ends) - 1:
-        last = max(first + 1, int(np.searchsorted(ends, ends[first] + CHUNK, side="right")) - 1)
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + chunk, side="right")) - 1)
         yield first, last
         first = last
-
-
-def _xywh(rows: np.ndarray) -> np.ndarray:
-    return np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2]], 1)
 
 
 def _counts_in_lvis(columns: Columns, limit: int, rle: list[Any] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -242,10 +238,6 @@ def _counts_in_lvis(columns: Columns, limit: int, rle: list[Any] | None) -> tupl
     lvis-api, without what has no area.
     """
     owners, rows = columns.found.owners, columns.found.rows
-    order = np.lexsort((-rows[:, 4], owners))  # stable: of equal scores, the first ones
-    start = np.cumsum(columns.found.counts) - columns.found.counts
-    place = np.empty(len(rows), np.int64)
-    place[order] = np.arange(len(rows)) - start[owners[order]]
     objects, true_owners, true_labels = columns.truth.rows[:, 6] > 0, columns.truth.owners, columns.truth.rows[:, 4]
     negative = columns.checked.rows[:, 1] == 0
     searched = [
@@ -253,7 +245,7 @@ def _counts_in_lvis(columns: Columns, limit: int, rle: list[Any] | None) -> tupl
         _pairs(columns.checked.owners[negative], columns.checked.rows[negative, 0]),
     ]
     known = np.isin(_pairs(owners, rows[:, 5]), np.concatenate(searched))
-    return (place < limit) & known & (areas(rows, rle) > 0), objects
+    return (places(columns.found) < limit) & known & (areas(rows, rle) > 0), objects
 
 
 def _pairs(image: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -98,6 +98,8 @@ class MeanAveragePrecision(Metric):
         self.frequency: Sequence[str] | None = None  # of each class, r(are), c(ommon) or f(requent): LVIS
         self.warn_on_many_detections = True
         self.evaluations: dict[str, Evaluation] = {}  # of the last `compute`
+        self.keeps_columns = False
+        self.columns: Columns | None = None  # what process 0 evaluated last, where `keeps_columns`
         for name in STATES:
             self.add_state(name, default=[], dist_reduce_fx=None)
 
@@ -161,6 +163,7 @@ class MeanAveragePrecision(Metric):
     def _evaluate(self) -> tuple[list[int], dict[str, Evaluation]]:
         """The classes, and what was found out."""
         columns = self._columns()
+        self.columns = columns if self.keeps_columns else None
         found, truth = columns.found.rows[:, 5], columns.truth.rows[:, 4]
         if self.class_names is None:
             classes, dense = np.unique(np.concatenate([found, truth]).astype(np.int64), return_inverse=True)

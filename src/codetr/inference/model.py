@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,13 +108,15 @@ class Model:
         batch_size: int,
         num_workers: int,
         max_pixels: int | None,
+        sizes: Mapping[Path, tuple[int, int]] | None = None,
     ) -> Iterator[Result | Unreadable]:
         """As `predict`, image by image, each with its pixels: files are read by workers while the detector runs.
 
-        What cannot be read comes last of its batch, so that who stops at it has what was found beside it.
+        What cannot be read comes last of its batch, so that who stops at it has what was found beside it. sizes:
+        (height, width) of files, where annotations tell them (see `Images`).
         """
         loader: Iterable[Read] = DataLoader(
-            Images(sources, self.transform, max_pixels),
+            Images(sources, self.transform, max_pixels, sizes),
             batch_size,
             num_workers=num_workers,
             collate_fn=partial(collate_items, size_divisor=self.size_divisor),

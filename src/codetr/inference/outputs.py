@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from torch import Tensor
 
 from codetr.errors import UserError
+from codetr.evaluation.results import FILES, entries
 from codetr.inference.result import Result
 
 RESULTS = "predictions.json"
@@ -151,48 +153,101 @@ class Records:
             except OSError as error:
                 raise cannot_write(self.path, error) from error
 
+    def close_early(self) -> None:
+        """What is there so far becomes `path` with ".part" in its name: nobody takes it for the whole."""
+        self.path = part_of(self.path)
+        self.close()
+
+
+def part_of(path: Path) -> Path:
+    return path.with_suffix(f".part{path.suffix}")
+
+
+def _of_boxes(result: Result, image_id: int | str) -> list[dict[str, Any]]:
+    found = result.detections
+    return entries(*_columns(result, image_id, found.scores), found.boxes_xyxy.numpy())
+
+
+def _of_masks(result: Result, image_id: int | str) -> list[dict[str, Any]]:
+    found = result.detections
+    assert found.mask_scores is not None, "a detector with a mask head gives masks and their scores"
+    return entries(*_columns(result, image_id, found.mask_scores), None, found.rle)
+
+
+def _columns(result: Result, image_id: int | str, scores: Tensor) -> tuple[list[int | str], list[int], list[float]]:
+    labels = result.labels.tolist()
+    return [image_id] * len(labels), [result.category_ids[label] for label in labels], scores.tolist()
+
 
 @dataclass
 class Writer:
-    """Annotated pictures and COCO results of one run, in the folder `out`, as a context: at its end, however it comes,
-    predictions.json holds what was added.
+    """Annotated pictures and results of one run, in the folder `out`, as a context.
+
+    Without `image_ids` the results are predictions.json: running numbers for images, names beside all ids; at the end
+    of the context, however it comes, the file holds what was added. With `image_ids` they are what COCO's server takes:
+    results_bbox.json, and results_segm.json with `masks`. Where the context ends with an error, those are called
+    results_bbox.part.json, ...
 
     paths: all files of the run, none twice; pictures keep their names, and their folders below the deepest common one.
-    image_ids: of each path. pictures: whether to draw at all. inputs: other files that the run reads. done: number of
-    images so far.
+    pictures: whether to draw at all, objects of a score from `drawn_from` on. inputs: other files that the run reads.
+    image_ids: of each path. done: number of images so far. records: the first of the files of results.
 
     Raises UserError, before anything is written, where an input would be overwritten; and for what cannot be written.
     """
 
     out: Path
     paths: Sequence[Path]
-    image_ids: Sequence[int]
     pictures: bool
     inputs: Sequence[Path] = ()
+    image_ids: Sequence[int | str] | None = None
+    masks: bool = False
+    drawn_from: float = 0.0
     done: int = 0
 
     def __post_init__(self) -> None:
         names = names_below(self.paths)
         targets = [self.out / name for name in picture_names(names)] if self.pictures else []
-        refuse_inputs([*targets, self.out / RESULTS], [*self.paths, *self.inputs])
+        of_server = [FILES["bbox"], FILES["segm"]] if self.masks else [FILES["bbox"]]
+        own = [RESULTS] if self.image_ids is None else of_server
+        files = [self.out / name for name in own]
+        parts = [] if self.image_ids is None else [part_of(path) for path in files]
+        refuse_inputs([*targets, *files, *parts], [*self.paths, *self.inputs])
+        ids = range(len(names)) if self.image_ids is None else self.image_ids
         self._targets = dict(zip(self.paths, targets, strict=False))
-        self._about = dict(zip(self.paths, zip(self.image_ids, names, strict=True), strict=True))
-        self.records = Records(self.out / RESULTS)
+        self._about = dict(zip(self.paths, zip(ids, names, strict=True), strict=True))
+        self._files = [Records(path) for path in files]
+        for path in parts:  # of an earlier run
+            path.unlink(missing_ok=True)
+        self.records = self._files[0]
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.records.close()
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        for file in self._files:
+            if kind is None or self.image_ids is None:
+                file.close()
+            else:
+                file.close_early()
 
     def add(self, result: Result) -> None:
         """Write what was found in one of `paths`."""
         assert result.path is not None, "only files are written about"
         image_id, name = self._about[result.path]
-        self.records.add(result.to_coco(image_id, name.as_posix()))
+        for file, records in zip(self._files, self._forms(result, image_id, name.as_posix()), strict=True):
+            file.add(records)
         if target := self._targets.get(result.path):
             # In memory: a full disk shows as what it is, not as an encoder's failure.
             content = io.BytesIO()
-            result.plot().save(content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92)
+            result.above(self.drawn_from).plot().save(
+                content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92
+            )
             write(target, content.getvalue())
         self.done += 1
+
+    def _forms(self, result: Result, image_id: int | str, name: str) -> list[list[dict[str, Any]]]:
+        """The records of each file."""
+        if self.image_ids is None:
+            return [result.to_coco(image_id, name)]
+        forms = [_of_boxes, _of_masks] if self.masks else [_of_boxes]
+        return [form(result, image_id) for form in forms]

@@ -102,7 +102,7 @@ class Result:
         self.plot().save(content, "PNG")
         return content.getvalue()
 
-    def to_coco(self, image_id: int = 0, file_name: str | None = None) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str = 0, file_name: str | None = None) -> list[dict[str, Any]]:
         """Records of COCO's results format, with `file_name` and `category_name` beside the ids; boxes are xywh.
 
         file_name: what the records call the image; by default the name of its file, "" in memory. With masks also

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -74,11 +74,18 @@ class Images(Dataset[Item]):
     """Images behind the evaluation transform of a model, each with its own pixels, [3, H, W] uint8.
 
     What does not decode is an item too, so that the reader decides what to do about it. max_pixels: of a file; larger
-    ones are not decoded.
+    ones are not decoded. sizes: (height, width) of files as annotations tell it, which decides as in
+    `codetr.data.images.read_image`; of other files it is what a viewer shows.
     """
 
-    def __init__(self, sources: Sequence[Source], transform: Transform, max_pixels: int | None = MAX_PIXELS) -> None:
-        self.sources, self.transform, self.max_pixels = sources, transform, max_pixels
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        transform: Transform,
+        max_pixels: int | None = MAX_PIXELS,
+        sizes: Mapping[Path, tuple[int, int]] | None = None,
+    ) -> None:
+        self.sources, self.transform, self.max_pixels, self.sizes = sources, transform, max_pixels, sizes or {}
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -87,7 +94,7 @@ class Images(Dataset[Item]):
         source = self.sources[index]
         path = source if isinstance(source, Path) else None
         try:
-            image = read_image(source, seen_size(source), self.max_pixels) if isinstance(source, Path) else source
+            image = self._read(source) if isinstance(source, Path) else source
         except (UnreadableImage, OSError) as error:
             return Unreadable(path, str(error))
         try:
@@ -95,6 +102,9 @@ class Images(Dataset[Item]):
         except Exception as error:
             height, width = image.shape[1:]
             return Unreadable(path, str(failed(path or Path(f"images[{index}]"), (height, width), error)))
+
+    def _read(self, path: Path) -> Tensor:
+        return read_image(path, self.sizes.get(path) or seen_size(path), self.max_pixels)
 
 
 @dataclass

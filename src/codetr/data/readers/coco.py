@@ -16,12 +16,21 @@ _WHOLE = 8 << 20  # bytes; smaller files are read at once, with Python's precise
 _PIECE = 1 << 16  # larger ones take twice as long: their records leave the caches of the processor
 
 
-def read(annotations: Path, *, name_parts: int | None = None, whole: int = _WHOLE, piece: int = _PIECE) -> Document:
+def read(
+    annotations: Path,
+    *,
+    name_parts: int | None = None,
+    annotated: bool = True,
+    whole: int = _WHOLE,
+    piece: int = _PIECE,
+) -> Document:
     """Files above `whole` bytes are decoded `piece` bytes at a time, as they are iterated over.
 
     name_parts: how many parts of a file name count, from its end; None: all. Objects365 v2 names
     images/v2/patch16/objects365_v2_00908726.jpg what lies in patch16 of its folder of a split: 2. An image without
     `file_name` has that of the last two parts of its `coco_url`, as LVIS v1 needs: train2017/000000391895.jpg.
+
+    annotated: False takes a file without `annotations`, too, such as COCO's image_info_test-dev2017.json.
 
     Raises UserError when there is no such file, or it is not JSON, or not COCO.
     """
@@ -32,6 +41,8 @@ def read(annotations: Path, *, name_parts: int | None = None, whole: int = _WHOL
         raise UserError(f"annotation file {annotations} does not exist: check the paths under `data`") from error
     except OSError as error:
         raise UserError(f"annotation file {annotations} cannot be read: {error.strerror}") from error
+    if not annotated:
+        document.setdefault("annotations", [])
     if wrong := [k for k in _LISTS if k not in document]:
         raise UserError(f"{annotations} is not a COCO instances file: no list of objects under {', '.join(wrong)}")
     return Document(
