@@ -106,14 +106,17 @@ def _backbones(rows: Iterable[Row], counted: Mapping[str, Any]) -> str:
 def _table(group: Sequence[Row], counted: Mapping[str, Any], finished: Path) -> Iterator[str]:
     scores = _given(group)
     paper = [f"paper {SCORES[key][0]}" for key in scores]
-    columns = ["row", "epochs", *paper, "ours AP", "M", "G", "command"]
+    costs = {"memory": "paper MB", "hours": "paper GPU h"}
+    costs = {key: label for key, label in costs.items() if any(getattr(row, key) for row in group)}
+    columns = ["row", "epochs", *paper, *costs.values(), "ours AP", "M", "G", "command"]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     for row in group:
         numbers = [_number(row.scores.get(key)) for key in scores]
         how = f"needs {row.needs}" if row.needs else f"`codetr papers {row.name} --run`"
         pairs = [_pair(counted.get(row.name, {}), key) for key in ("parameters", "multiply_adds")]
-        cells = [row.row, str(row.epochs), *numbers, _number(measured(row, finished)), *pairs, how]
+        given = [str(getattr(row, key) or "") for key in costs]
+        cells = [row.row, str(row.epochs), *numbers, *given, _number(measured(row, finished)), *pairs, how]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -33,6 +33,8 @@ class Row:
     batch: images per step, in all.
     overrides: what `codetr.train` is given, besides epochs, batch and name.
     scores: the paper's, in percent, by the keys of `SCORES`; what it does not give is absent.
+    memory: the paper's, in MB of one GPU, if it gives it.
+    hours: the paper's GPU hours, if it gives them.
     needs: what is missing here for the row to run; empty: nothing.
     branch: the auxiliary head that is scored; empty: the decoder.
     sources: who says a value of the recipe, by subject (see `codetr.papers.recipe`), where it is not the experiment's.
@@ -49,6 +51,8 @@ class Row:
     batch: int
     scores: Mapping[str, float]
     overrides: tuple[str, ...] = ()
+    memory: int | None = None
+    hours: int | None = None
     needs: str = ""
     branch: str = ""
     note: str = ""
