@@ -1,8 +1,8 @@
 """What a training scheme costs a training step: time and peak memory as ratios to the plain detector.
 
 groups: K groups of 300 queries on Conditional DETR C5 (Group DETR), with codetr's self-attention (group by group, equal
-ones folded into the batch) and with the usual form, one attention over all queries under a mask of their size. heads: the
-rows of Co-DETR's table 7, auxiliary heads on Deformable-DETR++ and H-Deformable-DETR.
+ones folded into the batch) and with the usual form, one attention over all queries under a mask of their size. heads:
+the rows of Co-DETR's table 7, auxiliary heads on Deformable-DETR++, and H-Deformable-DETR.
 
 Times alternate in one process; peak memory is that of a process per case.
 """
