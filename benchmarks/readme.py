@@ -22,7 +22,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    (ROOT / "docs" / "reproduction.md").write_text(markdown(load_rows(), folder / "rows"))
+    (ROOT / "docs" / "reproduction.md").write_text(markdown(load_rows(), folder))
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*/README.md")):
         path.write_text(filled(path.read_text()))
 

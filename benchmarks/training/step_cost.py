@@ -1,8 +1,8 @@
 """What a training scheme costs a training step: time and peak memory as ratios to the plain detector.
 
 groups: K groups of 300 queries on Conditional DETR C5 (Group DETR), with codetr's self-attention (group by group, equal
-ones folded into the batch) and with the usual form, one attention over all queries under a mask of their size. heads: K
-auxiliary heads on Deformable-DETR++ (Co-DETR, table 7).
+ones folded into the batch) and with the usual form, one attention over all queries under a mask of their size. heads:
+the rows of Co-DETR's table 7, auxiliary heads on Deformable-DETR++, and H-Deformable-DETR.
 
 Times alternate in one process; peak memory is that of a process per case.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from codetr.nn.group_attention import Bucket, GroupSelfAttention
+from codetr.papers import load_rows
 from codetr.types import Frames, Targets
 
 OBJECTS, CLASSES = 7, 80
@@ -31,27 +32,15 @@ def groups(k: int) -> list[str]:
     return ["model=conditional_detr", f"model.query_groups={k}"]
 
 
-def heads(*names: str) -> list[str]:
-    return ["model=deformable_pp", f"model/auxiliary_head=[{','.join(names)}]"]
-
-
-SIX = ("faster_rcnn", "atss", "paa", "gfl", "fcos", "retinanet")
+TABLE_7 = {row.row: row for row in load_rows().values() if (row.paper, row.table) == ("Co-DETR", "table 7")}
 # study -> case -> overrides. The first case is the plain detector.
 STUDIES = {
     "groups": {
         **{f"K = {k}": groups(k) for k in (1, 3, 6, 11)},
         **{f"K = {k}, {MASKED}": groups(k) for k in (1, 3, 6, 11)},
     },
-    "heads": {
-        "K = 0": heads(),
-        "K = 1, ATSS": heads("atss"),
-        "K = 2, Faster R-CNN and ATSS": heads(*SIX[:2]),
-        "K = 3, and PAA": heads(*SIX[:3]),
-        "K = 6, and GFL, FCOS, RetinaNet": heads(*SIX),
-    },
+    "heads": {name: list(row.overrides) for name, row in TABLE_7.items()},
 }
-# The paper's ratios of the cases, time and memory (Co-DETR, table 7).
-PAPER = {"heads": ((1.0, 1.0), (1.23, 1.09), (1.71, 1.12), (2.14, 1.19), (4.0, 1.51))}
 
 
 class OneMask(GroupSelfAttention):
@@ -144,16 +133,24 @@ def main() -> None:
     report.write(name, markdown(numbers, options), numbers)
 
 
+def _paper(name: str) -> list[float]:
+    """Ratios of GPU hours and memory to the first row of the paper's table."""
+    first, row = next(iter(TABLE_7.values())), TABLE_7[name]
+    return [row.hours / first.hours, row.memory / first.memory]  # type: ignore[operator]
+
+
 def markdown(numbers: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
     """Ratios to the first case; beside them those of the paper, or of the same case with one mask."""
     base = next(iter(numbers.values()))
-    paper = PAPER.get(options.study)
-    beside = "paper" if paper else f"with {MASKED}"
+
+    def ratios_of(case: dict[str, float]) -> list[float]:
+        return [case[key] / base[key] for key in ("seconds", "megabytes")]
+
+    beside = "paper" if options.study == "heads" else f"with {MASKED}"
     rows = []
-    for index, (name, ours) in enumerate((n, x) for n, x in numbers.items() if MASKED not in n):
-        ratios = [ours[key] / base[key] for key in ("seconds", "megabytes")]
-        other = numbers.get(f"{name}, {MASKED}")
-        second = paper[index] if paper else [other[key] / base[key] for key in ("seconds", "megabytes")]  # type: ignore[index]
+    for name, ours in ((n, x) for n, x in numbers.items() if MASKED not in n):
+        ratios = ratios_of(ours)
+        second = _paper(name) if beside == "paper" else ratios_of(numbers[f"{name}, {MASKED}"])
         cells = [f"{ours['seconds']:.2f}", f"{ratios[0]:.2f}", f"{second[0]:.2f}"]
         cells += [f"{ours['megabytes'] / 1024:.2f}", f"{ratios[1]:.2f}", f"{second[1]:.2f}"]
         rows.append([name, *cells])

@@ -19,7 +19,7 @@ CONF = ROOT / "conf"
 
 # Trainings of a step or a few, with validation, loggers, pictures and report.
 TRAINED = {
-    "loggers": "logger=many logger.wandb.offline=true debug=limit schedule=cosine optimizer=adamw_dino "
+    "loggers": "logger=many logger.wandb.offline=true debug=limit schedule=cosine optimizer=adamw_detr "
     "postprocess=soft_nms trainer.deterministic=true trainer.profiler=simple +callbacks@callbacks=[pictures,report]",
     "rare": "debug=fast_dev_run data/sampling=repeat_factor augment/colour@data.colour=jitter criterion=varifocal "
     "+criterion/fed_loss=sampled metrics.backend=pycocotools optimizer=adamw_deformable trainer.detect_anomaly=true "

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 HERE = Path(__file__).parent
-PAPERS = ("co_detr", "group_detr")
+PAPERS = ("co_detr", "group_detr", "group_detr_iccv")
 UNKNOWN = "unknown"
 
 

@@ -1,7 +1,4 @@
-"""Every row's resolved configuration against the independent table, value by value.
-
-`known.yaml` lists what still differs, by key. It only shrinks: an entry that no longer differs fails, too.
-"""
+"""Every row's resolved configuration against the independent table, value by value."""
 
 from __future__ import annotations
 
@@ -15,13 +12,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from codetr.papers import Row, load_rows
 from papers.resolved import Facts, resolve
-from papers.table import PAPERS, Recipe, read, recipes
+from papers.table import PAPERS, Recipe, recipes
 
 ROWS = load_rows()
 READY = {name: row for name, row in ROWS.items() if not row.needs}
-TABLE, AWAITED = recipes(*PAPERS), recipes("awaited")
-EXPECTED = TABLE | {name: recipe for name, recipe in AWAITED.items() if name in ROWS}
-KNOWN: dict[str, set[str]] = {key: set(names) for key, names in read("known").items()}
+EXPECTED = recipes(*PAPERS)
 
 # A row of every kind is compared by `make test`, all rows by `make test-all`.
 KINDS = ["norms", "lr", "lr_offsets", "detections", "canvas", "class_loss", "dn_number", "hybrid_queries"]
@@ -76,22 +71,14 @@ def test_the_table_and_the_rows_are_the_same() -> None:
 def test_every_recipe_is_whole() -> None:
     missing = {name: sorted(NEEDED - recipe.keys()) for name, recipe in EXPECTED.items() if NEEDED - recipe.keys()}
     assert {name: keys for name, keys in missing.items() if name in READY} == {}
-    for name, recipe in (TABLE | AWAITED).items():
+    for name, recipe in EXPECTED.items():
         assert all(said.source for said in recipe.values()), name
 
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_row_is_what_the_sources_say(name: str) -> None:
     found = differences(EXPECTED[name], resolve(composed(READY[name])))
-    known = {key for key, names in KNOWN.items() if name in names}
-    new, healed = sorted(found.keys() - known), sorted(known - found.keys())
-    assert not new, "\n".join([name, *(found[key] for key in new)])
-    assert not healed, f"{name} no longer differs in {healed}: take it out of known.yaml"
-
-
-def test_what_is_known_to_differ_names_rows_and_keys() -> None:
-    assert {name for names in KNOWN.values() for name in names} <= READY.keys()
-    assert all(key in EXPECTED[name] for key, names in KNOWN.items() for name in names)
+    assert not found, "\n".join([name, *found.values()])
 
 
 def _at(path: str) -> Callable[[DictConfig, Any], None]:
@@ -108,8 +95,8 @@ def _rules(**factors: float) -> dict[str, dict[str, Any]]:
     return {name: {"pattern": name, "lr_multiplier": factor} for name, factor in factors.items()}
 
 
-R50, SWIN, CO = "group_detr_t3_conditional_k11", "co_detr_t4_co_dino_swin_l_36e", "co_detr_t4_co_dino"
-DINO, DAB, PLAIN = "group_detr_t3_dino", "group_detr_t3_dab_deformable", "co_detr_t2_deformable_12e_k1"
+R50, SWIN, CO = "group_detr_t1_k11", "co_detr_t4_co_dino_swin_l_36e", "co_detr_t4_co_dino"
+DINO, DAB, PLAIN = "group_detr_t2_dino", "group_detr_t2_dab_deformable_50e", "co_detr_t2_deformable_12e_k1"
 BACKBONE, MODEL = "model.detector.backbone", "model.detector"
 SHORT = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 

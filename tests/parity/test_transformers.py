@@ -7,7 +7,7 @@ composition of conf/ that they fit; the criterion is from conf/ too.
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -104,10 +104,15 @@ def deformable(preset: str, **options: Any) -> Pair:
 PAIRS = [
     CONDITIONAL_PAIR,
     DAB_PAIR,
+    replace(DAB_PAIR, options=DAB_PAIR.options | {"num_patterns": 2}),
     deformable("deformable_detr"),
     deformable("deformable_detr_refine", with_box_refine=True),
     deformable("deformable_detr_two_stage", with_box_refine=True, two_stage=True),
 ]
+
+
+def _id(pair: Pair) -> str:
+    return f"{pair.preset}, patterns" if "num_patterns" in pair.options else pair.preset
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Models:
     criterion: nn.Module
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: pair.preset)
+@pytest.fixture(scope="module", params=PAIRS, ids=_id)
 def models(request: pytest.FixtureRequest) -> Models:
     """Both with their weights; none is left over on either side."""
     pair, theirs = request.param, request.param.theirs()

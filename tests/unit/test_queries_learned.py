@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from codetr.assign.hungarian import MatchingCost, match
+from codetr.errors import UserError
 from codetr.queries.denoising import DenoisingQueries
 from codetr.queries.learned import LearnedQueries
 from codetr.types import Frames, Matching, Memory, Prediction, Problem, QueryContext, QueryGroup, Targets
@@ -102,3 +103,22 @@ def test_every_object_gets_as_many_queries_as_repeats_at_least_cost(repeats: int
     assert {label: len(queries) for label, queries in owners.items()} == {2: repeats, 0: repeats}
     found = table[0, owners[2]].sum() + table[1, owners[0]].sum()
     assert abs(float(found) - best) < 1e-4
+
+
+@pytest.mark.parametrize("embed_position", [True, False])
+def test_every_pattern_stands_at_every_place(embed_position: bool) -> None:
+    """DAB-DETR's 900 queries: all places with the first pattern, then with the second, ..."""
+    source = LearnedQueries(WIDTH, 6, "patterns", True, 1, embed_position, 0.5, patterns=3)
+    group = source(context())
+    for query in range(6):
+        pattern, place = divmod(query, 2)
+        assert torch.equal(group.content[0, query, :-1], source.content.weight[pattern])
+        if embed_position:
+            assert torch.equal(group.position[1, query], source.position.weight[place])
+        else:
+            assert torch.equal(group.reference[1, query], source.anchors.weight[place].sigmoid())
+
+
+def test_queries_that_are_not_patterns_at_places_are_refused() -> None:
+    with pytest.raises(UserError, match="5 queries are not 3 patterns"):
+        LearnedQueries(WIDTH, 5, "patterns", False, 1, True, 0.5, patterns=3)

@@ -21,6 +21,7 @@ from codetr.models.detector import Detector
 
 CONDITIONAL, DAB = "conditional_detr", "dab_detr"
 DEFORMABLE, REFINE, TWO_STAGE = "deformable_detr", "deformable_detr_refine", "deformable_detr_two_stage"
+PATTERNS = "queries.main.content.weight"  # of DAB-DETR, by our name
 
 
 def model(weights: Weights) -> str | None:
@@ -61,6 +62,8 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
         "model.detector.backbone.name": backbone,
         "model.detector.backbone.pretrained": "false",
     }
+    if name == DAB and (patterns := len(own.get(PATTERNS, ()))):
+        given |= {"model.detector.main.content": "patterns", "model.detector.main.patterns": patterns}
     if about.get("dilation"):
         given["++model.detector.backbone.arguments.output_stride"] = 16
     if name in (CONDITIONAL, DAB):
@@ -146,7 +149,9 @@ def _rows(own: Weights, name: str) -> int:
 def _queries(own: Weights, name: str, about: Mapping[str, Any]) -> int | None:
     if name == TWO_STAGE:
         return _number(about, "two_stage_num_proposals")
-    return _rows(own, f"queries.main.{'anchors' if name == DAB else 'position'}.weight")
+    if name == DAB:
+        return _rows(own, "queries.main.anchors.weight") * max(len(own.get(PATTERNS, ())), 1)
+    return _rows(own, "queries.main.position.weight")
 
 
 def _cut(weights: Weights, name: str) -> Weights:
@@ -298,6 +303,7 @@ _DAB = [
     *_DENSE,
     ("class_embed.*", "decoder.class_heads.0.*"),
     ("model.query_refpoint_embeddings.weight", "queries.main.anchors.weight"),
+    ("model.patterns.weight", PATTERNS),
     *_mlp("model.decoder.ref_point_head", "decoder.query_position.mlp", 2),
     *_mlp("model.decoder.ref_anchor_head", "decoder.query_position.size", 2),
     ("model.decoder.layers.0.cross_attn.cross_attn_query_pos_proj.*", "decoder.query_position.added.*"),

@@ -142,7 +142,7 @@ def build_detector(
 
     main: makes the main query source.
     query_groups: K of Group DETR: so many sources of this kind, with parameters of their own, each matched on its own;
-        all but the first only train. Their losses are averaged, as in the authors' code.
+        all but the first only train. Their losses are averaged, as in LW-DETR's code; the paper does not say.
     collaborative: makes the query source of each auxiliary head; None: heads only have their losses.
     queries: make further sources. One under a head's name takes the place of that head's, None leaves it out.
 
