@@ -15,7 +15,6 @@ from omegaconf import open_dict
 from PIL import Image
 
 from codetr.application import compose
-from codetr.data.numbering import category_ids, image_ids
 from codetr.errors import UserError
 from codetr.eval import evaluate
 from codetr.predict import predict
@@ -190,30 +189,3 @@ def test_the_thinnest_images_go_through_the_detector(trained: "Trained", tmp_pat
         assert len(boxes)
         assert (boxes >= 0).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= [width + 1e-3, height + 1e-2]).all()
-
-
-@pytest.mark.parametrize(
-    ("names", "given", "words"),
-    [
-        (["0.png"], ["a/0.png", "b/0.png"], r"a/0\.png and .*b/0\.png are both image 1"),
-        (["b/0.png", "a/0.png"], ["b/0.png", "c.png"], r"no image with the file_name of .*c\.png"),
-        (["0.png", "0.png"], ["0.png"], r"two images have the file_name '0\.png'"),
-    ],
-)
-def test_annotations_that_do_not_fit_are_refused(
-    tmp_path: Path, names: list[str], given: list[str], words: str
-) -> None:
-    images = [{"id": i, "file_name": name} for i, name in enumerate(names, start=1)]
-    file = tmp_path / "truth.json"
-    file.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 5, "name": "cat"}]}))
-    with pytest.raises(UserError, match=words):
-        image_ids(file, [tmp_path / name for name in given])
-    with pytest.raises(UserError, match=r"no category of the names \['dog'\]"):
-        category_ids(file, ["cat", "dog"])
-
-
-def test_annotations_name_images_by_the_longest_end_of_their_path(tmp_path: Path) -> None:
-    images = [{"id": 8, "file_name": "0.png"}, {"id": 9, "file_name": "b/0.png"}]
-    file = tmp_path / "truth.json"
-    file.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
-    assert image_ids(file, [tmp_path / "b" / "0.png", tmp_path / "a" / "0.png"]) == [9, 8]

@@ -15,7 +15,7 @@ from codetr.files import atomically
 
 FILES = {"bbox": "results_bbox.json", "segm": "results_segm.json"}
 ABSENT = -1  # the category id of a class that the annotation file does not name
-_CHUNK = 20_000  # detections that are records at once
+_CHUNK = 500  # detections that are records at once: Python's garbage collector goes through all that are there
 
 
 def entries(
@@ -80,7 +80,7 @@ def write(path: Path, parts: Iterable[list[dict[str, Any]]]) -> int:
     with atomically(path) as part, part.open("wb") as file:
         file.write(b"[")
         for records in filter(None, parts):
-            file.write(b",\n" * (count > 0) + b",\n".join(map(orjson.dumps, records)))
+            file.write(b",\n" * (count > 0) + orjson.dumps(records)[1:-1])
             count += len(records)
         file.write(b"]\n")
     return count
