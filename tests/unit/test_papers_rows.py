@@ -123,6 +123,13 @@ def test_co_dino_has_the_official_number_of_parameters(official: Path) -> None:
     assert sum(count[name] for name in ("encoder", "adapter", "queries", "decoder")) == counted["query_head"]
 
 
+def test_parameters_are_what_the_paper_counts() -> None:
+    """Co-DETR, tables 5 and 6: the backbone of ViT-L, the whole deployed detector of Swin-L."""
+    counted = json.loads((RESULTS / "rows.json").read_text())
+    assert round(counted["co_detr_t5_vit_l_val"]["parameters"]["backbone"]) == 304
+    assert round(counted["co_detr_t4_co_dino_swin_l_36e"]["parameters"]["inference"]) == 218
+
+
 def test_the_page_is_current() -> None:
     page = (ROOT / "docs" / "reproduction.md").read_text()
     assert page == markdown(ROWS, RESULTS), "run `make readme`"
