@@ -7,14 +7,12 @@ import pickle
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, is_zipfile
 
 import torch
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,13 +20,14 @@ from torch import Tensor
 from codetr.errors import UserError
 from codetr.files import check_archive
 from codetr.models.detector import MAIN, Detector
-from codetr.names import shown
 from codetr.nn.class_rows import ClassRows, declared_rows
+from codetr.tensor_report import TensorReport, misshapen
 
 _log = logging.getLogger(__name__)
 
 PREFIX = "detector."
-SHOWN_NAMES = 4
+TRAINING_ONLY = "missing or unexpected, training only"
+ADVICE = "Compose the model that they belong to, or load what fits with initialise.strict=false."
 
 
 @dataclass
@@ -143,52 +142,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@dataclass
-class LoadReport:
-    """What became of every tensor, by name. allowed: missing or unexpected, but of parts only training has."""
-
-    source: Path
-    loaded: list[str] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
-    reinitialised: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    allowed: list[str] = field(default_factory=list)
-    shared_classes: int | None = None
-
-    def table(self) -> Table:
-        """For `rich.print`."""
-        table = Table(title=Text(f"Weights from {shown(self.source)}"), title_justify="left")
-        for column in ("tensors", "number", "names"):
-            table.add_column(column, justify="right" if column == "number" else "left")
-        moved = "moved by class name"
-        if self.shared_classes is not None:
-            moved += f" ({self.shared_classes} classes in common)"
-        rows = {
-            "loaded": self.loaded,
-            moved: self.moved,
-            "re-initialised, class names unknown": self.reinitialised,
-            "missing or unexpected, training only": self.allowed,
-            "[red]missing": self.missing,
-            "[red]unexpected": self.unexpected,
-            "[red]misshapen": self.misshapen,
-        }
-        for label, names in rows.items():
-            if names:
-                table.add_row(label, str(len(names)), Text("" if names is self.loaded else shown(_abridged(names))))
-        return table
-
-
-def _abridged(names: Sequence[str]) -> str:
-    more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more
-
-
 @torch.no_grad()
 def initialise_from(
     detector: Detector, checkpoint: Checkpoint, class_names: Sequence[str], strict: bool = True
-) -> LoadReport:
+) -> TensorReport:
     """Copy the checkpoint's weights into `detector`, whose label 0, 1, ... are `class_names`.
 
     Rows that belong to a class follow its name, whatever its case and word separators; classes that the checkpoint does
@@ -196,11 +153,10 @@ def initialise_from(
     stay fresh. Raises UserError for what is missing, unexpected or misshapen, except in training-only parts, unless
     `strict` is false.
     """
-    report = LoadReport(checkpoint.path)
+    report = TensorReport()
     class_names = [_spelled_alike(name) for name in class_names]
     old = None if checkpoint.class_names is None else [_spelled_alike(name) for name in checkpoint.class_names]
-    if old is not None:
-        report.shared_classes = len(set(old) & set(class_names))
+    shared = len(set(old or ()) & set(class_names))
     own, declared, number = detector.state_dict(), declared_rows(detector), _number_of_classes(checkpoint)
     for name in own.keys() & checkpoint.weights.keys():
         value, target = checkpoint.weights[name], own[name]
@@ -209,18 +165,20 @@ def initialise_from(
             rows = None
         if rows is not None and rows.agnostic:
             rows.move(value, target, [], [])
-            report.loaded.append(name)
+            report.taken.append(name)
         elif rows is not None and old is not None and old != class_names:
             rows.move(value, target, old, class_names)
-            report.moved.append(name)
+            report.note(f"moved by class name ({shared} classes in common)", name)
         elif value.shape == target.shape:
             target.copy_(value)
-            report.loaded.append(name)
+            report.taken.append(name)
+        elif rows is not None:
+            report.note("re-initialised, class names unknown", name)
         else:
-            (report.misshapen if rows is None else report.reinitialised).append(name)
+            report.misshapen.append(misshapen(name, value.shape, target.shape))
     _compare_names(report, own, checkpoint.weights, detector.training_only_prefixes())
-    if strict and (report.missing or report.unexpected or report.misshapen):
-        raise UserError(_complaint(report, own, checkpoint.weights))
+    if strict:
+        report.require_fit(checkpoint.path, ADVICE)
     return report
 
 
@@ -244,25 +202,17 @@ def _fit(rows: ClassRows, value: Tensor, target: Tensor, old: int | None, new: i
 
 
 def _compare_names(
-    report: LoadReport, own: dict[str, Tensor], given: dict[str, Tensor], training_only: tuple[str, ...]
+    report: TensorReport, own: dict[str, Tensor], given: dict[str, Tensor], training_only: tuple[str, ...]
 ) -> None:
     # The checkpoint's own training-only query sources are not known here: every source but the main one may be.
     tolerated = ("heads.", "adapter.")
     for name in sorted(own.keys() - given.keys()):
-        (report.allowed if name.startswith(training_only) else report.missing).append(name)
+        if name.startswith(training_only):
+            report.note(TRAINING_ONLY, name)
+        else:
+            report.missing.append(name)
     for name in sorted(given.keys() - own.keys()):
-        extra = name.startswith(tolerated) or (name.startswith("queries.") and not name.startswith(f"queries.{MAIN}."))
-        (report.allowed if extra else report.unexpected).append(name)
-
-
-def _complaint(report: LoadReport, own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    lines = [f"{report.source}: these weights do not fit the model"]
-    if report.missing:
-        lines.append(f"  missing ({len(report.missing)}): {_abridged(report.missing)}")
-    if report.unexpected:
-        lines.append(f"  unexpected ({len(report.unexpected)}): {_abridged(report.unexpected)}")
-    if report.misshapen:
-        shapes = [f"{n} {list(given[n].shape)} for {list(own[n].shape)}" for n in report.misshapen]
-        lines.append(f"  misshapen ({len(shapes)}): {_abridged(shapes)}")
-    lines.append("Compose the model that they belong to, or load what fits with initialise.strict=false.")
-    return "\n".join(lines)
+        if name.startswith(tolerated) or (name.startswith("queries.") and not name.startswith(f"queries.{MAIN}.")):
+            report.note(TRAINING_ONLY, name)
+        else:
+            report.unexpected.append(name)

@@ -158,7 +158,7 @@ def _initialise(config: DictConfig, detector: Detector, class_names: tuple[str, 
     from codetr.checkpoint import initialise_from, load_weights
 
     weights = load_weights(Path(config.initialise.checkpoint), config.initialise.average)
-    print(initialise_from(detector, weights, class_names, config.initialise.strict).table())
+    print(initialise_from(detector, weights, class_names, config.initialise.strict).table(weights.path))
 
 
 def main() -> None:

@@ -146,9 +146,9 @@ def load(folder: Path) -> Bundle:
         config = compose("train", [f"experiment=official/{experiment}", *settings, *_backbone(sizes["backbone"])])
     detector = _detector(config, sizes)
     state = load_file(folder / "weights.safetensors")
-    converted = weights.to_ours({name: tensor.float() for name, tensor in state.items()}, detector)
-    converted.settle(str(folder))
-    detector.load_state_dict(converted.weights)
+    converted, report = weights.to_ours({name: tensor.float() for name, tensor in state.items()}, detector)
+    report.require_fit(folder)
+    detector.load_state_dict(converted)
     files = ("inputs", "forward", "aux_forward", "detections", "train")
     inputs, *recorded = (load_file(folder / f"{name}.safetensors") for name in files)
     canvas = "batch_hw" in sizes and "lsj" in experiment

@@ -33,13 +33,13 @@ def test_every_tensor_has_its_place_in_both_directions(official: Path, config: s
     theirs = keys(official, config)
     number = recognise.num_classes(theirs)
     detector = build(application.compose("train", [f"experiment=official/{config}", f"model.num_classes={number}"]))
-    there = weights.to_ours(theirs, detector)
-    there.settle(config)
-    assert shapes(there.weights) == shapes(detector.state_dict())
-    back = weights.to_official(there.weights, detector)
-    assert not back.unexpected
-    left_out = {name for names in there.ignored.values() for name in names}
-    assert shapes(back.weights) == {name: shape for name, shape in shapes(theirs).items() if name not in left_out}
+    there, report = weights.to_ours(theirs, detector)
+    report.require_fit(config)
+    assert shapes(there) == shapes(detector.state_dict())
+    back, way_back = weights.to_official(there, detector)
+    assert not way_back.unexpected
+    left_out = {name for names in report.special.values() for name in names}
+    assert shapes(back) == {name: shape for name, shape in shapes(theirs).items() if name not in left_out}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

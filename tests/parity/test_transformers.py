@@ -25,8 +25,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 
 from codetr import application
 from codetr.convert import huggingface
-from codetr.convert.weights import Conversion
 from codetr.models.detector import Detector
+from codetr.tensor_report import TensorReport
 from codetr.types import Frames, Output, QueryContext, Targets
 
 WIDTH, HEADS, FFN, LAYERS, QUERIES, CLASSES = 64, 4, 48, 3, 9, 5
@@ -75,7 +75,9 @@ class Pair:
                 buffer += 0.2 * torch.rand_like(buffer)
         return model
 
-    def convert(self, theirs: nn.Module, tensors: dict[str, Tensor], detector: Detector) -> Conversion:
+    def convert(
+        self, theirs: nn.Module, tensors: dict[str, Tensor], detector: Detector
+    ) -> tuple[dict[str, Tensor], TensorReport]:
         """tensors: their weights or gradients, by the names that they have in memory."""
         return huggingface.to_ours(revert_weight_conversion(theirs, dict(tensors)), self.preset, detector)
 
@@ -132,9 +134,9 @@ def models(request: pytest.FixtureRequest) -> Models:
     settings = huggingface.settings(saved, pair.preset, theirs.config.to_dict())
     config = application.compose("train", [f"model={pair.preset}", *settings[2:], "model.dropout=0"])
     detector = instantiate(config.model.detector, _convert_="all").eval()
-    converted = pair.convert(theirs, theirs.state_dict(), detector)
-    converted.settle(pair.preset)
-    detector.load_state_dict(converted.weights)
+    converted, report = pair.convert(theirs, theirs.state_dict(), detector)
+    report.require_fit(pair.preset)
+    detector.load_state_dict(converted)
     return Models(pair, theirs, detector, instantiate(config.criterion))
 
 
@@ -243,7 +245,7 @@ def test_losses_and_gradients_of_every_layer(models: Models, counts: tuple[int, 
     torch.stack(list(losses.values())).sum().backward()
     torch.stack(list(expected.values())).sum().backward()
     theirs = {name: _gradient(p) for name, p in models.theirs.named_parameters(remove_duplicate=False)}
-    gradients = models.pair.convert(models.theirs, theirs, models.ours).weights
+    gradients, _ = models.pair.convert(models.theirs, theirs, models.ours)
     idle = []
     for name, parameter in models.ours.named_parameters():
         if parameter.requires_grad:

@@ -8,7 +8,7 @@ import torch
 
 import codetr
 from codetr.application import plain
-from codetr.checkpoint import Checkpoint, initialise_from, load_weights
+from codetr.checkpoint import TRAINING_ONLY, Checkpoint, initialise_from, load_weights
 from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.nn.class_rows import declared_rows
@@ -60,10 +60,10 @@ def test_class_rows_follow_their_names(new_names: tuple[str, ...]) -> None:
         if rest:
             assert torch.equal(tensor[-1], old[name][-1])
     assert moved == 10
-    assert len(report.moved) == moved
-    assert report.shared_classes == len(set(OLD) & set(new_names))
-    assert len(report.loaded) + moved == len(old)
-    assert not report.missing + report.unexpected + report.misshapen + report.allowed
+    shared = len(set(OLD) & set(new_names))
+    assert len(report.special.pop(f"moved by class name ({shared} classes in common)")) == moved
+    assert len(report.taken) + moved == len(old)
+    assert not report.missing + report.unexpected + report.misshapen + list(report.special)
 
 
 def test_spelling_does_not_make_a_class_another_one() -> None:
@@ -76,7 +76,7 @@ def test_spelling_does_not_make_a_class_another_one() -> None:
     )
     expected = old["decoder.class_heads.0.weight"][[2, 0]]
     assert torch.equal(model.decoder.class_heads[0].weight[:2], expected)
-    assert report.shared_classes == 2
+    assert list(report.special) == ["moved by class name (2 classes in common)"]
 
 
 def test_unknown_class_names_of_another_number_start_fresh() -> None:
@@ -84,16 +84,16 @@ def test_unknown_class_names_of_another_number_start_fresh() -> None:
     fresh = model.decoder.class_heads[0].weight.clone()
     report = initialise_from(model, Checkpoint(Path("old"), numbered(detector(OLD))), NEW)
     assert torch.equal(model.decoder.class_heads[0].weight, fresh)
-    assert len(report.reinitialised) == 10
+    assert len(report.special["re-initialised, class names unknown"]) == 10
 
 
 def test_training_only_parts_may_differ_others_not() -> None:
     plain_model = "model/auxiliary_head=[]"
     whole, bare = detector(OLD), detector(OLD, plain_model)
     report = initialise_from(detector(OLD), Checkpoint(Path("x"), bare.state_dict(), class_names=OLD), OLD)
-    assert report.allowed
+    assert report.special[TRAINING_ONLY]
     report = initialise_from(detector(OLD, plain_model), Checkpoint(Path("x"), whole.state_dict()), OLD)
-    assert report.allowed
+    assert report.special[TRAINING_ONLY]
     weights = {**whole.state_dict(), "decoder.what.weight": torch.zeros(1)}
     weights["encoder.level_embedding"] = torch.zeros(9, 9)
     del weights["decoder.layers.0.norm1.weight"]
@@ -101,8 +101,9 @@ def test_training_only_parts_may_differ_others_not() -> None:
         with pytest.raises(UserError, match=part):
             initialise_from(detector(OLD), Checkpoint(Path("x"), weights), OLD)
     report = initialise_from(detector(OLD), Checkpoint(Path("x"), weights), OLD, strict=False)
-    assert (report.missing, report.misshapen) == (["decoder.layers.0.norm1.weight"], ["encoder.level_embedding"])
-    assert report.table().row_count == 4
+    assert report.missing == ["decoder.layers.0.norm1.weight"]
+    assert report.misshapen == ["encoder.level_embedding [9, 9] for [4, 32]"]
+    assert report.table("x").row_count == 4
 
 
 class Malicious:

@@ -14,8 +14,8 @@ from codetr.files import atomically
 if TYPE_CHECKING:
     from codetr.convert.names import NameTable
     from codetr.convert.official import Weights
-    from codetr.convert.weights import Conversion
     from codetr.models.detector import Detector
+    from codetr.tensor_report import TensorReport
 
 EXPERIMENTS = "experiment/official"
 
@@ -65,7 +65,7 @@ def _from_official(state: Weights, about: dict[str, Any], source: Path, config: 
         print(f"[bold]{found[0]}[/bold]; the same tensors fit {', '.join(found[1:])}: config=NAME chooses")
     settings = [f"experiment=official/{found[0]}", f"model.num_classes={number}", *config.overrides]
     full = application.compose("train", settings)
-    return _checkpoint(weights.to_ours(state, build(full)), full, about, source, config)
+    return _checkpoint(*weights.to_ours(state, build(full)), full, about, source, config)
 
 
 def _from_huggingface(state: Weights, model: str, source: Path, config: DictConfig) -> dict[str, Any]:
@@ -87,14 +87,15 @@ def _from_huggingface(state: Weights, model: str, source: Path, config: DictConf
     if not about:
         print(f"there is no {file}: heads and dilation, which weights do not show, are those of conf/ and overrides")
     full = application.compose("train", settings)
-    result, names = huggingface.to_ours(state, model, build(full)), huggingface.class_names(about)
+    result, report = huggingface.to_ours(state, model, build(full))
+    names = huggingface.class_names(about)
     if len(names) == full.model.num_classes and None in names:
-        result.weights = huggingface.without_gaps(result.weights, names)
+        result = huggingface.without_gaps(result, names)
         full.model.num_classes = len(names) - names.count(None)
         print(f"{names.count(None)} of {len(names)} labels are gaps without a name: left out")
     labels = [label for label, name in enumerate(names) if name is not None]  # there they are the data set's ids
     known = {"CLASSES": tuple(names[label] for label in labels), "CATEGORY_IDS": labels}
-    return _checkpoint(result, full, known, source, config)
+    return _checkpoint(result, report, full, known, source, config)
 
 
 def _from_backbone(state: Weights, names: NameTable, source: Path, config: DictConfig) -> dict[str, Any]:
@@ -106,28 +107,28 @@ def _from_backbone(state: Weights, names: NameTable, source: Path, config: DictC
     settings = [f"{key}={value}" for key, value in backbone.settings(names.rename(state)).items()]
     body = build(application.compose("train", [*settings, "model.num_classes=1"])).get_submodule("backbone.body")
     wanted = {f"backbone.body.{name}": shape for name, shape in weights.shapes(body).items()}
-    result = weights.translate(state, names, wanted)
-    rich.print(result.table())
-    result.settle(str(source))
+    result, report = weights.translate(state, names, wanted)
+    rich.print(report.table(source))
+    report.require_fit(source)
     settings += ["model.detector.backbone.pretrained=false", f"initialise.checkpoint={config.out}"]
     print(f"to start from it: python -m codetr.train {' '.join(settings)} initialise.strict=false")
-    return {"state_dict": _prefixed(result.weights)}
+    return {"state_dict": _prefixed(result)}
 
 
 def _checkpoint(
-    result: Conversion, full: DictConfig, about: dict[str, Any], source: Path, config: DictConfig
+    weights: Weights, report: TensorReport, full: DictConfig, about: dict[str, Any], source: Path, config: DictConfig
 ) -> dict[str, Any]:
-    """about: what the source says of its classes."""
+    """What `out` will hold. about: what the source says of its classes."""
     from rich import print
 
     from codetr.convert.classes import category_ids, class_names
 
-    print(result.table())
-    result.settle(str(source))
+    print(report.table(source))
+    report.require_fit(source)
     names = class_names(config.class_names, about, full.model.num_classes)
     ids = category_ids(config.class_names, about, names)
     known = {"class_names": list(names), "category_ids": None if ids is None else list(ids)}
-    return {"state_dict": _prefixed(result.weights), "codetr": {"config": application.plain(full), **known}}
+    return {"state_dict": _prefixed(weights), "codetr": {"config": application.plain(full), **known}}
 
 
 def _prefixed(weights: Weights) -> Weights:
@@ -148,10 +149,10 @@ def _to_official(source: Path, config: DictConfig) -> dict[str, Any]:
     known = trust.parts(checkpoint.config, source, application.as_names(config.trust))
     with torch.device("meta"):
         detector = trust.build(known["model"].get("detector"), source)
-    result = weights.to_official(checkpoint.weights, detector)
-    print(result.table())
-    result.settle(str(source))
-    return {"state_dict": result.weights, "meta": {"CLASSES": tuple(checkpoint.class_names or ())}}
+    result, report = weights.to_official(checkpoint.weights, detector)
+    print(report.table(source))
+    report.require_fit(source)
+    return {"state_dict": result, "meta": {"CLASSES": tuple(checkpoint.class_names or ())}}
 
 
 def official_configs() -> list[str]:

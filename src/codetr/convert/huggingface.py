@@ -15,9 +15,10 @@ import torch
 from codetr.convert import recognise, resnet
 from codetr.convert.names import NameTable
 from codetr.convert.official import Weights
-from codetr.convert.weights import Conversion, shapes, translate
+from codetr.convert.weights import shapes, translate
 from codetr.errors import UserError
 from codetr.models.detector import Detector
+from codetr.tensor_report import TensorReport
 
 CONDITIONAL, DAB = "conditional_detr", "dab_detr"
 DEFORMABLE, REFINE, TWO_STAGE = "deformable_detr", "deformable_detr_refine", "deformable_detr_two_stage"
@@ -78,8 +79,8 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
     return settings + [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
-def to_ours(weights: Weights, name: str, detector: Detector) -> Conversion:
-    """name: of `model`."""
+def to_ours(weights: Weights, name: str, detector: Detector) -> tuple[Weights, TensorReport]:
+    """Their weights under our names, and what became of each; name: what `model` calls them."""
     return translate(_cut(weights, name), _table(name, _count(weights, "decoder")), shapes(detector))
 
 
