@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from codetr.data.commands import check
 from toy import data_overrides, make_coco, train
 
@@ -63,6 +65,7 @@ def plant(data: Path) -> int:
     return len(BOXES) + len(REFERENCES) + 5 + len(SIZES)
 
 
+@pytest.mark.slow
 def test_training_skips_and_counts_what_check_mends(tmp_path: Path) -> None:
     data = tmp_path / "data"
     make_coco(data, train=8 + len(BOXES) + len(REFERENCES) + len(SIZES), val=2)

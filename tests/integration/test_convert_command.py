@@ -91,6 +91,7 @@ def test_it_finds_objects_in_pictures(found: list[dict]) -> None:
     assert {one["category_name"] for one in found} <= set(NAMES)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_on_a_data_set(converted: Path, found: list[dict]) -> None:
     """Whose objects are the best of what it finds, and whose categories have another order than its classes."""
     ids = {name: 9 - label for label, name in enumerate(NAMES)}

@@ -51,6 +51,7 @@ def assert_resumes(folder: Path, name: str) -> None:
     assert rows(folder / "whole") == rows(folder / name)
 
 
+@pytest.mark.slow
 def test_killed_where_every_checkpoint_is_followed_by_a_validation(folder: Path) -> None:
     kill = "+callbacks.kill={_target_: toy_callbacks.Kill, step: 2}"
     killed = train(folder / "data", folder, *OPTIONS, "run_dir=killed", kill)

@@ -99,13 +99,13 @@ def together(chosen: list[Row], data: Path, folder: Path, expected: Callable[[Ro
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes(name: str, data: Path, tmp_path: Path, expected: Callable[[Row], list[float]]) -> None:
-    together(TOGETHER[name][:2], data, tmp_path, expected)
+    together(TOGETHER[name][:1], data, tmp_path, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
 def test_all_of_two_processes(name: str, data: Path, tmp_path: Path, expected: Callable[[Row], list[float]]) -> None:
-    together(TOGETHER[name][2:], data, tmp_path, expected)
+    together(TOGETHER[name][1:], data, tmp_path, expected)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_processes_from_outside_need_a_named_directory(monkeypatch: pytest.Monke
     assert decided("run_dir=named") == ["run_dir=named"]
 
 
+@pytest.mark.slow
 def test_sweep_then_a_start_from_its_weights(tmp_path: Path) -> None:
     data = tmp_path / "data"
     make_coco(data, train=4, val=2)
