@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torchvision.ops import box_convert, box_iou
 
 from codetr.application import compose
 from codetr.errors import UserError
@@ -92,3 +93,23 @@ def test_hostile_class_names_are_evaluated_and_obeyed_by_none(
     assert "\x1b[2J" not in told
     assert "[bold]red[/]" in told
     assert (tmp_path / "hostile/pr_curves.png").is_file()
+
+
+def overlaps(folder: Path) -> float:
+    """The largest IoU of two detections of one class in one image, in the file for COCO's server."""
+    found: dict[tuple[int, int], list[list[float]]] = {}
+    for one in json.loads((folder / "results_bbox.json").read_text()):
+        found.setdefault((one["image_id"], one["category_id"]), []).append(one["bbox"])
+    most = 0.0
+    for boxes in found.values():
+        corners = box_convert(torch.tensor(boxes, dtype=torch.float64), "xywh", "xyxy")
+        most = max(most, float(box_iou(corners, corners).fill_diagonal_(0).max()))
+    return most
+
+
+def test_another_suppression_is_chosen_for_a_trained_model(trained: "Trained", tmp_path: Path) -> None:
+    """Group DETR's figure 1: the same training, with suppression and without."""
+    for name, choice in {"own": [], "nms": ["postprocess=nms", "postprocess.suppression.iou=0.1"]}.items():
+        options = [f"checkpoint={trained.checkpoint}", "trainer=cpu", f"run_dir={tmp_path / name}"]
+        evaluate(compose("eval", [*options, *choice]))
+    assert overlaps(tmp_path / "own") > 0.1 >= overlaps(tmp_path / "nms")
