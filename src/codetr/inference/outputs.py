@@ -15,6 +15,7 @@ from typing import Any
 import PIL.Image
 
 from codetr.errors import UserError
+from codetr.files import atomically, cannot_write, part_of
 from codetr.inference.result import Result
 
 RESULTS = "predictions.json"
@@ -54,8 +55,8 @@ def _folded(name: Path) -> str:
 def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raises UserError where a target is an input, or a link on the way to one, by whatever path.
 
-    What is replaced is the entry of a folder (see `write`): another link to the same input may be a target, but other
-    hard links cannot be told from the input's own name, and are refused.
+    What is replaced is the entry of a folder (see `codetr.files.atomically`): another link to the same input may be a
+    target, but other hard links cannot be told from the input's own name, and are refused.
     """
     guarded = {identity: path for path in inputs for identity in _identities(path)}
     for target in targets:
@@ -80,30 +81,6 @@ def _identities(path: Path) -> set[tuple[int, int]]:
             return found | {identity}
         found.add(identity)
         path = path.parent / path.readlink()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replaces the file `path` as a whole, or leaves it; where it is a link, the link is replaced, not its target.
-
-    Raises UserError for what the file system refuses.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.part")
-        with partial.open("xb") as file:
-            try:
-                file.write(data)
-                file.flush()
-                partial.replace(path)
-            except OSError:
-                partial.unlink()
-                raise
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
 class Records:
@@ -174,7 +151,8 @@ class Writer:
     def __post_init__(self) -> None:
         names = names_below(self.paths)
         targets = [self.out / name for name in picture_names(names)] if self.pictures else []
-        refuse_inputs([*targets, self.out / RESULTS], [*self.paths, *self.inputs])
+        written = [*targets, *map(part_of, targets), self.out / RESULTS]
+        refuse_inputs(written, [*self.paths, *self.inputs])
         self._targets = dict(zip(self.paths, targets, strict=False))
         self._about = dict(zip(self.paths, zip(self.image_ids, names, strict=True), strict=True))
         self.records = Records(self.out / RESULTS)
@@ -194,5 +172,6 @@ class Writer:
             # In memory: a full disk shows as what it is, not as an encoder's failure.
             content = io.BytesIO()
             result.plot().save(content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92)
-            write(target, content.getvalue())
+            with atomically(target) as part:
+                part.write_bytes(content.getvalue())
         self.done += 1
