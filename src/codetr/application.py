@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from codetr import failure
 from codetr.errors import UserError
+from codetr.files import atomically
 from codetr.names import shown_lines
 from codetr.run_directory import (
     GENERATIONS,
@@ -96,8 +97,8 @@ def start(overrides: Sequence[str], config_name: str, config_dir: str | None = N
     config = compose(args.config_name or config_name, args.overrides, args.config_dir, args.config_path)
     directory = Path(config.run_dir).absolute()
     if first_process():
-        (directory / SAVED_CONFIG).parent.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, directory / SAVED_CONFIG)
+        with atomically(directory / SAVED_CONFIG) as part:
+            OmegaConf.save(config, part)
     config.run_dir = str(directory)
     return config
 

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from codetr.errors import UserError
+from codetr.files import atomically
 
 LAST = Path("checkpoints") / "last.ckpt"
 GENERATIONS = "checkpoints/last*.ckpt"  # and those before it: any of them is enough to go on
@@ -90,4 +91,5 @@ def keep_configuration(config: DictConfig, saved: dict[str, Any]) -> None:
     """Hydra has written `config` into the run's directory before anybody could refuse it: write `saved` again."""
     path = Path(config.run_dir) / SAVED_CONFIG
     if first_process() and path.exists():
-        OmegaConf.save(OmegaConf.create(saved), path)
+        with atomically(path) as part:
+            OmegaConf.save(OmegaConf.create(saved), part)

@@ -78,7 +78,7 @@ def kill(kind: Kind, whole: Path, directory: Path, phase: str, draw: random.Rand
         return delay if now == phase and late else None
 
     ended = kind.train(directory, strike=strike, victim=draw.randrange(kind.processes))
-    part = bool(list(directory.glob("checkpoints/*.part")))
+    part = bool(list(directory.glob("checkpoints/.*.part.*")))
     lost = ended.step - last_step(directory)
     differs = resumed(kind, whole, directory)
     return Kill(kind.name, ended.phase, ended.step, part, lost, differs)
@@ -112,7 +112,7 @@ def full_disk(kind: Kind, whole: Path, directory: Path) -> Scenario:
     """Files end after half a checkpoint: nothing half is left, the older checkpoint is."""
     half = (whole / "checkpoints" / "last.ckpt").stat().st_size // 2
     ended = kind.train(directory, f"+callbacks.full={{_target_: chaos.callbacks.FullDisk, step: 3, size: {half}}}")
-    parts = [path.name for path in directory.glob("checkpoints/*.part")]
+    parts = [path.name for path in directory.glob("checkpoints/.*.part.*")]
     at = last_step(directory)
     differs = resumed(kind, whole, directory)
     return Scenario(

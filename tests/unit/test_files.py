@@ -55,6 +55,33 @@ def test_any_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_the_file_system_refuses_is_said_of_the_file_itself(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    for path, reason in (
+        (tmp_path / "folder", "it is there already, and no file"),
+        (Path("/dev/null"), "it is there already, and no file"),
+        (tmp_path / "file" / "x.json", "(Not a directory|File exists); choose another"),
+        (tmp_path / ("x" * 300), "File name too long; choose another"),
+    ):
+        with (
+            pytest.raises(UserError, match=f"cannot write {path}: {reason}"),
+            atomically(path, advice="choose another") as part,
+        ):
+            part.write_text("new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    with atomically(link) as part:
+        part.write_text("new")
+    assert (target.read_text(), link.read_text(), link.is_symlink()) == ("old", "new", False)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["state_dict", "ema", "optimizer_states"])
 def test_what_is_not_finite_is_not_written(tmp_path: Path, value: float, where: str) -> None:

@@ -258,6 +258,16 @@ def test_annotations_and_checkpoint_are_inputs_too(tmp_path: Path) -> None:
     assert precious.read_text() == "mine"
 
 
+def test_no_input_is_taken_for_the_draft_of_a_picture(tmp_path: Path) -> None:
+    path = paint(tmp_path / "in" / "a.png", (64, 64), (8, 8, 56, 56))
+    precious = tmp_path / "out" / ".a.part.png"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(UserError, match=r"\.a\.part\.png is an input and would be overwritten"):
+        writer_of(tmp_path / "out", [path], inputs=[precious])
+    assert precious.read_text() == "mine"
+
+
 def test_no_two_pictures_share_a_file() -> None:
     given = [
         "a.bmp",
@@ -319,7 +329,7 @@ def test_a_picture_without_space_is_not_there_at_all(tmp_path: Path) -> None:
     with (
         writer,
         files_of_at_most(100_000),
-        pytest.raises(UserError, match=r"cannot write .*out/0\.png: File too large"),
+        pytest.raises(UserError, match=r"out/0\.png: there is no room for it"),
     ):
         writer.add(found[0])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]

@@ -176,7 +176,6 @@ def build(config: DictConfig) -> Detector:
 def _save(content: dict[str, Any], out: Path) -> None:
     import torch
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomically(out) as part, part.open("wb") as file:
         torch.save(content, file)
 

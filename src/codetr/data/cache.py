@@ -27,6 +27,7 @@ from codetr.data.readers import Document, Reader
 from codetr.data.table import Table
 from codetr.data.tabulate import Tabulated, tabulate
 from codetr.errors import UserError
+from codetr.files import atomically
 
 # Changes with what a table holds, or what the checks let pass.
 _VERSION = 5
@@ -104,7 +105,7 @@ def _load(folder: Path, stem: str) -> tuple[Table, Findings] | None:
     if None in sources:
         return None
     if sources != head["sources"]:
-        _replace(path, head | {"sources": sources})
+        _write_head(path, head | {"sources": sources})
     return result, findings
 
 
@@ -137,18 +138,17 @@ def _keep(
     records = {rule: [e.record for e in examples] for rule, examples in findings.examples.items()}
     found = {"source": str(findings.source), "counts": findings.counts, "records": records}
     head = {"version": _VERSION, "data": name, "layout": layout, "findings": found, "sources": sources}
-    _replace(folder / f"{stem}.json", head)
+    _write_head(folder / f"{stem}.json", head)
     for old in folder.glob(f"{glob.escape(stem)}-*.table"):
         if old.name != name:
             old.unlink()
     return Table(folder / name, layout)
 
 
-def _replace(path: Path, head: dict[str, Any]) -> None:
+def _write_head(path: Path, head: dict[str, Any]) -> None:
     """At once, so that no process ever sees half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(head))
-    temporary.replace(path)
+    with atomically(path) as part:
+        part.write_text(json.dumps(head))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

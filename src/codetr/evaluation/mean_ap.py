@@ -20,6 +20,7 @@ from codetr.evaluation.columns import STATES, Columns, columns_of, numbered
 from codetr.evaluation.engines import ABSENT, IOU_THRESHOLDS, RECALL_THRESHOLDS, Backend, Rules, in_coco_format
 from codetr.evaluation.inputs import SHAPES, Inputs, read_coco, validate
 from codetr.evaluation.summary import Evaluation, Wishes, evaluate
+from codetr.files import atomically
 from codetr.ops.distributed import cpu_group
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
@@ -144,7 +145,8 @@ class MeanAveragePrecision(Metric):
         """Write the images of this process to `{name}_target.json` and `{name}_preds.json` in COCO's format."""
         dataset, found = in_coco_format(self._columns(), "bbox" in self.iou_types, "segm" in self.iou_types)
         for part, content in (("target", dataset), ("preds", found)):
-            Path(f"{name}_{part}.json").write_text(json.dumps(content))
+            with atomically(Path(f"{name}_{part}.json")) as file:
+                file.write_text(json.dumps(content))
 
     @staticmethod
     def coco_to_tm(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from codetr.errors import UserError
 from codetr.evaluation.results import FILES, entries
+from codetr.files import atomically, cannot_write, part_of
 from codetr.inference.result import Result
 
 RESULTS = "predictions.json"
@@ -56,8 +57,8 @@ def _folded(name: Path) -> str:
 def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raises UserError where a target is an input, or a link on the way to one, by whatever path.
 
-    What is replaced is the entry of a folder (see `write`): another link to the same input may be a target, but other
-    hard links cannot be told from the input's own name, and are refused.
+    What is replaced is the entry of a folder (see `codetr.files.atomically`): another link to the same input may be a
+    target, but other hard links cannot be told from the input's own name, and are refused.
     """
     guarded = {identity: path for path in inputs for identity in _identities(path)}
     for target in targets:
@@ -82,30 +83,6 @@ def _identities(path: Path) -> set[tuple[int, int]]:
             return found | {identity}
         found.add(identity)
         path = path.parent / path.readlink()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replaces the file `path` as a whole, or leaves it; where it is a link, the link is replaced, not its target.
-
-    Raises UserError for what the file system refuses.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.part")
-        with partial.open("xb") as file:
-            try:
-                file.write(data)
-                file.flush()
-                partial.replace(path)
-            except OSError:
-                partial.unlink()
-                raise
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
 class Records:
@@ -155,11 +132,11 @@ class Records:
 
     def close_early(self) -> None:
         """What is there so far becomes `path` with ".part" in its name: nobody takes it for the whole."""
-        self.path = part_of(self.path)
+        self.path = unfinished(self.path)
         self.close()
 
 
-def part_of(path: Path) -> Path:
+def unfinished(path: Path) -> Path:
     return path.with_suffix(f".part{path.suffix}")
 
 
@@ -210,13 +187,13 @@ class Writer:
         of_server = [FILES["bbox"], FILES["segm"]] if self.masks else [FILES["bbox"]]
         own = [RESULTS] if self.image_ids is None else of_server
         files = [self.out / name for name in own]
-        parts = [] if self.image_ids is None else [part_of(path) for path in files]
-        refuse_inputs([*targets, *files, *parts], [*self.paths, *self.inputs])
+        early = [] if self.image_ids is None else [unfinished(path) for path in files]
+        refuse_inputs([*targets, *map(part_of, targets), *files, *early], [*self.paths, *self.inputs])
         ids = range(len(names)) if self.image_ids is None else self.image_ids
         self._targets = dict(zip(self.paths, targets, strict=False))
         self._about = dict(zip(self.paths, zip(ids, names, strict=True), strict=True))
         self._files = [Records(path) for path in files]
-        for path in parts:  # of an earlier run
+        for path in early:  # of an earlier run
             path.unlink(missing_ok=True)
         self.records = self._files[0]
 
@@ -239,10 +216,10 @@ class Writer:
         if target := self._targets.get(result.path):
             # In memory: a full disk shows as what it is, not as an encoder's failure.
             content = io.BytesIO()
-            result.above(self.drawn_from).plot().save(
-                content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92
-            )
-            write(target, content.getvalue())
+            picture = result.above(self.drawn_from).plot()
+            picture.save(content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92)
+            with atomically(target) as part:
+                part.write_bytes(content.getvalue())
         self.done += 1
 
     def _forms(self, result: Result, image_id: int | str, name: str) -> list[list[dict[str, Any]]]:

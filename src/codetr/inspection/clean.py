@@ -4,13 +4,13 @@ stays as it is written."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from codetr.errors import UserError
+from codetr.files import atomically
 from codetr.inspection.split import Split
 
 
@@ -44,15 +44,10 @@ def write_clean(split: Split, target: Path) -> str:
                 "mend what the findings have in common, such as a folder or the names of the files"
             )
     text = json.dumps(document, ensure_ascii=False)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{os.getpid()}")
-        draft.write_text(text, encoding="utf-8")
-        if target.exists() and target.read_bytes() != draft.read_bytes():
+    with atomically(target, advice="choose a folder with output=FOLDER") as part:
+        part.write_text(text, encoding="utf-8")
+        if target.exists() and target.read_bytes() != part.read_bytes():
             target.replace(_unused(target))
-        draft.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): choose a folder with output=FOLDER") from error
     return done
 
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageOps
 from codetr.data.findings import Box, Picture
 from codetr.data.images import opened
 from codetr.data.rules import RULES, SEVERITIES
+from codetr.files import atomically
 from codetr.inspection.split import Split
 from codetr.inspection.statistics import Statistics
 from codetr.inspection.summary import class_names
@@ -59,8 +60,8 @@ def write(path: Path, splits: Sequence[Split], numbers: Sequence[Statistics], pi
             findings=[_finding(s, i, rule, pictures) for i, s in enumerate(splits) for rule in s.findings.rules()],
         )
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with atomically(path, advice="choose another page=FILE") as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ def main(overrides: list[str]) -> int:
     from rich import get_console
 
     from codetr import application
-    from codetr.errors import UserError
     from codetr.inspection import page, summary
     from codetr.inspection.statistics import statistics
 
@@ -48,15 +47,10 @@ def main(overrides: list[str]) -> int:
     numbers = [statistics(s) for s in splits]
     console = get_console()
     console.print(summary.tables(splits, numbers))
-    try:
-        if config.page:
-            page.write(Path(config.page), splits, numbers, config.pictures)
-        if config.report:
-            _write_json(Path(config.report), summary.as_data(splits, numbers))
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be written ({error.strerror}): choose another page or report"
-        ) from error
+    if config.page:
+        page.write(Path(config.page), splits, numbers, config.pictures)
+    if config.report:
+        _write_json(Path(config.report), summary.as_data(splits, numbers))
     mended = _fix(splits, config.output) if config.fix else {}
     for source, line in mended.items():
         console.print(shown_lines(f"{source}: {line}"), soft_wrap=True, highlight=False, markup=False)
@@ -144,8 +138,10 @@ def _progress(name: str) -> Any:
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     import json
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    from codetr.files import atomically
+
+    with atomically(path, advice="choose another report=FILE") as part:
+        part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _fix(splits: Sequence[Split], output: str | None) -> dict[Path, str]:
