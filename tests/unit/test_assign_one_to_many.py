@@ -13,7 +13,8 @@ from torchvision.ops import box_iou
 from codetr.assign import BACKGROUND, IGNORED
 from codetr.assign.atss import assign_atss
 from codetr.assign.max_iou import assign_max_iou
-from codetr.ops.gather import smallest
+from codetr.assign.paa import assign_paa
+from codetr.ops.gather import largest, smallest
 
 assign_rpn = partial(assign_max_iou, positive=0.7, negative=0.3, low_quality=0.3)
 assign_rcnn = partial(assign_max_iou, positive=0.5, negative=0.5, low_quality=None)
@@ -181,3 +182,55 @@ def test_atss_breaks_ties_by_the_anchors_index(seed: int) -> None:
         middle = (boxes[0, :, :2] + boxes[0, :, 2:]) / 2
         distance = (center[None] - middle[:, None]).square().sum(-1).sqrt()
         assert torch.equal(smallest(distance, 9), distance.sort(dim=1, stable=True).indices[:, :9])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_paa_chooses_the_same_with_the_padding_cut_and_kept(seed: int, dtype: torch.dtype) -> None:
+    """Costs of few values, so that most are equal: an image alone, and on the larger canvas of a batch with more
+    objects. The canvas adds cells at the right and below, none of which are candidates."""
+    torch.manual_seed(seed)
+    sides, wide, objects = (16, 8, 4), (29, 15, 8), 3
+    owner, cost, padded, padded_cost = [], [], [], []
+    for side, canvas in zip(sides, wide, strict=True):
+        own = torch.randint(-1, objects, (1, side, side))
+        price = torch.randint(1, 5, (1, side, side)).to(dtype) / 4
+        more = torch.nn.functional.pad(own, (0, canvas - side, 0, canvas - side), value=IGNORED)
+        owner.append(own.flatten(1))
+        cost.append(price.flatten(1))
+        padded.append(more.flatten(1))
+        padded_cost.append(torch.zeros(1, canvas, canvas, dtype=dtype))
+        padded_cost[-1][:, :side, :side] = price
+        padded_cost[-1] = padded_cost[-1].flatten(1)
+    alone = assign_paa(torch.cat(owner, 1), torch.cat(cost, 1), [s * s for s in sides], objects, 9)
+    assert 0 < (alone >= 0).sum() < (torch.cat(owner, 1) >= 0).sum()
+    kept = torch.cat(padded, 1)
+    real = kept != IGNORED
+    for images, more in ((1, 0), (3, 7), (2, 40)):
+        found = assign_paa(
+            kept.expand(images, -1),
+            torch.cat(padded_cost, 1).expand(images, -1),
+            [s * s for s in wide],
+            objects + more,
+            9,
+        )
+        assert torch.equal(found[:, real[0]], alone.expand(images, -1))
+        assert (found[:, ~real[0]] < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [5, 300, 20_000])
+def test_the_largest_are_those_of_a_stable_sort(size: int, dtype: torch.dtype) -> None:
+    """Numbers of both signs with many ties, zeros of both signs and infinities among them."""
+    values = (torch.randn(3, size) * 4).round().div(2).to(dtype)
+    values[0, ::3], values[1, ::4], values[2, ::5] = -0.0, torch.inf, -torch.inf
+    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :100]
+    assert torch.equal(largest(values, 100), order)
+    assert torch.equal(largest(values[:, None].expand(3, 2, size), 100), order[:, None].expand(3, 2, -1))
+    assert torch.equal(smallest(values, 100), values.sort(dim=-1, stable=True).indices[:, :100])
+
+
+def test_what_is_no_number_is_the_largest() -> None:
+    """As `topk` has it, so that it cannot pass unseen; whatever its sign."""
+    values = torch.tensor([0.0, 3.0, torch.nan, -torch.tensor(torch.nan), 5.0, torch.nan])
+    assert largest(values, 4).tolist() == [2, 3, 5, 4]

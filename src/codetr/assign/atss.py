@@ -35,7 +35,7 @@ def _nearest(centers: Tensor, sizes: list[int], anchor_valid: Tensor, boxes: Ten
     distance = offset.square().sum(-1).sqrt().masked_fill(~anchor_valid[:, None], torch.inf)
     parts, start = [], 0
     for level in distance.split(sizes, 2):
-        parts.append(smallest(level, topk) + start)
+        parts.append(smallest(level.float(), topk) + start)
         start += level.shape[2]
     return torch.cat(parts, 2)
 

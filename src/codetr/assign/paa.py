@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from codetr.assign import BACKGROUND
+from codetr.ops.gather import smallest
 
 ITERATIONS, TOLERANCE, FLOOR = 100, 1e-3, 1e-6  # of the expectation maximisation: as scikit-learn's defaults
 
@@ -12,21 +13,21 @@ ITERATIONS, TOLERANCE, FLOOR = 100, 1e-3, 1e-6  # of the expectation maximisatio
 def assign_paa(matched_index: Tensor, cost: Tensor, level_sizes: list[int], num_objects: int, topk: int) -> Tensor:
     """Of each object's candidates, those that two Gaussians over their costs call good.
 
-    Per object: its `topk` cheapest candidates of each level; two Gaussians are fitted to their costs; positive are
-    those of the cheaper Gaussian up to the most likely one. An object with fewer than two candidates gets none.
+    Per object: its `topk` cheapest candidates of each level, of equals the first ones; two Gaussians are fitted to
+    their costs; positive are those of the cheaper Gaussian up to the most likely one. An object with fewer than two
+    candidates gets none.
 
     matched_index: [B, N] the object whose candidate it is, BACKGROUND or IGNORED. cost: [B, N], finite on candidates.
     level_sizes: candidates per level. Returns [B, N], the matched index of what is left, else BACKGROUND.
     """
     objects = torch.arange(num_objects, device=matched_index.device)
-    table = cost.double()[:, None].masked_fill(matched_index[:, None] != objects[:, None], torch.inf)  # [B, M, N]
+    table = cost[:, None].masked_fill(matched_index[:, None] != objects[:, None], torch.inf)  # [B, M, N]
     parts, start = [], 0
     for size in level_sizes:
-        best = table[..., start : start + size].topk(min(topk, size), dim=-1, largest=False).indices
-        parts.append(best + start)
+        parts.append(smallest(table[..., start : start + size], topk) + start)
         start += size
     index = torch.cat(parts, -1)
-    costs, order = table.gather(-1, index).sort(dim=-1)
+    costs, order = table.gather(-1, index).double().sort(dim=-1, stable=True)
     index = index.gather(-1, order)
     good = _cheaper_half(costs, costs.isfinite())
     chosen = torch.zeros_like(table, dtype=torch.bool).scatter_(-1, index, good).any(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from codetr.assign import BACKGROUND
 from codetr.assign.atss import assign_atss
 from codetr.nn.anchors import AnchorGrid
-from codetr.ops.gather import take
+from codetr.ops.gather import largest, take
 from codetr.types import Detections, Positives, Pyramid, Targets
 
 PRIOR = 0.01  # probability of every class at the start of training (Focal loss, sec. 3.3)
@@ -66,7 +66,7 @@ def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor,
     """The `count` best of each level. scores: [B, sum(sizes)]. Returns (index, level), both [B, n]."""
     index, levels, start = [], [], 0
     for number, level in enumerate(scores.split(sizes, 1)):
-        best = level.topk(min(count, level.shape[1]), dim=1).indices
+        best = largest(level, count)
         index.append(best + start)
         levels.append(torch.full_like(best, number))
         start += level.shape[1]

@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from codetr.models.query_position import Placement
 from codetr.nn.boxes import refine
 from codetr.nn.group_attention import Bucket, GroupSelfAttention, attention_plan
 from codetr.nn.mlp import FFN, Activation, box_head, class_head, xavier
+from codetr.nn.recompute import recomputed
 from codetr.types import MAIN, Memory, Prediction, QueryGroup
 
 Update = Literal["keep", "refine", "look_forward_twice"]
@@ -99,10 +99,8 @@ class Decoder(nn.Module):
         logits, boxes, previous = [], [], reference
         for index, layer in enumerate(self.layers):
             placement = self.query_position(index, content, reference, given, memory)
-            if index < self.checkpointed_layers and torch.is_grad_enabled():
-                content = checkpoint(layer, content, placement, reference, memory, plan, use_reentrant=False)
-            else:
-                content = layer(content, placement, reference, memory, plan)
+            when = index < self.checkpointed_layers
+            content = recomputed(layer, content, placement, reference, memory, plan, when=when)
             output = self.norm(content)
             logits.append(self.class_heads[index % len(self.class_heads)](output))
             delta = self._delta(index, output)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from codetr.nn.deformable_attention import DeformableAttention
 from codetr.nn.mlp import FFN, MLP, Activation, xavier
 from codetr.nn.position import cell_centres, sine_position
+from codetr.nn.recompute import recomputed
 from codetr.types import Memory
 
 
@@ -75,10 +75,7 @@ class DeformableEncoder(nn.Module):
         memory = self.flatten(levels, padding)
         reference = encoder_reference_points(memory)
         for index, layer in enumerate(self.layers):
-            if index < self.checkpointed_layers and torch.is_grad_enabled():
-                tokens = checkpoint(layer, memory, reference, use_reentrant=False)
-            else:
-                tokens = layer(memory, reference)
+            tokens = recomputed(layer, memory, reference, when=index < self.checkpointed_layers)
             memory = replace(memory, tokens=tokens)
         return memory
 
@@ -142,10 +139,7 @@ class DenseEncoder(nn.Module):
         tokens = memory.tokens
         for index, layer in enumerate(self.layers):
             position = memory.position if self.scale is None else memory.position * self.scale(tokens)
-            if index < self.checkpointed_layers and torch.is_grad_enabled():
-                tokens = checkpoint(layer, tokens, position, memory.padding, use_reentrant=False)
-            else:
-                tokens = layer(tokens, position, memory.padding)
+            tokens = recomputed(layer, tokens, position, memory.padding, when=index < self.checkpointed_layers)
         return replace(memory, tokens=tokens)
 
 

@@ -15,10 +15,10 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from codetr.errors import UserError
 from codetr.models.backbone import Normalize, feature_network, freeze_stages
+from codetr.nn.recompute import recomputed
 
 
 class Swin(nn.Module):
@@ -93,10 +93,7 @@ class Stage(nn.Module):
         x = self.downsample(x)
         mask = shift_mask(x.shape[1], x.shape[2], self.window, x)
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = recomputed(block, x, mask, when=self.checkpointing)
         return x
 
 

@@ -8,10 +8,10 @@ import torch
 from timm.layers import build_rotary_pos_embed, resample_abs_pos_embed
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from codetr.errors import UserError
 from codetr.models.backbone import Normalize, feature_network
+from codetr.nn.recompute import recomputed
 
 UNITS = 16  # positions per side of the image in pretraining; every rotary table spans as many
 
@@ -75,10 +75,7 @@ class ViT(nn.Module):
         x = x + position.unflatten(1, size)
         tables = self._rotary_tables(size, x.device)
         for i, block in enumerate(self.blocks):
-            if i < self.checkpointed_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, *tables, use_reentrant=False)
-            else:
-                x = block(x, *tables)
+            x = recomputed(block, x, *tables, when=i < self.checkpointed_blocks)
         return [self.norm(x).permute(0, 3, 1, 2)]
 
     def _rotary_tables(self, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,22 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def smallest(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` smallest of the last dimension, smallest first: [..., N] -> [..., min(count, N)].
+def largest(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of the last dimension, largest first: [..., N] -> [..., min(count, N)].
 
-    values: not negative; compared in float32. Of equal ones those that come first, where `topk` chooses by the tensor's
-    shape, and so by an image's batch mates.
+    Of equal ones those that come first, where `topk` chooses by the tensor's shape, and so by an image's batch mates.
+    Equal is what float32 does not tell apart, except for float64, which takes longer; NaN is larger than all.
     """
-    bits = values.float().contiguous().view(torch.int32).long()  # in the order of the numbers, if none is negative
+    count = min(count, values.shape[-1])
+    if values.dtype == torch.float64:
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    numbers = values.detach().float().nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0  # -0.0 becomes 0.0
+    bits = numbers.contiguous().view(torch.int32).long()  # in the order of the numbers, backwards if negative
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     places = torch.arange(values.shape[-1], device=values.device)
-    return ((bits << 32) | places).topk(min(count, values.shape[-1]), largest=False).indices
+    return ((ranks << 32) - places).topk(count).indices
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """As `largest`, for the smallest, smallest first; NaN is smaller than all."""
+    return largest(-values, count)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from codetr.ops.gather import largest
+
 
 def best_after_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float, count: int
@@ -21,5 +23,5 @@ def best_after_nms(
     for image, parts in enumerate(zip(boxes, scores.float(), groups, strict=True)):
         kept[image].index_fill_(0, batched_nms(*parts, iou), True)
     kept &= valid
-    index = scores.masked_fill(~kept, -torch.inf).topk(min(count, scores.shape[1]), dim=1).indices
+    index = largest(scores.masked_fill(~kept, -torch.inf), count)
     return index, kept.gather(1, index)

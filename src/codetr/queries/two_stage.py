@@ -10,7 +10,7 @@ from codetr.nn.boxes import inverse_sigmoid
 from codetr.nn.class_rows import ClassRows, by_class
 from codetr.nn.mlp import box_head, class_head
 from codetr.nn.position import cell_centres, sine_reference
-from codetr.ops.gather import take
+from codetr.ops.gather import largest, take
 from codetr.types import Matching, Memory, Prediction, Proposals, QueryContext, QueryGroup
 
 BASE_SIZE = 0.05  # box side of a proposal on the finest level, as a share of the image; doubles per level
@@ -107,7 +107,7 @@ class TwoStageQueries(nn.Module):
 def best_tokens(logits: Tensor, class_agnostic: bool, count: int) -> Tensor:
     """Indices [B, min(count, S)] of the best proposals, best first. logits: [B, S, K]."""
     scores = logits[..., 0] if class_agnostic else logits.amax(-1)
-    return scores.topk(min(count, scores.shape[1]), dim=1).indices
+    return largest(scores, count)
 
 
 def proposal_anchors(memory: Memory, eps: float) -> tuple[Tensor, Tensor]:
