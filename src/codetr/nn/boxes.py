@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from codetr.ops.gather import largest, take
+from codetr.ops.gather import take
 from codetr.types import Prediction, box_scale
 
 MAX_LOG_SCALE = abs(math.log(16 / 1000))  # no decoded side is more than 62.5 times its anchor's
@@ -76,9 +76,9 @@ def best_pairs(prediction: Prediction, sizes: Tensor, count: int) -> tuple[Tenso
     """
     num_classes = prediction.logits.shape[-1]
     scores = prediction.logits.float().sigmoid().flatten(1)
-    index = largest(scores, count)
+    scores, index = scores.topk(min(count, scores.shape[1]), dim=1)
     boxes = box_convert(take(prediction.boxes.float(), index // num_classes), "cxcywh", "xyxy")
-    return scores.gather(1, index), index % num_classes, clip(boxes * box_scale(sizes).to(boxes)[:, None], sizes)
+    return scores, index % num_classes, clip(boxes * box_scale(sizes).to(boxes)[:, None], sizes)
 
 
 class BoxCoder(nn.Module):
