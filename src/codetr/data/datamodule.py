@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,15 +79,21 @@ class DetectionDataModule(LightningDataModule):
         super().__init__()
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
         self.val_paths = locate(root, val_images), locate(root, val_annotations)
-        self.reader, self.cache = reader, cache
+        self._read = partial(
+            DetectionDataset, reader=reader, on_error=on_error, verify=verify, cache=cache, max_pixels=max_pixels
+        )
         self.train_transform, self.val_transform = train_transform, val_transform
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
+        self._loading: dict[str, Any] = {
+            "size_divisor": size_divisor,
+            "num_workers": num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        self.seed = seed
         self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
-        self.classes, self.on_error, self.verify = classes, on_error, verify
+        self.classes, self.on_error = classes, on_error
         self.masks, self.val_masks = bool(masks), bool(val_masks)
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
-        self.max_pixels = max_pixels
         self.train_set: DetectionDataset | None = None
         self.val_set: DetectionDataset | None = None
         self._in_use: dict[str, TransformedDataset] = {}
@@ -107,7 +113,7 @@ class DetectionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
             masks = self.masks or self.copy_paste is not None
-            self.train_set = self._read(*self.train_paths, self.classes, masks=masks, rle=False)
+            self.train_set = self._read(*self.train_paths, classes=self.classes, masks=masks)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
         if self.val_set is None:
@@ -134,7 +140,7 @@ class DetectionDataModule(LightningDataModule):
             colour=self.colour,
         )
         self._in_use["training"] = dataset
-        return TrainLoader(dataset, sampler, **self._loading())
+        return TrainLoader(dataset, sampler, **self._loading)
 
     def val_dataloader(self) -> BatchLoader:
         assert self.val_set is not None, "setup() comes first"
@@ -144,7 +150,7 @@ class DetectionDataModule(LightningDataModule):
         unreadable: Unreadable = "blank" if self.on_error == "skip" else "stop"
         dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, unreadable)
         self._in_use["validation"] = dataset
-        return BatchLoader(dataset, sampler, **self._loading())
+        return BatchLoader(dataset, sampler, **self._loading)
 
     def teardown(self, stage: str) -> None:
         for split, dataset in self._in_use.items():
@@ -152,43 +158,13 @@ class DetectionDataModule(LightningDataModule):
                 named = ", ".join(files[:_NAMED]) + ", ..." * (len(files) > _NAMED)
                 _log.warning("%d of %d %s images could not be decoded: %s", len(files), len(dataset), split, named)
 
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "size_divisor": self.size_divisor,
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _read_val(self) -> DetectionDataset:
         """Labels are those of the training set when that is known, whatever this file lists, and in which order."""
         classes = self.classes if self.train_set is None else self.train_set.class_names
-        val = self._read(*self.val_paths, classes, masks=False, rle=self.val_masks, absent=True)
+        val = self._read(*self.val_paths, classes=classes, rle=self.val_masks, absent=True)
         if self.train_set is not None and self.classes is None:
             check_val_classes(self.train_set.class_names, val.label_counts, val.others, val.report.source)
         return val
-
-    def _read(
-        self,
-        images: Path,
-        annotations: Path,
-        classes: Sequence[str] | None,
-        masks: bool,
-        rle: bool,
-        absent: bool = False,
-    ) -> DetectionDataset:
-        return DetectionDataset(
-            images,
-            annotations,
-            reader=self.reader,
-            classes=classes,
-            absent=absent,
-            on_error=self.on_error,
-            verify=self.verify,
-            masks=masks,
-            rle=rle,
-            cache=self.cache,
-            max_pixels=self.max_pixels,
-        )

@@ -20,7 +20,7 @@ from codetr.data.findings import OnError
 from codetr.data.image_records import take_lists
 from codetr.data.images import read_image
 from codetr.data.readers import Reader, coco
-from codetr.data.sampling import Objects
+from codetr.data.sampling import Objects, classes_of_images
 from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
 from codetr.types import Truth
@@ -134,31 +134,21 @@ class DetectionDataset(Dataset[Sample]):
     @property
     def label_counts(self) -> dict[str, int]:
         """Class name -> number of objects to train on (no crowds, none ignored)."""
-        if self._images is None:
-            counts = self._counts_of_classes(self._table.counts)
-        else:
-            counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
+        counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
-
-    def _counts_of_classes(self, counts: np.ndarray) -> np.ndarray:
-        return np.where(self._positions >= 0, counts[self._positions], 0)
-
-    @property
-    def others(self) -> dict[str, int]:
-        """Name -> number of objects of the categories that are none of the classes."""
-        rest = (self._label_of < 0).nonzero()[0].tolist()
-        return {self._table.category_names[i]: int(self._table.counts[i]) for i in rest}
 
     @property
     def image_counts(self) -> dict[str, int]:
         """Class name -> number of images with such an object; LVIS' `image_count`."""
-        if self._images is None:
-            counts = self._counts_of_classes(self._table.image_counts)
-        else:
-            offsets, labels = self.objects()
-            pairs = np.repeat(np.arange(len(self)), np.diff(offsets)) * len(self.class_names) + labels
-            counts = np.bincount(np.unique(pairs) % len(self.class_names), minlength=len(self.class_names))
-        return dict(zip(self.class_names, counts.tolist(), strict=True))
+        _, classes = classes_of_images(*self.objects())
+        return dict(zip(self.class_names, np.bincount(classes, minlength=len(self.class_names)).tolist(), strict=True))
+
+    @property
+    def others(self) -> dict[str, int]:
+        """Name -> number of objects, as above, of the categories that are none of the classes."""
+        table = self._table
+        counts = np.bincount(table.categories[~(table.crowd | table.ignore)], minlength=len(self._label_of))
+        return {table.category_names[i]: int(counts[i]) for i in (self._label_of < 0).nonzero()[0].tolist()}
 
     @property
     def fingerprint(self) -> str:
@@ -233,6 +223,7 @@ class DetectionDataset(Dataset[Sample]):
         image = read_image(self.path(index), (height, width), self.max_pixels)
         truth = self.truth(index)
         objects = ~(truth["iscrowd"] | truth["ignore"])
+        rows = self._objects_of(row)[objects.numpy()]
         boxes = truth["boxes"][objects].float()
         boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
         return Sample(
@@ -243,10 +234,5 @@ class DetectionDataset(Dataset[Sample]):
             scale=(1.0, 1.0),
             file_size=(height, width),
             truth=truth,
-            masks=Mask(self._read_masks(index, objects)) if self._masks else None,
+            masks=Mask(self._segmentations.masks(rows, (height, width))) if self._masks else None,
         )
-
-    def _read_masks(self, index: int, objects: Tensor) -> Tensor:
-        image = self._row(index)
-        height, width = self._table.sizes[image].tolist()
-        return self._segmentations.masks(self._objects_of(image)[objects.numpy()], (height, width))

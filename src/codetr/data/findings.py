@@ -84,13 +84,10 @@ class Findings:
         """Rule -> number of records that it refuses."""
         return {rule: self.counts[rule] for rule in self.rules() if self.severity(rule) == "error"}
 
-    def total(self, severity: Severity) -> int:
-        """How many findings there are of a severity."""
-        return sum(n for rule, n in self.counts.items() if self.severity(rule) == severity)
-
-    def left(self, severity: Severity) -> int:
-        """How many of a severity `fix=true` cannot mend."""
-        return sum(n for rule, n in self.unmended.items() if self.severity(rule) == severity)
+    def total(self, severity: Severity, unmended: bool = False) -> int:
+        """How many findings there are of a severity; unmended: of those that `fix=true` leaves as they are."""
+        counts = self.unmended if unmended else self.counts
+        return sum(n for rule, n in counts.items() if self.severity(rule) == severity)
 
     def __str__(self) -> str:
         lines = []

@@ -28,8 +28,7 @@ class Table:
     in these names, each once. segmentations: bytes (see
     `codetr.data.segmentations`), segmentation_offsets [m + 1], or empty when the table was made without masks.
     negative, not_exhaustive: LVIS' lists of categories per image, as positions; *_offsets [n + 1], or empty in other
-    sets. category_ids [k] int64; counts [k] objects that are neither crowd nor ignored, image_counts [k] images with
-    one.
+    sets. category_ids [k] int64.
 
     category_names: k strings. frequencies: k of LVIS' letters r, c, f, or None. It travels to other processes as the
     name of its file.
@@ -53,8 +52,6 @@ class Table:
     not_exhaustive: np.ndarray
     not_exhaustive_offsets: np.ndarray
     category_ids: np.ndarray
-    counts: np.ndarray
-    image_counts: np.ndarray
 
     def __init__(self, path: Path, layout: Mapping[str, Any]) -> None:
         """Map the file `path`; `layout`: what `write` returned. Raises ValueError when they do not fit."""
@@ -78,10 +75,6 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.image_ids)
-
-    @property
-    def has_masks(self) -> bool:
-        return len(self.segmentation_offsets) > 0
 
     @property
     def is_federated(self) -> bool:
