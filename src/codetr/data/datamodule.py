@@ -29,14 +29,22 @@ _NAMED = 10  # of the files that could not be decoded
 class DetectionDataModule(LightningDataModule):
     """A training and a validation set, with their loaders.
 
-    *_images are folders, *_annotations what `reader` reads (see `codetr.data.readers`), relative to `root`, or else
-    to the working directory. cache: where tables of annotations are kept (see `codetr.data.cache`). batch_size and
-    eval_batch_size count images per process. classes selects and orders categories by name (None: all, as in the
-    training file). on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects'
-    masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node before
-    anything is read, to make or fetch the data. copy_paste: of training images; reads masks. colour: of training images
-    before `train_transform`. sampling: which images an epoch shows how often; aspect_ratio_grouping: batches of wide
-    or of high images (see `codetr.data.sampling`).
+    train_images, val_images: folders, relative to `root`, or else to the working directory.
+    train_annotations, val_annotations: what `reader` reads (see `codetr.data.readers`), likewise.
+    cache: where tables of annotations are kept (see `codetr.data.cache`).
+    train_transform, val_transform: see `codetr.data.transforms.TransformedDataset`.
+    batch_size, eval_batch_size: images per process.
+    size_divisor: of the height and width of a batch.
+    sampling: which images an epoch shows how often.
+    aspect_ratio_grouping: batches of wide or of high images (see `codetr.data.sampling`).
+    classes: selects and orders categories by name; None: all, as in the training file.
+    on_error, verify: see `codetr.data.checks`.
+    masks: samples of the training set have the objects' masks.
+    val_masks: the truth of the validation set has masks, as run lengths.
+    prepare: called once per node before anything is read, to make or fetch the data.
+    copy_paste: applied to training images; reads masks.
+    colour: applied to training images before `train_transform`.
+    max_pixels: of an image; larger ones are not decoded.
 
     With on_error "skip", an image file that does not decode in the middle of a run is replaced by the next one in
     training, and by a black one in evaluation, where its objects count as missed; `teardown` says how many, and which.
@@ -100,7 +108,7 @@ class DetectionDataModule(LightningDataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels; known after `setup`."""
+        """The names in the order of the labels; known after `setup`."""
         dataset = self.train_set or self.val_set
         if dataset is None:
             raise RuntimeError("class_names is known after setup()")

@@ -45,8 +45,10 @@ class Tabulated(NamedTuple):
 def tabulate(document: Document, folder: Path, masks: bool, findings: Findings) -> Tabulated:
     """The usable records of `document`; what is wrong with the others goes into `findings`.
 
-    folder: for temporary files, to which the columns are mapped. masks: keep segmentations, and only objects that have
-    a usable one; crowds need none. Raises UserError where the categories make no sense.
+    folder: for temporary files, to which the columns are mapped.
+    masks: keep segmentations, and only objects that have a usable one; crowds need none.
+
+    Raises UserError where the categories make no sense.
     """
     categories = list(document["categories"])
     root = root_category(categories)
@@ -105,7 +107,7 @@ def _good_objects(judged: Judged, masks: bool, findings: Findings) -> dict[str, 
 
 
 def _pack(judged: Judged, rows: np.ndarray, findings: Findings) -> tuple[np.ndarray, list[bytes]]:
-    """Those of `rows` that have a usable mask, and their masks; a crowd without one covers its box."""
+    """The rows of `rows` that have a usable mask, and their masks; a crowd without one covers its box."""
     kept, masks, sizes = [], [], []
     for i in rows.tolist():
         record = judged.records[i]
@@ -154,7 +156,7 @@ class _Files:
 
 
 def _by_image(read: _Files, images: np.ndarray, findings: Findings) -> tuple[np.ndarray, np.ndarray]:
-    """Which objects stay, sorted by image, and where each image's begin; an id's first object stays."""
+    """The objects that stay, sorted by image, and where each image's begin; an id's first object stays."""
     ids, owner = read.column("id"), read.column("owner")
     again = repeated(ids)
     findings.add_all(REPEATED, again, lambda i: f"annotation {ids[i]} of image {images[owner[i]]}")

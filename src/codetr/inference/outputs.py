@@ -69,7 +69,7 @@ def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def _identities(path: Path) -> set[tuple[int, int]]:
-    """Of the file, and of every symbolic link that leads to it."""
+    """Device and inode of the file, and of every symbolic link that leads to it."""
     found: set[tuple[int, int]] = set()
     while True:
         try:
@@ -135,8 +135,10 @@ class Writer:
     predictions.json holds what was added.
 
     paths: all files of the run, none twice; pictures keep their names, and their folders below the deepest common one.
-    image_ids: of each path. pictures: whether to draw at all. inputs: other files that the run reads. done: number of
-    images so far.
+    image_ids: of each path.
+    pictures: whether to draw at all.
+    inputs: other files that the run reads.
+    done: number of images so far.
 
     Raises UserError, before anything is written, where an input would be overwritten; and for what cannot be written.
     """

@@ -52,8 +52,8 @@ class LearnedQueries(nn.Module):
             weight=self.weight,
         )
 
-    def _content(self, like: Tensor) -> Tensor:
-        """[1 or N, C]."""
+    def _content(self, tokens: Tensor) -> Tensor:
+        """[N, C] that are learned, or [1, C] zeros of the type and device of the memory's `tokens`."""
         if self.content is None:
-            return torch.zeros(1, self.width, dtype=like.dtype, device=like.device)
+            return torch.zeros(1, self.width, dtype=tokens.dtype, device=tokens.device)
         return pad(self.content.weight, (0, 1)) if self.indicator else self.content.weight

@@ -117,7 +117,7 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
 
 
 def _progress(name: str) -> Any:
-    """Images on the way, for a terminal only."""
+    """A bar that counts images on the way, for a terminal only."""
     from rich.console import Console
     from rich.progress import track
 
