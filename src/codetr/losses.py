@@ -19,15 +19,15 @@ from torchvision.ops import sigmoid_focal_loss
 EPS = 1e-7  # keeps the GIoU of boxes without area finite
 
 
-def giou_loss(boxes: Tensor, goals: Tensor) -> Tensor:
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """1 - GIoU of corresponding xyxy boxes (Rezatofighi et al. 2019, algorithm 1): [..., 4], [..., 4] -> [...].
 
     The digits of torchvision's `generalized_box_iou_loss`, which makes the host wait: it indexes by a mask.
     """
-    low, high = torch.maximum(boxes[..., :2], goals[..., :2]), torch.minimum(boxes[..., 2:], goals[..., 2:])
+    low, high = torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:])
     intersection = _area(low, high).where((high > low).all(-1), 0)
-    union = _area(*boxes.split(2, -1)) + _area(*goals.split(2, -1)) - intersection
-    hull = _area(torch.minimum(boxes[..., :2], goals[..., :2]), torch.maximum(boxes[..., 2:], goals[..., 2:]))
+    union = _area(*boxes.split(2, -1)) + _area(*targets.split(2, -1)) - intersection
+    hull = _area(torch.minimum(boxes[..., :2], targets[..., :2]), torch.maximum(boxes[..., 2:], targets[..., 2:]))
     return 1 - (intersection / (union + EPS) - (hull - union) / (hull + EPS))
 
 

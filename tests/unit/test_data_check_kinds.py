@@ -558,7 +558,7 @@ NOT_MENDED = {
 
 
 def errors(splits: list[Split], left: bool = False) -> int:
-    return sum(s.findings.left("error") if left else s.findings.total("error") for s in splits)
+    return sum(s.findings.total("error", unmended=left) for s in splits)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if RULES[c.kind].severity == "error"])

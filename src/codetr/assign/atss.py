@@ -10,12 +10,17 @@ from codetr.ops.gather import smallest
 
 
 def assign_atss(anchors: list[Tensor], anchor_valid: Tensor, boxes: Tensor, valid: Tensor, topk: int) -> Tensor:
-    """Per object: of the `topk` anchors of each level nearest to its centre, those with an IoU of at least mean +
-    standard deviation of the IoUs of them all, and whose centre lies in the object. Of several objects an anchor
-    takes the one of highest IoU, the first one of equals.
+    """For each object, choose among the `topk` anchors of each level that are nearest to its centre those with an IoU
+    of at least mean + standard deviation of the IoUs of them all, and whose centre lies in the object.
 
-    anchors: per level [N_j, 4], shared by all images. anchor_valid: [B, N]; the others are ignored. boxes:
-    [B, M, 4], M >= 1. valid: [B, M]. All boxes xyxy in pixels. Returns [B, N]: object index, BACKGROUND or IGNORED.
+    Of several objects an anchor takes the one of highest IoU, the first one of equals.
+
+    anchors: per level [N_j, 4], shared by all images.
+    anchor_valid: [B, N]; the others are ignored.
+    boxes: [B, M, 4], M >= 1.
+    valid: [B, M].
+
+    All boxes xyxy in pixels. Returns [B, N]: object index, BACKGROUND or IGNORED.
     """
     every = torch.cat(anchors)
     centers, _ = center_size(every)

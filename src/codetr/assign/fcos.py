@@ -17,9 +17,14 @@ def assign_fcos(
 ) -> Tensor:
     """A point takes the smallest object that it lies in and whose farthest side suits its level, the first of equals.
 
-    points: [N, 2] (x, y), shared by all images. point_valid: [B, N]; the others are ignored. radius: [N] half side of
-    the square around an object's centre in which its points must lie (centre sampling); None: anywhere in the object.
-    limits: [N, 2] least and greatest distance to the farthest side. boxes: [B, M, 4], M >= 1, xyxy. valid: [B, M].
+    points: [N, 2] (x, y), shared by all images.
+    point_valid: [B, N]; the others are ignored.
+    radius: [N] half side of the square around an object's centre in which its points must lie (centre sampling); None:
+        anywhere in the object.
+    limits: [N, 2] least and greatest distance to the farthest side.
+    boxes: [B, M, 4], M >= 1, xyxy.
+    valid: [B, M].
+
     All in pixels. Returns [B, N]: object index, BACKGROUND or IGNORED.
     """
     distances = point_distances(points[None, :, None], boxes[:, None])  # [B, N, M, 4]

@@ -28,7 +28,11 @@ class MatchingCost:
     gamma: float
 
     def __call__(self, prediction: Prediction, labels: Tensor, boxes: Tensor) -> Tensor:
-        """prediction: [L, B, N, ...]. labels: [B, M]. boxes: [B, M, 4] cxcywh. Returns [L, B, M, N].
+        """prediction: [L, B, N, ...].
+        labels: [B, M].
+        boxes: [B, M, 4] cxcywh.
+
+        Returns [L, B, M, N].
 
         Only between an image's own queries and objects, and only for the objects' classes; coordinate by coordinate
         and in place, since passes over memory are what it costs. With d the distance of two centres and e half the

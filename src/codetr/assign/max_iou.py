@@ -21,8 +21,12 @@ def assign_max_iou(
     low_quality: every object whose best IoU is >= this, and above 0, also takes all candidates that reach that best
     IoU, the last object where several do; None: not. What is left in between, or is not valid, is ignored.
 
-    candidates: [B, N, 4] or shared [N, 4]. candidate_valid: [B, N]. boxes: [B, M, 4], M >= 1. valid: [B, M]. All
-    boxes xyxy. Returns [B, N]: object index, BACKGROUND or IGNORED.
+    candidates: [B, N, 4] or shared [N, 4].
+    candidate_valid: [B, N].
+    boxes: [B, M, 4], M >= 1.
+    valid: [B, M].
+
+    All boxes xyxy. Returns [B, N]: object index, BACKGROUND or IGNORED.
     """
     candidates = candidates.expand(len(boxes), -1, -1)
     iou = box_iou(boxes, candidates)

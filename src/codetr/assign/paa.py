@@ -11,14 +11,17 @@ ITERATIONS, TOLERANCE, FLOOR = 100, 1e-3, 1e-6  # of the expectation maximisatio
 
 @torch.no_grad()
 def assign_paa(matched_index: Tensor, cost: Tensor, level_sizes: list[int], num_objects: int, topk: int) -> Tensor:
-    """Of each object's candidates, those that two Gaussians over their costs call good.
+    """Keep, of each object's candidates, those that two Gaussians over their costs call good.
 
     Per object: its `topk` cheapest candidates of each level, of equals the first ones; two Gaussians are fitted to
     their costs; positive are those of the cheaper Gaussian up to the most likely one. An object with fewer than two
     candidates gets none.
 
-    matched_index: [B, N] the object whose candidate it is, BACKGROUND or IGNORED. cost: [B, N], finite on candidates.
-    level_sizes: candidates per level. Returns [B, N], the matched index of what is left, else BACKGROUND.
+    matched_index: [B, N] the object whose candidate it is, BACKGROUND or IGNORED.
+    cost: [B, N], finite on candidates.
+    level_sizes: candidates per level.
+
+    Returns [B, N], the matched index of what is left, else BACKGROUND.
     """
     objects = torch.arange(num_objects, device=matched_index.device)
     table = cost[:, None].masked_fill(matched_index[:, None] != objects[:, None], torch.inf)  # [B, M, N]

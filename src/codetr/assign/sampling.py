@@ -10,9 +10,12 @@ def random_keys(mask: Tensor) -> Tensor:
 
 
 def sample(mask: Tensor, count: int | Tensor) -> Tensor:
-    """At most `count` random members of each image's mask.
+    """Draw at most `count` random members of each image's mask.
 
-    mask: [B, N] bool. count: for all images, or [B]. Returns [B, N] bool.
+    mask: [B, N] bool.
+    count: for all images, or [B].
+
+    Returns [B, N] bool.
     """
     keys = random_keys(mask).masked_fill(~mask, torch.inf)
     if isinstance(count, int):
@@ -26,7 +29,7 @@ def sample(mask: Tensor, count: int | Tensor) -> Tensor:
 
 
 def sample_both(positive: Tensor, negative: Tensor, most_positive: int, total: int) -> tuple[Tensor, Tensor]:
-    """At most `most_positive` random positives, filled up to `total` with random negatives.
+    """Draw at most `most_positive` random positives, filled up to `total` with random negatives.
 
     positive, negative: [B, N] bool, disjoint. Returns their random subsets.
     """

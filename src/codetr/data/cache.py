@@ -30,7 +30,7 @@ from codetr.errors import UserError
 from codetr.files import atomically
 
 # Changes with what a table holds, or what the checks let pass.
-_VERSION = 5
+_VERSION = 6
 _log = logging.getLogger(__name__)
 _TICK = 2 * 10**9  # nanoseconds, of the coarsest file systems' clocks
 _PATIENCE = 2.0  # seconds without a progress bar
@@ -131,7 +131,7 @@ def _build(
 def _keep(
     folder: Path, stem: str, temporary: Path, tabulated: Tabulated, findings: Findings, sources: list[dict[str, Any]]
 ) -> Table:
-    """Put it where the next process looks for it."""
+    """Put the table where the next process looks for it."""
     layout = table.write(temporary / "table", *tabulated)
     name = f"{temporary.name}.table"
     (temporary / "table").rename(folder / name)
@@ -146,7 +146,7 @@ def _keep(
 
 
 def _write_head(path: Path, head: dict[str, Any]) -> None:
-    """At once, so that no process ever sees half of it."""
+    """Write the head at once, so that no process ever sees half of it."""
     with atomically(path) as part:
         part.write_text(json.dumps(head))
 
@@ -175,7 +175,7 @@ def _unchanged(source: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _content(path: Path) -> str:
-    """Of a file, its bytes; of a folder, the names in it."""
+    """A digest of a file's bytes, or of the names in a folder."""
     if path.is_dir():
         return _digest("\0".join(sorted(os.listdir(path))).encode(errors="surrogateescape"))
     with path.open("rb") as file:

@@ -78,12 +78,14 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
 def check_files(
     table: Table, root: Path, verify: Verify, findings: Findings, max_pixels: int | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """[n] bool, which image files of `table` can be used; they lie below `root`. Image -> name of those that are found
-    under another name than the table's.
+    """Which image files of `table`, below `root`, can be used: [n] bool; and, for each image whose file is found under
+    another name than the table's, that name.
 
     verify: "exists" asks for the file, "complete" also for a header and an end of file that fit (suspicious files are
-    decoded), "decode" decodes every file. max_pixels: see `images.opened`. Raises UserError when `root` is not a
-    folder.
+        decoded), "decode" decodes every file.
+    max_pixels: see `images.opened`.
+
+    Raises UserError when `root` is not a folder.
     """
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist: check the paths under `data`")
@@ -152,8 +154,10 @@ def check_trainable(counts: Mapping[str, int], source: Path) -> None:
 def check_val_classes(train: Sequence[str], val: Mapping[str, int], others: Mapping[str, int], source: Path) -> None:
     """Raise UserError when the validation file has objects of categories that the training file lacks.
 
-    val: name -> number of objects of the classes trained; others: of the other categories. Classes of `train` without
-    objects there are trained all the same, and said.
+    train: names of the classes. Those without objects in the validation file are trained all the same, and said.
+    val: name -> number of objects of the classes trained.
+    others: name -> number of objects of the other categories.
+    source: the validation file.
     """
     foreign = [name for name, count in others.items() if count]
     empty = [name for name in train if not val.get(name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,14 +29,22 @@ _NAMED = 10  # of the files that could not be decoded
 class DetectionDataModule(LightningDataModule):
     """A training and a validation set, with their loaders.
 
-    *_images are folders, *_annotations what `reader` reads (see `codetr.data.readers`), relative to `root`, or else
-    to the working directory. cache: where tables of annotations are kept (see `codetr.data.cache`). batch_size and
-    eval_batch_size count images per process. classes selects and orders categories by name (None: all, as in the
-    training file). on_error, verify: see `codetr.data.checks`. masks: samples of the training set have the objects'
-    masks; val_masks: the truth of the validation set has them, as run lengths. prepare: called once per node before
-    anything is read, to make or fetch the data. copy_paste: of training images; reads masks. colour: of training images
-    before `train_transform`. sampling: which images an epoch shows how often; aspect_ratio_grouping: batches of wide
-    or of high images (see `codetr.data.sampling`).
+    train_images, val_images: folders, relative to `root`, or else to the working directory.
+    train_annotations, val_annotations: what `reader` reads (see `codetr.data.readers`), likewise.
+    cache: where tables of annotations are kept (see `codetr.data.cache`).
+    train_transform, val_transform: see `codetr.data.transforms.TransformedDataset`.
+    batch_size, eval_batch_size: images per process.
+    size_divisor: of the height and width of a batch.
+    sampling: which images an epoch shows how often.
+    aspect_ratio_grouping: batches of wide or of high images (see `codetr.data.sampling`).
+    classes: selects and orders categories by name; None: all, as in the training file.
+    on_error, verify: see `codetr.data.checks`.
+    masks: samples of the training set have the objects' masks.
+    val_masks: the truth of the validation set has masks, as run lengths.
+    prepare: called once per node before anything is read, to make or fetch the data.
+    copy_paste: applied to training images; reads masks.
+    colour: applied to training images before `train_transform`.
+    max_pixels: of an image; larger ones are not decoded.
 
     With on_error "skip", an image file that does not decode in the middle of a run is replaced by the next one in
     training, and by a black one in evaluation, where its objects count as missed; `teardown` says how many, and which.
@@ -79,22 +87,28 @@ class DetectionDataModule(LightningDataModule):
         super().__init__()
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
         self.val_paths = locate(root, val_images), locate(root, val_annotations)
-        self.reader, self.cache = reader, cache
+        self._read = partial(
+            DetectionDataset, reader=reader, on_error=on_error, verify=verify, cache=cache, max_pixels=max_pixels
+        )
         self.train_transform, self.val_transform = train_transform, val_transform
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.size_divisor, self.num_workers, self.seed = size_divisor, num_workers, seed
+        self._loading: dict[str, Any] = {
+            "size_divisor": size_divisor,
+            "num_workers": num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        self.seed = seed
         self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
-        self.classes, self.on_error, self.verify = classes, on_error, verify
+        self.classes, self.on_error = classes, on_error
         self.masks, self.val_masks = bool(masks), bool(val_masks)
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
-        self.max_pixels = max_pixels
         self.train_set: DetectionDataset | None = None
         self.val_set: DetectionDataset | None = None
         self._in_use: dict[str, TransformedDataset] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels; known after `setup`."""
+        """The names in the order of the labels; known after `setup`."""
         dataset = self.train_set or self.val_set
         if dataset is None:
             raise RuntimeError("class_names is known after setup()")
@@ -107,7 +121,7 @@ class DetectionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
             masks = self.masks or self.copy_paste is not None
-            self.train_set = self._read(*self.train_paths, self.classes, masks=masks, rle=False)
+            self.train_set = self._read(*self.train_paths, classes=self.classes, masks=masks)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
         if self.val_set is None:
@@ -135,7 +149,7 @@ class DetectionDataModule(LightningDataModule):
         )
         self._in_use["training"] = dataset
         batches_per_step = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return TrainLoader(dataset, sampler, batches_per_step=batches_per_step, **self._loading())
+        return TrainLoader(dataset, sampler, batches_per_step=batches_per_step, **self._loading)
 
     def val_dataloader(self) -> BatchLoader:
         assert self.val_set is not None, "setup() comes first"
@@ -145,7 +159,7 @@ class DetectionDataModule(LightningDataModule):
         unreadable: Unreadable = "blank" if self.on_error == "skip" else "stop"
         dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, unreadable)
         self._in_use["validation"] = dataset
-        return BatchLoader(dataset, sampler, **self._loading())
+        return BatchLoader(dataset, sampler, **self._loading)
 
     def teardown(self, stage: str) -> None:
         for split, dataset in self._in_use.items():
@@ -153,43 +167,13 @@ class DetectionDataModule(LightningDataModule):
                 named = ", ".join(files[:_NAMED]) + ", ..." * (len(files) > _NAMED)
                 _log.warning("%d of %d %s images could not be decoded: %s", len(files), len(dataset), split, named)
 
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "size_divisor": self.size_divisor,
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _read_val(self) -> DetectionDataset:
         """Labels are those of the training set when that is known, whatever this file lists, and in which order."""
         classes = self.classes if self.train_set is None else self.train_set.class_names
-        val = self._read(*self.val_paths, classes, masks=False, rle=self.val_masks, absent=True)
+        val = self._read(*self.val_paths, classes=classes, rle=self.val_masks, absent=True)
         if self.train_set is not None and self.classes is None:
             check_val_classes(self.train_set.class_names, val.label_counts, val.others, val.report.source)
         return val
-
-    def _read(
-        self,
-        images: Path,
-        annotations: Path,
-        classes: Sequence[str] | None,
-        masks: bool,
-        rle: bool,
-        absent: bool = False,
-    ) -> DetectionDataset:
-        return DetectionDataset(
-            images,
-            annotations,
-            reader=self.reader,
-            classes=classes,
-            absent=absent,
-            on_error=self.on_error,
-            verify=self.verify,
-            masks=masks,
-            rle=rle,
-            cache=self.cache,
-            max_pixels=self.max_pixels,
-        )

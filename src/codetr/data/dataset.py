@@ -20,7 +20,7 @@ from codetr.data.findings import OnError
 from codetr.data.image_records import take_lists
 from codetr.data.images import read_image
 from codetr.data.readers import Reader, coco
-from codetr.data.sampling import Objects
+from codetr.data.sampling import Objects, classes_of_images
 from codetr.data.segmentations import Segmentations
 from codetr.errors import UserError
 from codetr.types import Truth
@@ -32,10 +32,14 @@ _CHUNK = 1 << 20  # objects
 class Sample:
     """One image with its objects.
 
-    image: [3, H, W] uint8 RGB. boxes: [n, 4] xyxy pixels, inside the image; labels: [n]; masks: [n, H, W] uint8, 1
-    on the object, or None where the data set reads none; all without crowds and ignored objects.
-    scale: (rows, columns) pixels of the image per pixel of the file; file_size: (height, width) of that. truth: of all
-    objects, crowds included.
+    image: [3, H, W] uint8 RGB.
+    boxes: [n, 4] xyxy pixels, inside the image, of the objects to train on: no crowds, none ignored.
+    labels: [n], of the same.
+    image_id: the image's id in the annotations.
+    scale: (rows, columns) pixels of the image per pixel of the file.
+    file_size: (height, width) of the file.
+    truth: of all objects, crowds included.
+    masks: [n, H, W] uint8, 1 on the object; None where the data set reads none.
     """
 
     image: Image
@@ -51,12 +55,16 @@ class Sample:
 class DetectionDataset(Dataset[Sample]):
     """Images of the folder `root` with the objects of an annotation file, checked on construction.
 
-    reader: turns the file into COCO's records (see `codetr.data.readers`). Labels are 0, 1, ... in the order of
-    `class_names`: all categories in the order of the file, or `classes`. `category_ids` holds the file's id of each
-    label, -1 where it has none. absent: classes of which the file knows nothing may be among `classes`, if not all.
-    `report` tells what was dropped (see `codetr.data.rules`). masks, rle: also read the objects'
-    segmentations, for `masks` to train with, or for `rle` of the truth. cache: where tables are kept (see
-    `codetr.data.cache`). max_pixels: of an image; larger ones are not decoded.
+    reader: turns the file into COCO's records (see `codetr.data.readers`).
+    classes: names of the classes, whose labels are 0, 1, ...; None: all categories in the order of the file.
+    absent: classes of which the file knows nothing may be among `classes`, if not all.
+    on_error, verify: see `codetr.data.checks`.
+    masks, rle: also read the objects' segmentations, for `masks` to train with, or for `rle` of the truth.
+    cache: where tables are kept (see `codetr.data.cache`).
+    max_pixels: of an image; larger ones are not decoded.
+
+    `class_names` are in the order of the labels, `category_ids` the file's ids of them, -1 where it has none. `report`
+    tells what was dropped (see `codetr.data.rules`).
 
     It is a view of a `Table`, and holds nothing else that grows with the number of objects: processes share it.
     Whether image files are there is asked anew every time, one listing per folder.
@@ -88,7 +96,7 @@ class DetectionDataset(Dataset[Sample]):
         usable, found = check_files(self._table, self.root, verify, self.report, max_pixels)
         self._misspelt = np.array(sorted(found), np.int64)
         self._spellings = np.array([os.fsencode(found[row]) for row in sorted(found)], np.bytes_)
-        self.report.settle(on_error)
+        self.report.raise_or_log(on_error)
         if not usable.any():
             raise UserError(f"{source} names no usable image in {self.root}")
         self._images = None if usable.all() else usable.nonzero()[0]
@@ -134,35 +142,25 @@ class DetectionDataset(Dataset[Sample]):
     @property
     def label_counts(self) -> dict[str, int]:
         """Class name -> number of objects to train on (no crowds, none ignored)."""
-        if self._images is None:
-            counts = self._counts_of_classes(self._table.counts)
-        else:
-            counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
+        counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
-
-    def _counts_of_classes(self, counts: np.ndarray) -> np.ndarray:
-        return np.where(self._positions >= 0, counts[self._positions], 0)
-
-    @property
-    def others(self) -> dict[str, int]:
-        """Name -> number of objects of the categories that are none of the classes."""
-        rest = (self._label_of < 0).nonzero()[0].tolist()
-        return {self._table.category_names[i]: int(self._table.counts[i]) for i in rest}
 
     @property
     def image_counts(self) -> dict[str, int]:
         """Class name -> number of images with such an object; LVIS' `image_count`."""
-        if self._images is None:
-            counts = self._counts_of_classes(self._table.image_counts)
-        else:
-            offsets, labels = self.objects()
-            pairs = np.repeat(np.arange(len(self)), np.diff(offsets)) * len(self.class_names) + labels
-            counts = np.bincount(np.unique(pairs) % len(self.class_names), minlength=len(self.class_names))
-        return dict(zip(self.class_names, counts.tolist(), strict=True))
+        _, classes = classes_of_images(*self.objects())
+        return dict(zip(self.class_names, np.bincount(classes, minlength=len(self.class_names)).tolist(), strict=True))
+
+    @property
+    def others(self) -> dict[str, int]:
+        """Name -> number of objects, as above, of the categories that are none of the classes."""
+        table = self._table
+        counts = np.bincount(table.categories[~(table.crowd | table.ignore)], minlength=len(self._label_of))
+        return {table.category_names[i]: int(counts[i]) for i in (self._label_of < 0).nonzero()[0].tolist()}
 
     @property
     def fingerprint(self) -> str:
-        """Of the images and objects, in their order: the same only for the same set. Neither pixels nor masks count."""
+        """A digest of the images and objects in their order, the same only for the same set; pixels do not count."""
         table, digest = self._table, hashlib.blake2b(digest_size=16)
         columns = [table.image_ids, table.sizes, table.names, table.offsets, table.boxes, table.crowd, table.ignore]
         columns += [] if self._images is None else [self._images]
@@ -214,7 +212,7 @@ class DetectionDataset(Dataset[Sample]):
         return truth
 
     def _objects_of(self, image: int) -> np.ndarray:
-        """Their rows in the table, of the selected classes."""
+        """The rows of an image's objects in the table, of the selected classes."""
         start, end = self._table.offsets[image : image + 2]
         return start + (self._label_of[self._table.categories[start:end]] >= 0).nonzero()[0]
 
@@ -233,6 +231,7 @@ class DetectionDataset(Dataset[Sample]):
         image = read_image(self.path(index), (height, width), self.max_pixels)
         truth = self.truth(index)
         objects = ~(truth["iscrowd"] | truth["ignore"])
+        rows = self._objects_of(row)[objects.numpy()]
         boxes = truth["boxes"][objects].float()
         boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
         return Sample(
@@ -243,10 +242,5 @@ class DetectionDataset(Dataset[Sample]):
             scale=(1.0, 1.0),
             file_size=(height, width),
             truth=truth,
-            masks=Mask(self._read_masks(index, objects)) if self._masks else None,
+            masks=Mask(self._segmentations.masks(rows, (height, width))) if self._masks else None,
         )
-
-    def _read_masks(self, index: int, objects: Tensor) -> Tensor:
-        image = self._row(index)
-        height, width = self._table.sizes[image].tolist()
-        return self._segmentations.masks(self._objects_of(image)[objects.numpy()], (height, width))

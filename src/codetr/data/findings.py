@@ -41,8 +41,10 @@ class Example(NamedTuple):
 class Findings:
     """Which rules of `codetr.data.rules` the records of one file break, and how often.
 
-    source: the file. limit: of each rule, how many records are kept as examples; all are counted. masks: whether the
-    masks of this file are read. unmended: of each rule, how many `fix=true` leaves as they are.
+    source: the file.
+    limit: of each rule, how many records are kept as examples; all are counted.
+    masks: whether the masks of this file are read.
+    unmended: of each rule, how many `fix=true` leaves as they are.
     """
 
     source: Path
@@ -75,22 +77,19 @@ class Findings:
         return "warning" if RULES[rule].masks and not self.masks else RULES[rule].severity
 
     def rules(self) -> list[str]:
-        """What was found, the gravest first."""
+        """The rules that are broken, the gravest first."""
         order = list(RULES)
         return sorted(self.counts, key=lambda r: (SEVERITIES.index(self.severity(r)), order.index(r)))
 
     @property
     def errors(self) -> dict[str, int]:
-        """Rule -> number of records that it refuses."""
+        """How many records each rule refuses."""
         return {rule: self.counts[rule] for rule in self.rules() if self.severity(rule) == "error"}
 
-    def total(self, severity: Severity) -> int:
-        """How many findings there are of a severity."""
-        return sum(n for rule, n in self.counts.items() if self.severity(rule) == severity)
-
-    def left(self, severity: Severity) -> int:
-        """How many of a severity `fix=true` cannot mend."""
-        return sum(n for rule, n in self.unmended.items() if self.severity(rule) == severity)
+    def total(self, severity: Severity, unmended: bool = False) -> int:
+        """How many findings there are of a severity; unmended: of those that `fix=true` leaves as they are."""
+        counts = self.unmended if unmended else self.counts
+        return sum(n for rule, n in counts.items() if self.severity(rule) == severity)
 
     def __str__(self) -> str:
         lines = []
@@ -100,7 +99,7 @@ class Findings:
             lines.append(f"  {count} x {rule}: {shown}{more} ({RULES[rule].advice})")
         return "\n".join(lines)
 
-    def settle(self, on_error: OnError) -> None:
+    def raise_or_log(self, on_error: OnError) -> None:
         """What training and conversion do about it: "stop" on errors, or "skip" those records and log how many.
 
         Raises UserError on errors where `on_error` is "stop", and on those of the whole file.

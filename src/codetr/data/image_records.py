@@ -19,7 +19,9 @@ _HIGHEST = 2**62  # of an id
 class JudgedImage(NamedTuple):
     """An image record with values as they are meant.
 
-    changes: the values that are written otherwise; was: how, in words. fault: why the image cannot be used, or "".
+    changes: the values that are written otherwise.
+    was: how, in words.
+    fault: why the image cannot be used, or "".
     """
 
     record: Record
@@ -125,7 +127,7 @@ def _without_repeated_images(columns: dict[str, np.ndarray], findings: Findings)
 
 
 def take_lists(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of lists values[offsets[i] : offsets[i + 1]] those of `rows`, in the same form."""
+    """Take from the lists values[offsets[i] : offsets[i + 1]] those of `rows`, in the same form."""
     lengths = np.diff(offsets)[rows]
     ends = np.concatenate([[0], np.cumsum(lengths)])
     return values[np.repeat(offsets[rows] - ends[:-1], lengths) + np.arange(ends[-1])], ends

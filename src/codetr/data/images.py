@@ -164,7 +164,7 @@ def pixels_of(image: Image.Image, max_pixels: int | None = None) -> Tensor:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, 2 to 8 for what has to be turned to be seen upright, else 1.
+    """The orientation of EXIF: 2 to 8 for what has to be turned to be seen upright, else 1.
 
     Text, numbers out of range and damaged EXIF count as 1: viewers show such files as they are stored.
     """

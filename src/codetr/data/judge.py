@@ -39,11 +39,17 @@ _FORMS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
 class Judged:
     """n records as columns, with what is wrong with them.
 
-    records: with values as they are meant; written: as they are in the file; changes: position -> the values that
-    differ. first: the number of the first of them in the file. ids: [n] int64, unique numbers below -2^62 where a
-    record has none. owner, category: [n] positions of the image and of the category, negative where there is none.
-    boxes: [n, 4] xywh in pixels; extent: [n, 2] (width, height) of their images, NaN where unknown. crowd, ignore: [n]
-    bool; areas: [n], NaN where a record has none above 0. broken: rule -> [n] bool, in the order of the table.
+    records: with values as they are meant.
+    written: as they are in the file.
+    changes: position -> the values that differ.
+    first: the number of the first of them in the file.
+    ids: [n] int64, unique numbers below -2^62 where a record has none.
+    owner, category: [n] positions of the image and of the category, negative where there is none.
+    boxes: [n, 4] xywh in pixels.
+    extent: [n, 2] (width, height) of their images, NaN where unknown.
+    crowd, ignore: [n] bool.
+    areas: [n], NaN where a record has none above 0.
+    broken: rule -> [n] bool, in the order of the table.
     """
 
     records: Sequence[Record]
@@ -120,8 +126,9 @@ class Judged:
 class Judge:
     """Judges annotation records, batch after batch.
 
-    image_ids: [k] of the images that can be used, and sizes: [k, 2] (height, width) of these. broken: `repr` of the ids
-    of the other images, whose objects are left out without a word. categories: ids of all categories.
+    image_ids: [k] of the images that can be used, and sizes: [k, 2] (height, width) of these.
+    broken: `repr` of the ids of the other images, whose objects are left out without a word.
+    categories: ids of all categories.
     """
 
     def __init__(self, image_ids: np.ndarray, sizes: np.ndarray, broken: set[str], categories: np.ndarray) -> None:
@@ -173,7 +180,7 @@ class Judge:
         return Judged(records, written, changes, first, *columns, broken)
 
     def judge_all(self, written: Sequence[Record]) -> Judged:
-        """All records of a file, and which of the good ones have an id that appeared before."""
+        """Judge all records of a file, also whether a good one has an id that appeared before."""
         judged = self.judge(written)
         rows = judged.good.nonzero()[0]
         judged.broken[REPEATED][rows] = repeated(judged.ids[rows])

@@ -46,7 +46,7 @@ def judged(document: Document, root: Path, findings: Findings) -> tuple[Records,
 
 
 def _find_files(images: dict[int, Record], root: Path, findings: Findings) -> None:
-    """Leaves those with a file."""
+    """Leave those images that have a file, by the name that it is found under."""
     names = {i: r["file_name"] for i, r in images.items()}
     files = find_files(root, names)
     for i, name in names.items():

@@ -94,7 +94,7 @@ class TrainLoader(BatchLoader):
 
     @property
     def _images_per_batch(self) -> int:
-        """Of all processes together."""
+        """The images of one batch of all processes together."""
         return self.batch_sampler.batch_size * self.batch_sampler.world_size
 
 

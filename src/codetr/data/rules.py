@@ -20,9 +20,11 @@ class Rule:
     """severity: an "error" stops training, or costs it the record; a "warning" is probably not meant; a "note" is good
     to know.
 
-    advice: what to do about it. mend: what `fix=true` does about it; where the rule is no error, training reads the
-    record in the same way. masks: an error only where masks are read, else a warning. whole: of the file, so that no
-    record can be left out. training: whether training sees it, too; it never compares the images of both splits.
+    advice: what to do about it.
+    mend: what `fix=true` does about it; where the rule is no error, training reads the record in the same way.
+    masks: an error only where masks are read, else a warning.
+    whole: of the file, so that no record can be left out.
+    training: whether training sees it, too; it never compares the images of both splits.
     """
 
     severity: Severity
@@ -172,7 +174,8 @@ def box_rules(boxes: np.ndarray, extent: np.ndarray) -> np.ndarray:
 class Habits:
     """Counts over all objects of a file, from which it shows when all its boxes are written otherwise than COCO's.
 
-    boxes: those with four finite numbers. crowds: [categories].
+    boxes: those with four finite numbers.
+    crowds: [categories].
     """
 
     categories: int
@@ -187,7 +190,11 @@ class Habits:
         self.objects, self.crowds = np.zeros((2, self.categories), np.int64)
 
     def count(self, boxes: np.ndarray, extent: np.ndarray, category: np.ndarray, crowd: np.ndarray) -> None:
-        """boxes: [n, 4] xywh; extent: [n, 2] (width, height); category: [n] positions; crowd: [n] bool."""
+        """boxes: [n, 4] xywh.
+        extent: [n, 2] (width, height).
+        category: [n] positions.
+        crowd: [n] bool.
+        """
         finite = np.isfinite(boxes).all(1)
         boxes, extent = boxes[finite], extent[finite]
         self.boxes += len(boxes)

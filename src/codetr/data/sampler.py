@@ -81,7 +81,7 @@ class TrainSampler(Sampler[Keys]):
         return batch if epoch == self.epoch else 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """The number of batches of a whole epoch."""
         return self.order.length // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Keys]:

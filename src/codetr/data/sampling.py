@@ -35,8 +35,9 @@ class Labelled(Sized, Protocol):
 class Order(Protocol):
     """The images of an epoch.
 
-    length: of every epoch. key: name and numbers of the rule. draw: at least `length` indices in random order, images
-    may repeat; what exceeds `length` is a random choice.
+    length: of every epoch.
+    key: name and numbers of the rule.
+    draw: at least `length` indices in random order, images may repeat; what exceeds `length` is a random choice.
     """
 
     length: int

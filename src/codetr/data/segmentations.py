@@ -25,7 +25,7 @@ _HUNDREDTHS, _POLYGONS, _RUNS = b"H", b"P", b"R"
 
 @dataclass(frozen=True)
 class Segmentations:
-    """Of many objects: those of row i are packed[offsets[i] : offsets[i + 1]], as `pack` makes them."""
+    """Segmentations of many objects: of row i, packed[offsets[i] : offsets[i + 1]], as `pack` makes them."""
 
     packed: np.ndarray
     offsets: np.ndarray

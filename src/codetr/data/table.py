@@ -18,21 +18,25 @@ _ALIGNMENT = 64
 
 
 class Table:
-    """n images with m objects, sorted by image, of k categories. Read-only arrays:
+    """n images with m objects, sorted by image, of k categories, as read-only arrays:
 
-    image_ids [n] int64; sizes [n, 2] int32 (height, width); offsets [n + 1] int64: the objects of image i are the rows
-    offsets[i] to offsets[i + 1]. boxes [m, 4] float64 xyxy in pixels, not clipped; categories [m] int32, positions in
-    `category_ids`; crowd, ignore [m] bool; areas [m] float64.
+    image_ids: [n] int64.
+    sizes: [n, 2] int32 (height, width).
+    offsets: [n + 1] int64; the objects of image i are the rows offsets[i] to offsets[i + 1].
+    boxes: [m, 4] float64 xyxy in pixels, not clipped.
+    categories: [m] int32, positions in `category_ids`.
+    crowd, ignore: [m] bool.
+    areas: [m] float64.
+    names, name_offsets: bytes, every file name with a zero behind it, and [n + 1].
+    folders: bytes, the folders in these names, each once, with a zero behind it.
+    segmentations, segmentation_offsets: bytes (see `codetr.data.segmentations`), and [m + 1]; empty in a table without
+        masks.
+    negative, not_exhaustive: LVIS' lists of categories per image, as positions; *_offsets: [n + 1]; empty in other
+        sets.
+    category_ids: [k] int64.
 
-    names: bytes, every file name with a zero behind it; name_offsets [n + 1]. folders: bytes, likewise, of the folders
-    in these names, each once. segmentations: bytes (see
-    `codetr.data.segmentations`), segmentation_offsets [m + 1], or empty when the table was made without masks.
-    negative, not_exhaustive: LVIS' lists of categories per image, as positions; *_offsets [n + 1], or empty in other
-    sets. category_ids [k] int64; counts [k] objects that are neither crowd nor ignored, image_counts [k] images with
-    one.
-
-    category_names: k strings. frequencies: k of LVIS' letters r, c, f, or None. It travels to other processes as the
-    name of its file.
+    `category_names` has k strings, `frequencies` k of LVIS' letters r, c and f, or is None. A table travels to other
+    processes as the name of its file.
     """
 
     image_ids: np.ndarray
@@ -53,8 +57,6 @@ class Table:
     not_exhaustive: np.ndarray
     not_exhaustive_offsets: np.ndarray
     category_ids: np.ndarray
-    counts: np.ndarray
-    image_counts: np.ndarray
 
     def __init__(self, path: Path, layout: Mapping[str, Any]) -> None:
         """Map the file `path`; `layout`: what `write` returned. Raises ValueError when they do not fit."""
@@ -80,10 +82,6 @@ class Table:
         return len(self.image_ids)
 
     @property
-    def has_masks(self) -> bool:
-        return len(self.segmentation_offsets) > 0
-
-    @property
     def is_federated(self) -> bool:
         """Whether images list the categories that were looked for, as in LVIS."""
         return len(self.negative_offsets) > 0
@@ -94,13 +92,13 @@ class Table:
         return os.fsdecode(self.names[start : end - 1].tobytes())
 
     def names_from(self, image: int, count: int) -> list[str]:
-        """Of up to `count` images, in a fraction of the time that asking one by one takes."""
+        """The files of up to `count` images, in a fraction of the time that asking one by one takes."""
         ends = self.name_offsets[[image, min(image + count, len(self))]]
         return texts(self.names[slice(*ends)])
 
 
 def texts(packed: np.ndarray) -> list[str]:
-    """What `packed` holds with a zero behind each."""
+    """The texts that `packed` holds, each with a zero behind it."""
     return os.fsdecode(packed.tobytes()).split("\0")[:-1]
 
 

@@ -90,7 +90,7 @@ class PadTo(v2.Transform):
 
 
 def fit_canvas(canvas: int, fill: int) -> v2.Transform:
-    """As large as fits onto a square canvas of `canvas` pixels, in its upper left corner."""
+    """Resize an image as large as fits onto a square canvas of `canvas` pixels, in its upper left corner."""
     return v2.Compose([v2.Resize(None, max_size=canvas), PadTo(canvas, fill)])
 
 
@@ -179,11 +179,14 @@ class TransformedDataset(Dataset[Sample]):
     """`dataset` behind `transform`, indexed by (epoch, index) as the samplers of `codetr.data.sampler` yield.
 
     transform: maps a dict of `image`, `boxes`, `labels` and, where the data set reads them, `masks` (see
-    `transformed`). unreadable: what takes the place of an image that does not decode, or that the transform fails on;
-    "next": the next readable one in the order of the data set; "blank": a black image, in which nothing of its truth
-    can be found; "stop": nothing, UnreadableImage names the file. colour: applied to the image as in the file, before
-    `transform`. copy_paste: with another image of the data set behind the same transform, which must make all images of
-    one size; needs masks. masks: whether samples keep them.
+        `transformed`).
+    unreadable: what takes the place of an image that does not decode, or that the transform fails on; "next": the next
+        readable one in the order of the data set; "blank": a black image, in which nothing of its truth can be found;
+        "stop": nothing, UnreadableImage names the file.
+    colour: applied to the image as in the file, before `transform`.
+    copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
+        needs masks.
+    masks: whether samples keep them.
     """
 
     def __init__(
@@ -206,7 +209,7 @@ class TransformedDataset(Dataset[Sample]):
 
     @property
     def unreadable_files(self) -> list[Path]:
-        """Those that did not decode so far, in all workers of this process."""
+        """The files that did not decode so far, in all workers of this process."""
         return [self.dataset.path(i) for i in self._unreadable.nonzero().flatten().tolist()]
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:

@@ -39,12 +39,12 @@ def flag(value: Any) -> int | None:
 
 
 def mended_image(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Those values of an image record that are to be written otherwise, as they should be."""
+    """The values of an image record that are to be written otherwise, as they should be."""
     return _whole_ones(record, ("id", "width", "height"))
 
 
 def mended_object(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Those values of an annotation record that are to be written otherwise, as they should be."""
+    """The values of an annotation record that are to be written otherwise, as they should be."""
     changes = _whole_ones(record, ("id", "image_id", "category_id"))
     for key in ("iscrowd", "ignore"):
         if isinstance(value := record.get(key), str) and (meant := flag(value)) is not None:

@@ -21,7 +21,8 @@ Record = dict[str, Any]
 class Split:
     """Good records in the words of COCO (see `codetr.data.readers`), and how their image files are named from now on.
 
-    root: the folder that `file_name` of an image is relative to. names: image id -> name in the folder of images.
+    root: the folder that `file_name` of an image is relative to.
+    names: image id -> name in the folder of images.
     """
 
     root: Path
@@ -131,7 +132,7 @@ def _short(value: float) -> int | float:
 
 
 def _yolo_box(bbox: list[float], image: Record) -> str:
-    """Digits enough to read the same numbers back."""
+    """A box as text, with digits enough to read the same numbers back."""
     x, y, w, h = bbox
     left, right = (min(max(v, 0), image["width"]) / image["width"] for v in (x, x + w))
     top, bottom = (min(max(v, 0), image["height"]) / image["height"] for v in (y, y + h))

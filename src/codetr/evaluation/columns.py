@@ -55,8 +55,11 @@ class Ragged(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The images of an evaluation, each once. ids: [I]. sizes: [I, 2] (height, width) of the masks. The rest: `STATES`,
-    with every area."""
+    """The images of an evaluation, each once.
+
+    ids: [I].
+    sizes: [I, 2] (height, width) of the masks. The rest: `STATES`, with every area.
+    """
 
     ids: np.ndarray
     sizes: np.ndarray
@@ -72,7 +75,7 @@ class Columns(NamedTuple):
 
     @staticmethod
     def from_states(images: Tensor, *rows: Tensor) -> Columns:
-        """Of an image that is there several times, the last one counts."""
+        """The columns of gathered states. Of an image that is there several times, the last one counts."""
         table = numbered(images, 0, 1).numpy()
         counts = table[:, 3:].T
         ragged = (Ragged(own.numpy(), count) for own, count in zip(rows, counts, strict=True))
@@ -82,13 +85,13 @@ class Columns(NamedTuple):
         return whole if last.all() else whole.of(last)
 
     def labelled(self, found: np.ndarray, truth: np.ndarray) -> Columns:
-        """With other labels, [n] and [m]."""
+        """The same columns with other labels, [n] and [m]."""
         rows, true_rows = self.found.rows.copy(), self.truth.rows.copy()
         rows[:, 5], true_rows[:, 4] = found, truth
         return self._replace(found=self.found._replace(rows=rows), truth=self.truth._replace(rows=true_rows))
 
     def with_areas(self, masks: bool) -> Columns:
-        """With the area of the box or of the mask where no other is known."""
+        """The same columns, with the area of the box or of the mask where no other is known."""
         rows = self.truth.rows
         unknown = np.isnan(rows[:, 6])
         if not unknown.any():
@@ -112,7 +115,9 @@ def columns_of(
     given_areas: bool,
     federated: bool,
 ) -> dict[str, Tensor]:
-    """Of a batch, what is appended to `STATES`. It leaves the device in one copy; numbers keep their precision.
+    """The rows of a batch that are appended to `STATES`.
+
+    The batch leaves the device in one copy; numbers keep their precision.
 
     given_areas: areas hold even where they are 0, which otherwise stands for that of the box or mask.
     """
@@ -180,7 +185,7 @@ def _checked(image: dict[str, Any]) -> Tensor:
 
 
 def _rle(masks: Tensor | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of [n, H, W] masks, or run lengths as they are."""
+    """The run lengths of [n, H, W] masks; run lengths stay as they are."""
     if not isinstance(masks, Tensor):
         return masks
     if not masks.numel():
@@ -190,7 +195,7 @@ def _rle(masks: Tensor | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _characters(rle: list[dict[str, Any]]) -> bytes:
-    """All run lengths end with BETWEEN."""
+    """The characters of run lengths, all of which end with BETWEEN."""
     counts = (one["counts"] for one in rle)
     return b"".join((text.encode() if isinstance(text, str) else text) + BETWEEN for text in counts)
 

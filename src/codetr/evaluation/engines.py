@@ -24,7 +24,8 @@ Backend = Literal["hotcoco", "faster_coco_eval", "pycocotools"]
 
 @dataclass(frozen=True)
 class Rules:
-    """limits: numbers of detections per image that count, ascending. masks: IoU of instance masks, not of boxes.
+    """limits: numbers of detections per image that count, ascending.
+    masks: IoU of instance masks, not of boxes.
 
     federated: LVIS' rules: the last limit holds for all classes of an image together; only the classes that an image
     was searched for count there; what was found of a class that is not exhaustively annotated there is no mistake.
@@ -50,7 +51,12 @@ class Curves(NamedTuple):
 
 @dataclass
 class Objects:
-    """image: [n]. label: [n]. boxes: [n, 4] xywh. scores: [n], of detections. crowd, area: [n], of the truth."""
+    """image: [n].
+    label: [n].
+    boxes: [n, 4] xywh.
+    scores: [n], of detections.
+    crowd, area: [n], of the truth.
+    """
 
     image: np.ndarray
     label: np.ndarray
@@ -72,12 +78,12 @@ class Scene:
 
     @property
     def images(self) -> list[int]:
-        """Those with anything on them: the others change no number."""
+        """The images with anything on them: the others change no number."""
         return np.unique(np.concatenate([self.found.image, self.truth.image])).tolist()
 
 
 def curves(columns: Columns, num_classes: int, rules: Rules, backend: Backend) -> Curves:
-    """Those of all classes.
+    """The curves of all classes.
 
     Classes do not know of each other, so the engine gets some of them at a time: what it needs for itself does not
     grow with the data set.
@@ -108,7 +114,7 @@ def overlaps(columns: Columns, num_classes: int, rules: Rules) -> dict[tuple[int
 
 
 def _by_place(objects: Objects) -> dict[tuple[int, int], list[int]]:
-    """(image, label) -> the objects there."""
+    """The objects of each (image, label)."""
     places: dict[tuple[int, int], list[int]] = {}
     for i, place in enumerate(zip(objects.image.tolist(), objects.label.tolist(), strict=True)):
         places.setdefault(place, []).append(i)
@@ -174,7 +180,7 @@ def _numbers(columns: Columns) -> np.ndarray:
 
 
 def _rle(columns: Columns) -> tuple[list[Any], list[Any]]:
-    """Of all detections, and of all objects."""
+    """The run lengths of all detections, and of all objects."""
     return (
         rle_of(columns.found_runs, columns.found.counts, columns.sizes),
         rle_of(columns.truth_rle, columns.truth.counts, columns.sizes),
@@ -249,7 +255,7 @@ def _counts_in_lvis(columns: Columns, limit: int, rle: list[Any] | None) -> tupl
 
 
 def _pairs(image: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """One number for both."""
+    """One number for each pair of the two."""
     return (image.astype(np.int64) << 32) + label.astype(np.int64)
 
 

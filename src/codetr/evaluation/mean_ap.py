@@ -28,7 +28,8 @@ IouType = Literal["bbox", "segm"]
 
 
 class MeanAveragePrecision(Metric):
-    """In place of `torchmetrics.detection.MeanAveragePrecision`, in a fiftieth of its time: the same input and keys.
+    """Takes the place of `torchmetrics.detection.MeanAveragePrecision`, with the same input and keys, at a fiftieth of
+    its time.
 
     `compute` gives torchmetrics' tensors of 32 bits. `evaluations` (IoU type -> `Evaluation`) then has the numbers in
     64 bits, which are pycocotools' own, AP per class, curves and confusions. Images stay on the CPU as arrays. They
@@ -204,11 +205,11 @@ class MeanAveragePrecision(Metric):
         return [getattr(self, name)[0] for name in STATES]
 
     def _group(self) -> dist.ProcessGroup:
-        """Of the processes that evaluate together: of CPU tensors, because the images live there."""
+        """The group of processes that evaluate together; it exchanges CPU tensors, because the images live there."""
         return self.process_group or cpu_group()
 
     def _sync_dist(self, dist_sync_fn: Callable | None = None, process_group: Any = None) -> None:
-        """All images to process 0; torchmetrics calls it before `compute` and undoes it afterwards."""
+        """Gather all images on process 0; torchmetrics calls it before `compute` and undoes it afterwards."""
         group = process_group or self._group()
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         images, *rows = self._whole()

@@ -18,12 +18,15 @@ FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
 class Evaluation:
     """What an evaluation found out; -1 stands for an average over nothing, as in COCO.
 
-    numbers: torchmetrics' key -> value (`map`, `map_50`, ..., `mar_large`). map_per_class, mar_per_class: class name ->
-    AP and AR, -1 for a class without objects. objects_per_class: class name -> number of objects, without crowds and
-    ignored. precision: [T IoU thresholds, R recall thresholds, K]; recall: [T, K]; both for all areas and the most
-    detections. confusion: [K + 1, K + 1] objects of a class (row) found as a class (column), at scores of 0.3 and IoUs
-    of 0.5 and more; the last row is of detections of nothing, the last column of objects that were missed; of boxes
-    alone, and where classes have names. extended: torchmetrics' extended summary, where it was asked for.
+    numbers: torchmetrics' key -> value (`map`, `map_50`, ..., `mar_large`).
+    map_per_class, mar_per_class: class name -> AP and AR, -1 for a class without objects.
+    objects_per_class: class name -> number of objects, without crowds and ignored.
+    precision: [T IoU thresholds, R recall thresholds, K].
+    recall: [T, K]; both for all areas and the most detections.
+    confusion: [K + 1, K + 1] objects of a class (row) found as a class (column), at scores of 0.3 and IoUs of 0.5 and
+        more; the last row is of detections of nothing, the last column of objects that were missed; of boxes alone, and
+        where classes have names.
+    extended: torchmetrics' extended summary, where it was asked for.
     """
 
     numbers: dict[str, float]
@@ -50,8 +53,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What an evaluation is to find out. micro: the numbers are of all classes as one. extended: torchmetrics' extended
-    summary. confusion: which classes are confused. frequency: of each class, r(are), c(ommon) or f(requent)."""
+    """What an evaluation is to find out.
+
+    micro: the numbers are of all classes as one.
+    extended: torchmetrics' extended summary.
+    confusion: which classes are confused.
+    frequency: of each class, r(are), c(ommon) or f(requent).
+    """
 
     micro: bool = False
     extended: bool = False
@@ -89,7 +97,7 @@ def evaluate(columns: Columns, names: Sequence[str], rules: Rules, backend: Back
 
 
 def per_class(values: np.ndarray) -> list[float]:
-    """Means of [..., K] over all but the classes."""
+    """Means of [..., K] over all axes but that of the classes."""
     return [mean(values[..., k]) for k in range(values.shape[-1])]
 
 

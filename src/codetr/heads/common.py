@@ -87,7 +87,7 @@ def tower(width: int, num_convs: int, num_groups: int) -> nn.Sequential:
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Every term times its weight."""
+    """Multiply every term by its weight."""
     return {term: value * weights[term] for term, value in losses.items()}
 
 

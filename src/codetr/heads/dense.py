@@ -33,9 +33,12 @@ class Dense(NamedTuple):
 class DensePredictor(nn.Module):
     """Two towers of convolutions, one for classes and one for boxes, that all levels share.
 
-    width: channels of the pyramid. num_convs, num_groups: convolutions of each tower, and groups of their norms.
-    per_cell: candidates per cell. box_values: D, values per box. num_levels: the boxes' values get a learned factor per
-    level, of which there are so many; None for no factors. quality: also predict a quality, from the boxes' tower.
+    width: channels of the pyramid.
+    num_convs, num_groups: convolutions of each tower, and groups of their norms.
+    per_cell: candidates per cell.
+    box_values: D, values per box.
+    num_levels: the boxes' values get a learned factor per level, of which there are so many; None for no factors.
+    quality: also predict a quality, from the boxes' tower.
     """
 
     def __init__(
@@ -75,8 +78,12 @@ class DensePredictor(nn.Module):
 
 @dataclass(frozen=True)
 class Selection:
-    """From dense predictions to detections. candidates_per_level: (cell, class) pairs that reach the suppression.
-    nms_iou: class-wise. max_detections: per image."""
+    """Chooses detections among dense predictions.
+
+    candidates_per_level: (cell, class) pairs that reach the suppression.
+    nms_iou: class-wise.
+    max_detections: per image.
+    """
 
     candidates_per_level: int
     nms_iou: float
@@ -85,10 +92,12 @@ class Selection:
     def __call__(
         self, probability: Tensor, quality: Tensor | None, boxes: Tensor, pyramid: Pyramid, sizes: Tensor
     ) -> list[Detections]:
-        """Of equally many candidates in every cell of the pyramid, level by level.
+        """Choose among candidates that are equally many in every cell of the pyramid, level by level.
 
-        probability: [B, N, K], which chooses the candidates. quality: [B, N], by which their scores are multiplied.
-        boxes: [B, N, 4] xyxy in network pixels. sizes: [B, 2] (height, width) of the images.
+        probability: [B, N, K], which chooses the candidates.
+        quality: [B, N], by which their scores are multiplied.
+        boxes: [B, N, 4] xyxy in network pixels.
+        sizes: [B, 2] (height, width) of the images.
         """
         num_classes = probability.shape[-1]
         flat, cells = probability.flatten(1), pyramid.cells

@@ -24,10 +24,13 @@ class FasterRCNNHead(nn.Module):
     """RPN, RoIAlign, and a classifier of regions with class-specific boxes.
 
     Losses: those of the RPN; cross entropy over K classes and background; GIoU of the decoded boxes. Its positive
-    coordinates are the sampled regions, with their pooled features' mean. proposals: the RPN's boxes in training
-    and in `detect`. positive_iou: below it a proposal is background. num_samples: regions per image in the loss,
-    at most `positive_fraction` of them positive. score_threshold, nms_iou, max_detections: of `detect`. mask: makes it
-    Mask R-CNN, whose positive regions also learn their object's mask.
+    coordinates are the sampled regions, with their pooled features' mean.
+
+    proposals: the RPN's boxes in training and in `detect`.
+    positive_iou: below it a proposal is background.
+    num_samples: regions per image in the loss, at most `positive_fraction` of them positive.
+    score_threshold, nms_iou, max_detections: of `detect`.
+    mask: makes it Mask R-CNN, whose positive regions also learn their object's mask.
     """
 
     def __init__(

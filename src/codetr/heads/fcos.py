@@ -19,7 +19,12 @@ from codetr.types import Detections, HeadOutput, Positives, Pyramid, Targets
 
 
 class Points(NamedTuple):
-    """Of all levels, one per cell. boxes: [N, 4] xyxy around them. strides: [N]. limits: [N, 2] see `assign_fcos`."""
+    """The points of all levels, one per cell.
+
+    boxes: [N, 4] xyxy around them.
+    strides: [N].
+    limits: [N, 2] see `assign_fcos`.
+    """
 
     boxes: Tensor
     strides: Tensor
@@ -34,11 +39,13 @@ class FCOSHead(nn.Module):
     """One point per cell, in its middle; classes, distances to the four sides and centerness, shared by all levels but
     for a scale of the distances.
 
-    Losses: focal loss; GIoU weighted by centerness; cross entropy of the centerness. Its positive coordinates are
-    boxes of side `box_side` strides around the points (Co-DETR: 8 strides), with the pyramid's features there.
+    Losses: focal loss; GIoU weighted by centerness; cross entropy of the centerness. Its positive coordinates are boxes
+    of side `box_side` strides around the points (Co-DETR: 8 strides), with the pyramid's features there.
+
     center_radius: half side, in strides, of the square in the middle of an object in which its points must lie; None:
-    anywhere in it. reach: greatest distance to the farthest side, in strides, for which a level is responsible; the
-    next level goes on from there, the last one without limit.
+        anywhere in it.
+    reach: greatest distance to the farthest side, in strides, for which a level is responsible; the next level goes on
+        from there, the last one without limit.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class FCOSHead(nn.Module):
         return Points(boxes, strides, torch.stack([near, far], -1))
 
     def predict(self, pyramid: Pyramid) -> Dense:
-        """With boxes as pixels to the left, upper, right and lower side."""
+        """The predictions, with boxes as pixels to the left, upper, right and lower side."""
         dense = self.predictor(pyramid)
         return dense._replace(boxes=dense.boxes.exp() * cell_strides(pyramid)[:, None])
 

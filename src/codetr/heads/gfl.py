@@ -99,7 +99,10 @@ class GFLHead(nn.Module):
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross entropy with the two bins beside the target, weighted by nearness (GFL, eq. 6).
 
-    logits: [..., bins]. target: [...], clipped to 0 and just below the last bin. Returns [...].
+    logits: [..., bins].
+    target: [...], clipped to 0 and just below the last bin.
+
+    Returns [...].
     """
     target = target.clamp(0, logits.shape[-1] - 1 - 0.1)
     left = target.floor()

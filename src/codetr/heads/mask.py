@@ -37,7 +37,8 @@ class MaskBranch(nn.Module):
         return self.classes(self.upsample(features).relu()).float()
 
     def loss(self, pyramid: Pyramid, boxes: Tensor, matched_index: Tensor, targets: Targets) -> Tensor:
-        """boxes: [B, R, 4] xyxy in pixels. matched_index: [B, R], the object of positive regions, negative elsewhere.
+        """boxes: [B, R, 4] xyxy in pixels.
+        matched_index: [B, R], the object of positive regions, negative elsewhere.
 
         Raises UserError when the targets come without masks.
         """
@@ -59,7 +60,10 @@ def region_masks(
 ) -> Tensor:
     """What each region shows of its object's mask: [R, size, size], 0 or 1.
 
-    masks: [B, M, H, W] bool. valid: [B, M], the objects. images, matched_index: [R]. boxes: [R, 4] xyxy in pixels.
+    masks: [B, M, H, W] bool.
+    valid: [B, M], the objects.
+    images, matched_index: [R].
+    boxes: [R, 4] xyxy in pixels.
     """
     return crop_masks(*objects_and_rois(masks, valid, images, matched_index, boxes), size)
 
@@ -67,7 +71,7 @@ def region_masks(
 def objects_and_rois(
     masks: Tensor, valid: Tensor, images: Tensor, matched_index: Tensor, boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """For `crop_masks`, from the arguments of `region_masks`: objects [n, 1, H, W], 0 or 1; rois [R, 5]."""
+    """What `crop_masks` takes, from the arguments of `region_masks`: objects [n, 1, H, W], 0 or 1; rois [R, 5]."""
     places = valid.flatten().cumsum(0).view_as(valid) - 1  # of the objects among the valid ones
     rois = torch.cat([places[images, matched_index][:, None].to(boxes), boxes], 1)
     # Only real objects: as floats the masks of large images are the head's largest tensor.

@@ -27,7 +27,8 @@ def linear_block(in_features: int, out_features: int) -> nn.Sequential:
 class MaskIoU(nn.Module):
     """Predicts the IoU of a region's mask with its object's whole mask, for every class (sec. 3.2).
 
-    size: cells per side of the region's features. num_convs: the last has stride 2.
+    size: cells per side of the region's features.
+    num_convs: the last has stride 2.
     """
 
     def __init__(
@@ -51,23 +52,25 @@ class MaskIoU(nn.Module):
 
 
 @torch.no_grad()
-def mask_iou_target(logits: Tensor, goal: Tensor, inside: Tensor) -> Tensor:
+def mask_iou_target(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
     """IoU of the predicted mask, which ends with its region, and the object's whole mask (sec. 3.3): [R].
 
-    logits: [R, s, s]. goal: [R, s, s], 0 or 1, what the region shows of the object. inside: [R], which share of the
-    object that is.
+    logits: [R, s, s].
+    target: [R, s, s], 0 or 1, what the region shows of the object.
+    inside: [R], which share of the object that is.
     """
-    mask = (logits > 0).to(goal)
-    overlap = (mask * goal).sum((1, 2))
-    whole = goal.sum((1, 2)) / (inside + 1e-7)
+    mask = (logits > 0).to(target)
+    overlap = (mask * target).sum((1, 2))
+    whole = target.sum((1, 2)) / (inside + 1e-7)
     return overlap / (mask.sum((1, 2)) + whole - overlap).clamp(min=1e-7)
 
 
 @torch.no_grad()
 def share_inside(objects: Tensor, rois: Tensor) -> Tensor:
-    """Which share of an object's pixels lies in the region, its corners rounded towards 0; at least a pixel: [R].
+    """The share of an object's pixels that lies in the region, its corners rounded towards 0; at least a pixel: [R].
 
-    objects: [n, 1, H, W], 0 or 1. rois: [R, 5], the object's place and xyxy in pixels.
+    objects: [n, 1, H, W], 0 or 1.
+    rois: [R, 5], the object's place and xyxy in pixels.
     """
     height, width = objects.shape[-2:]
     # Sums over everything above and to the left of a pixel's corner; float32 counts the pixels of any image exactly.

@@ -22,8 +22,10 @@ class PAAHead(nn.Module):
     predicted IoU, shared by all levels but for a scale of the deltas.
 
     Losses: focal loss; GIoU weighted by the IoU; cross entropy of the IoU. Its positive coordinates are the anchors,
-    with the pyramid's features at their cells. candidate_iou: from here on an anchor is a candidate. topk: candidates
-    per object and level.
+    with the pyramid's features at their cells.
+
+    candidate_iou: from here on an anchor is a candidate.
+    topk: candidates per object and level.
     """
 
     def __init__(

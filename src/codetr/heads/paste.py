@@ -13,14 +13,16 @@ PIXELS_PER_PASS = 2**26  # bounds the memory of an accelerator: 12 bytes each
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Whether the mask, stretched over its box and read bilinearly, is at least 1/2 at the centre of a pixel.
 
-    masks: [n, s, s] in 0..1. boxes: [n, 4] xyxy in pixels of an image of (height, width) `size`. Returns
-    [n, height, width] bool; a box without area gives an empty mask.
+    masks: [n, s, s] in 0..1.
+    boxes: [n, 4] xyxy in pixels of an image of (height, width) `size`.
+
+    Returns [n, height, width] bool; a box without area gives an empty mask.
     """
     result = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     # One by one on a CPU, which then visits the pixels of the box alone; an accelerator is faster with few large steps.
-    together = 1 if masks.device.type == "cpu" else max(1, PIXELS_PER_PASS // (size[0] * size[1]))
-    for start in range(0, len(masks), together):
-        part = slice(start, start + together)
+    masks_per_pass = 1 if masks.device.type == "cpu" else max(1, PIXELS_PER_PASS // (size[0] * size[1]))
+    for start in range(0, len(masks), masks_per_pass):
+        part = slice(start, start + masks_per_pass)
         _paste(masks[part].float(), boxes[part].float(), result[part])
     return result
 

@@ -49,10 +49,13 @@ class RefineMaskHead(nn.Module):
     themselves provide: cross entropy of all pixels in the first stages, of those near a boundary in the later ones;
     squared error of the predicted mask IoU.
 
-    pool: its size is that of the first stage. stage_weights: of the stages' losses; there are as many stages.
-    boundary_width: cells to either side of a boundary. num_candidates: boxes of the decoder per image.
-    positive_iou: of a box with an object. most_positive: regions per image in the loss. regions_per_pass: at
-    inference, to bound the memory.
+    pool: its size is that of the first stage.
+    stage_weights: of the stages' losses; there are as many stages.
+    boundary_width: cells to either side of a boundary.
+    num_candidates: boxes of the decoder per image.
+    positive_iou: of a box with an object.
+    most_positive: regions per image in the loss.
+    regions_per_pass: at inference, to bound the memory.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class RefineMaskHead(nn.Module):
     def forward(
         self, pyramid: Pyramid, semantics: list[Tensor], images: Tensor, boxes: Tensor, labels: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. labels: [R].
+        """images: [R], the image of each box.
+        boxes: [R, 4] xyxy in pixels.
+        labels: [R].
 
         Returns the stages' logits [R, s, s], s doubling from stage to stage, and the mask IoU [R], float32.
         """
@@ -128,7 +133,7 @@ class RefineMaskHead(nn.Module):
         return self.region_losses(pyramid, regions, targets)
 
     def region_losses(self, pyramid: Pyramid, regions: Regions, targets: Targets) -> dict[str, Tensor]:
-        """Of the positive regions. Raises UserError when the targets come without masks."""
+        """The losses of the positive regions. Raises UserError when the targets come without masks."""
         if targets.masks is None:
             raise UserError("the mask head needs the objects' masks: set data.masks=true")
         images, places = torch.where(regions.matched_index >= 0)
@@ -172,7 +177,7 @@ def enlarge(x: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def near_boundary(mask: Tensor, width: int) -> Tensor:
-    """Where over a tenth of the window of (2 width + 1)^2 cells differs from its centre: [R, s, s] -> bool.
+    """The cells where over a tenth of the window of (2 width + 1)^2 cells differs from its centre: [R, s, s] -> bool.
 
     mask: bool, or 0 and 1. Beyond the region there is background.
     """

@@ -32,7 +32,9 @@ def sample_regions(
 ) -> Regions:
     """The objects themselves and the proposals, assigned, then sampled to a fixed number, positives first.
 
-    proposals: [B, P, 4] xyxy in pixels. valid: [B, P]. positive_iou: below it a proposal is background.
+    proposals: [B, P, 4] xyxy in pixels.
+    valid: [B, P].
+    positive_iou: below it a proposal is background.
     """
     boxes = targets.boxes_xyxy
     matched_index = assign_max_iou(proposals, valid, boxes, targets.valid, positive_iou, positive_iou, low_quality=None)

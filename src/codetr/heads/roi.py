@@ -16,8 +16,9 @@ NOWHERE = -1e4  # pixels: RoIAlign finds nothing, 0, in a box with all its corne
 class RoIPool(nn.Module):
     """RoIAlign (Mask R-CNN) of every box on the level that fits its size (FPN, eq. 1); the coarsest is not used.
 
-    size: cells per side of the result. finest_cells: boxes of less than twice this side, in cells of the finest
-    level, are read from that level. sampling_ratio: samples per cell and axis, 0: as many as the pixels beneath.
+    size: cells per side of the result.
+    finest_cells: boxes of less than twice this side, in cells of the finest level, are read from that level.
+    sampling_ratio: samples per cell and axis, 0: as many as the pixels beneath.
     """
 
     def __init__(self, size: int, finest_cells: float, sampling_ratio: int) -> None:
@@ -37,7 +38,10 @@ class RoIPool(nn.Module):
         return self.regions(pyramid, images.flatten(), boxes.flatten(0, 1)).unflatten(0, valid.shape)
 
     def regions(self, pyramid: Pyramid, images: Tensor, boxes: Tensor) -> Tensor:
-        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. Returns [R, C, size, size].
+        """images: [R], the image of each box.
+        boxes: [R, 4] xyxy in pixels.
+
+        Returns [R, C, size, size].
 
         Every level pools all boxes, those of other levels `NOWHERE`, which is little work: sorting the boxes by level
         would make the host wait for their numbers.
@@ -56,8 +60,8 @@ class RoIPool(nn.Module):
 class BoxHead(nn.Module):
     """Convolutions, hidden layers, then class logits with background last, and box deltas.
 
-    num_convs: 3x3 convolutions with group norms of `num_groups`, before the hidden layers. class_agnostic: one delta
-    for all classes.
+    num_convs: 3x3 convolutions with group norms of `num_groups`, before the hidden layers.
+    class_agnostic: one delta for all classes.
     """
 
     def __init__(

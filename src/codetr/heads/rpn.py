@@ -32,8 +32,8 @@ class ProposalSelection:
 class RPN(nn.Module):
     """Object or not, and box deltas, for every anchor.
 
-    positive_iou, negative_iou, low_quality_iou: thresholds of the assignment. num_samples: anchors per image in
-    the loss, at most `positive_fraction` of them positive.
+    positive_iou, negative_iou, low_quality_iou: thresholds of the assignment.
+    num_samples: anchors per image in the loss, at most `positive_fraction` of them positive.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class Model:
         num_workers: int = 0,
         max_pixels: int | None = MAX_PIXELS,
     ) -> list[Result]:
-        """What is found in each image, in their order.
+        """Find objects in every image; the results come in the order of the images.
 
         images: a file, a folder, a pattern such as "photos/**/*.jpg", a Pillow image, an array [H, W, 3] or a tensor
             [3, H, W] of uint8 in RGB, or a list of these.
@@ -110,7 +110,7 @@ class Model:
         max_pixels: int | None,
         sizes: Mapping[Path, tuple[int, int]] | None = None,
     ) -> Iterator[Result | Unreadable]:
-        """As `predict`, image by image, each with its pixels: files are read by workers while the detector runs.
+        """As `predict`, one result after the other, each with its pixels: workers read files while the detector runs.
 
         What cannot be read comes last of its batch, so that who stops at it has what was found beside it. sizes:
         (height, width) of files, where annotations tell them (see `Images`).

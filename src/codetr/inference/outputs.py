@@ -71,7 +71,7 @@ def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def _identities(path: Path) -> set[tuple[int, int]]:
-    """Of the file, and of every symbolic link that leads to it."""
+    """Device and inode of the file, and of every symbolic link that leads to it."""
     found: set[tuple[int, int]] = set()
     while True:
         try:
@@ -166,8 +166,13 @@ class Writer:
     results_bbox.part.json, ...
 
     paths: all files of the run, none twice; pictures keep their names, and their folders below the deepest common one.
-    pictures: whether to draw at all, objects of a score from `drawn_from` on. inputs: other files that the run reads.
-    image_ids: of each path. done: number of images so far. records: the first of the files of results.
+    pictures: whether to draw at all.
+    drawn_from: the least score of a drawn object.
+    inputs: other files that the run reads.
+    image_ids: of each path.
+    masks: whether the model finds some.
+    done: number of images so far.
+    records: the first of the files of results.
 
     Raises UserError, before anything is written, where an input would be overwritten; and for what cannot be written.
     """

@@ -97,7 +97,7 @@ class Result:
         return draw_boxes(pixels, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.rle)
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """The picture that a notebook shows."""
         content = io.BytesIO()
         self.plot().save(content, "PNG")
         return content.getvalue()
@@ -128,7 +128,9 @@ class Result:
         return [record | {"segmentation": rle, "mask_score": score} for record, rle, score in masks]
 
     def to_supervision(self) -> supervision.Detections:
-        """For the library supervision: its trackers, annotators and converters; `data["class_name"]` holds the names.
+        """The detections of the library supervision, for its trackers, annotators and converters.
+
+        `data["class_name"]` holds the names.
 
         Raises UserError where it is not installed.
         """

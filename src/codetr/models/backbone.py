@@ -80,8 +80,9 @@ class Normalize(nn.Module):
 def feature_network(name: str, out_indices: tuple[int, ...], pretrained: bool | str, arguments: dict[str, Any]) -> Any:
     """timm's model `name` with feature maps, which its `feature_info` describes.
 
-    out_indices: timm's feature levels. pretrained: see `pretrained_weights`. arguments: further keywords for
-    `timm.create_model`.
+    out_indices: timm's feature levels.
+    pretrained: see `pretrained_weights`.
+    arguments: further keywords for `timm.create_model`.
 
     Raises UserError when timm does not know the name, and for weights that cannot be had.
     """
@@ -106,11 +107,14 @@ def freeze_stages(body: nn.Module, count: int) -> None:
 class Backbone(nn.Module):
     """Any timm model with feature maps.
 
-    name: timm model. out_indices: timm's feature levels (a ResNet's 1..4 are C2..C5). pretrained: see
-    `pretrained_weights`. norm: "frozen" replaces batch norms by their frozen form (the papers'), "batch" trains them,
-    "group" builds the network with group norm (training from scratch on small batches). frozen_stages: the first n
-    stages are not trained, the stem counts as the first. mean, std: of the colours, 0 to 255. arguments: further
-    keywords for `timm.create_model`.
+    name: timm model.
+    out_indices: timm's feature levels (a ResNet's 1..4 are C2..C5).
+    pretrained: see `pretrained_weights`.
+    norm: "frozen" replaces batch norms by their frozen form (the papers'), "batch" trains them, "group" builds the
+        network with group norm (training from scratch on small batches).
+    frozen_stages: the first n stages are not trained, the stem counts as the first.
+    mean, std: of the colours, 0 to 255.
+    arguments: further keywords for `timm.create_model`.
 
     Raises UserError when timm does not know the name, and for weights that cannot be had.
     """

@@ -50,13 +50,18 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Runs all query groups together.
 
-    layer: makes one decoder layer. query_position: the position rule. reference_head: predicts the initial points of
-    groups that bring positions only. update: what becomes of the references after a layer: `keep` them, `refine` them
-    (Deformable DETR, appendix A.4), or refine them so that the box loss of a layer also reaches the layer before
-    (`look_forward_twice`: DINO, sec. 3.5; DAB-DETR's code does it too). shared_heads: the layers share one classifier
-    and one box regressor. output_norm: predict from a shared LayerNorm of each layer's output, while references are
-    refined from the output itself. size_bias: logit of the first width and height, where references are points. eps:
-    of the inverse sigmoid. checkpointed_layers: the first n layers recompute their activations in the backward pass.
+    layer: makes one decoder layer.
+    query_position: the position rule.
+    reference_head: predicts the initial points of groups that bring positions only.
+    update: what becomes of the references after a layer: `keep` them, `refine` them (Deformable DETR, appendix A.4), or
+        refine them so that the box loss of a layer also reaches the layer before (`look_forward_twice`: DINO, sec. 3.5;
+        DAB-DETR's code does it too).
+    shared_heads: the layers share one classifier and one box regressor.
+    output_norm: predict from a shared LayerNorm of each layer's output, while references are refined from the output
+        itself.
+    size_bias: logit of the first width and height, where references are points.
+    eps: of the inverse sigmoid.
+    checkpointed_layers: the first n layers recompute their activations in the backward pass.
     """
 
     def __init__(

@@ -35,10 +35,11 @@ Adapter = Callable[[Memory], Pyramid]
 class Detector(nn.Module):
     """backbone -> neck -> encoder -> (pyramid -> auxiliary heads) -> query groups -> decoder.
 
-    heads: auxiliary heads by name, `adapter` makes their pyramid; both only run in training. queries: query
-    sources by name, in the order of their making; `main` comes first and is the one that inference keeps. mask_head:
-    instance masks of the decoder's boxes, on the same pyramid, at inference too; it learns from the last layer's boxes
-    of the groups `mask_groups`, as far as they exist.
+    heads: auxiliary heads by name, `adapter` makes their pyramid; both only run in training.
+    queries: query sources by name, in the order of their making; `main` comes first and is the one that inference
+        keeps.
+    mask_head: instance masks of the decoder's boxes, on the same pyramid, at inference too; it learns from the last
+        layer's boxes of the groups `mask_groups`, as far as they exist.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Detector(nn.Module):
         return self.encoder(self.neck(self.backbone(normalized)), padding)
 
     def forward(self, images: Tensor, padding: Tensor, targets: Targets | None = None) -> Output:
-        """With targets: every group and every head's loss. Without: the main group alone."""
+        """With targets, run every group and every head's loss; without, the main group alone."""
         memory = self.encode(images, padding)
         context = QueryContext(memory, targets)
         pyramid = self.adapter(memory) if targets is not None and self.adapter is not None else None

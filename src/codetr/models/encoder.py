@@ -37,8 +37,8 @@ def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, po
 class DeformableEncoder(nn.Module):
     """Every token attends to all levels around its own place (Deformable DETR, sec. 4.1 and fig. 1).
 
-    temperature, position_offset: of the sine encoding. checkpointed_layers: the first n layers recompute their
-    activations in the backward pass.
+    temperature, position_offset: of the sine encoding.
+    checkpointed_layers: the first n layers recompute their activations in the backward pass.
     """
 
     def __init__(

@@ -10,7 +10,8 @@ class ChannelMapper(nn.Module):
 
     The first extra level reads the last backbone feature, the next ones read the level before.
 
-    num_groups: of the group norm behind every convolution; None: no norm (DETR). bias: of the convolutions.
+    num_groups: of the group norm behind every convolution; None: no norm (DETR).
+    bias: of the convolutions.
 
     Raises UserError for more feature maps than levels.
     """
@@ -37,7 +38,7 @@ class ChannelMapper(nn.Module):
         self.extra = nn.ModuleList(block(width if i else in_channels[-1], 3, 2) for i in range(extra))
 
     def strides(self, in_strides: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the levels, given those of the feature maps."""
+        """The strides of the levels, given those of the feature maps."""
         return (*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(len(self.extra))))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,8 @@ class PyramidAdapter(nn.Module):
     Coarser levels come from the memory's last one by 3x3 convolutions of stride 2, finer ones from its first by
     bilinear upsampling and 3x3 convolutions, each with group norm; so a single-scale encoder serves the heads too.
 
-    strides: of the memory's levels, in network pixels per cell. pad_divisor: see `Pyramid`.
+    strides: of the memory's levels, in network pixels per cell.
+    pad_divisor: see `Pyramid`.
 
     Raises UserError when the memory's strides are no consecutive ones of the pyramid's.
     """

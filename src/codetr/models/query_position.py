@@ -15,8 +15,9 @@ from codetr.types import Memory
 class Placement:
     """Encoded positions of the queries in one layer, each [B, N, C].
 
-    position: for self-attention, and for the query of deformable cross-attention. location: the spatial half of the
-    query of conditional cross-attention. added: joins its content half in the first layer, None in the others.
+    position: for self-attention, and for the query of deformable cross-attention.
+    location: the spatial half of the query of conditional cross-attention.
+    added: joins its content half in the first layer, None in the others.
     """
 
     position: Tensor
@@ -32,12 +33,16 @@ class GivenPosition(nn.Module):
     def forward(
         self, layer: int, content: Tensor, reference: Tensor, given: Tensor | None, memory: Memory
     ) -> Placement:
-        """layer: from 0. content: [B, N, C]. reference: [B, N, 2 or 4]. given: [B, N, C], the groups' own."""
+        """layer: from 0.
+        content: [B, N, C].
+        reference: [B, N, 2 or 4].
+        given: [B, N, C], the groups' own.
+        """
         return Placement(_needed(given))
 
 
 class ReferencePosition(nn.Module):
-    """From the current reference box, anew in every layer (DAB-Deformable-DETR; DINO).
+    """Positions from the current reference box, made anew in every layer (DAB-Deformable-DETR; DINO).
 
     scaled: from the second layer on, multiplied by a function of the content (DAB-Deformable-DETR).
     """

@@ -13,7 +13,8 @@ class SimplePyramid(nn.Module):
     ones; P6 comes from the map as well. Every level ends with a 1x1 and a 3x3 convolution to `width`; each convolution
     is followed by a layer norm over the channels, with GELU in between.
 
-    in_channels: of the one map, which counts as P4. num_levels: 5 from P2 on, 4 from P3 on, and so forth.
+    in_channels: of the one map, which counts as P4.
+    num_levels: 5 from P2 on, 4 from P3 on, and so forth.
 
     Raises UserError for several maps or more levels.
     """
@@ -36,7 +37,7 @@ class SimplePyramid(nn.Module):
         self.levels = nn.ModuleDict({name: nn.Sequential(*levels[name]) for name in sorted(levels)[-num_levels:]})
 
     def strides(self, in_strides: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the levels, given the map's: P6 has four times as much."""
+        """The strides of the levels, given the map's: P6 has four times as much."""
         return tuple(in_strides[0] * 4 // 2**i for i in reversed(range(len(self.levels))))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
@@ -50,7 +51,7 @@ def block(in_channels: int, out_channels: int, kernel: int, stride: int) -> list
 
 
 def finer(channels: int) -> list[nn.Module]:
-    """Twice the resolution, half the channels."""
+    """A layer that gives twice the resolution and half the channels."""
     return [nn.Upsample(scale_factor=2), *block(channels, channels // 2, 3, 1), nn.GELU()]
 
 

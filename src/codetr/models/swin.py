@@ -34,8 +34,10 @@ class Swin(nn.Module):
     published weights. Images whose sides are no multiples of 4 are padded with zeros: level i has
     ceil(side / stride_i) cells.
 
-    out_indices: stages 0..3 have strides 4..32. checkpointing: blocks recompute their activations (less memory, more
-    time). The others: see `codetr.models.backbone.Backbone`.
+    out_indices: stages 0..3 have strides 4..32.
+    checkpointing: blocks recompute their activations (less memory, more time).
+
+    The others: see `codetr.models.backbone.Backbone`.
 
     Raises UserError when `name` is no Swin of timm's.
     """
@@ -91,7 +93,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        mask = shift_mask(x.shape[1], x.shape[2], self.window, x)
+        mask = shift_mask(x, self.window)
         for block in self.blocks:
             x = recomputed(block, x, mask, when=self.checkpointing)
         return x
@@ -129,14 +131,16 @@ class Block(nn.Module):
         return x[:, :height, :width]
 
 
-def shift_mask(height: int, width: int, window: tuple[int, int], like: Tensor) -> Tensor:
-    """[windows, N, N] of `like`'s type and device: -100 between cells that only the cyclic shift by half a window
-    made neighbours, else 0, for the padded map (paper, figure 4). -100 as in training of the published weights.
+def shift_mask(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """What is added to the attention in the windows of the map `x` [B, H, W, C], padded: [windows, N, N] of its type.
+
+    -100 between cells that only the cyclic shift by half a window made neighbours, else 0 (paper, figure 4); -100 as
+    in the training of the published weights.
     """
     regions = []
-    for side, size in zip((height, width), window, strict=True):
-        cells = torch.arange(side + -side % size, device=like.device)
+    for side, size in zip(x.shape[1:3], window, strict=True):
+        cells = torch.arange(side + -side % size, device=x.device)
         regions.append((cells >= len(cells) - size).int() + (cells >= len(cells) - size // 2))
     region = 3 * regions[0][:, None] + regions[1]
     region = window_partition(region[None, :, :, None], window).flatten(1)
-    return (region[:, None] != region[:, :, None]).to(like.dtype) * -100
+    return (region[:, None] != region[:, :, None]).to(x.dtype) * -100

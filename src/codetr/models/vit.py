@@ -28,10 +28,13 @@ class ViT(nn.Module):
     The feature map has ceil(side / patch) cells; images are padded with zeros. Windows at the border are padded with
     zeros that take part in attention, as in training of the published weights.
 
-    window: cells per side. global_blocks: indices of the blocks that attend to the whole map. rotary_canvas: image
-    side in pixels that the rotary embedding of the global blocks spans, whatever the image's size; None: every image's
-    own height and width. Both are the same for images of that size. checkpointed_blocks: the first n blocks recompute
-    their activations in the backward pass. The others: see `codetr.models.backbone.Backbone`.
+    window: cells per side.
+    global_blocks: indices of the blocks that attend to the whole map.
+    rotary_canvas: image side in pixels that the rotary embedding of the global blocks spans, whatever the image's size;
+        None: every image's own height and width. Both are the same for images of that size.
+    checkpointed_blocks: the first n blocks recompute their activations in the backward pass.
+
+    The others: see `codetr.models.backbone.Backbone`.
 
     Raises UserError when `name` is no EVA-02 of timm's, or lacks one of `global_blocks`.
     """
@@ -79,7 +82,7 @@ class ViT(nn.Module):
         return [self.norm(x).permute(0, 3, 1, 2)]
 
     def _rotary_tables(self, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of a window and of the whole map."""
+        """The rotary tables of a window and of the whole map."""
         window = (self.window, self.window)
         cells = None if self.rotary_canvas is None else self.rotary_canvas / self.strides[0]
         span = size if cells is None else (cells, cells)

@@ -13,8 +13,9 @@ from codetr.types import Pyramid
 class AnchorGrid(nn.Module):
     """The anchors of every cell: one per (ratio, scale), ratio-major.
 
-    scales: side of a square anchor in strides. ratios: height / width at equal area. offset: position of a
-    cell's centre in strides from its top-left corner (0: the corner itself).
+    scales: side of a square anchor in strides.
+    ratios: height / width at equal area.
+    offset: position of a cell's centre in strides from its top-left corner (0: the corner itself).
     """
 
     half_sizes: Tensor

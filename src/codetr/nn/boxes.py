@@ -24,7 +24,8 @@ def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
 def refine(reference: Tensor, delta: Tensor, eps: float) -> Tensor:
     """Iterative box refinement (Deformable DETR, appendix A.4): add `delta` in logit space.
 
-    reference: [..., 2 or 4] after the sigmoid; a 2-d reference shifts only the centre. delta: [..., 4].
+    reference: [..., 2 or 4] after the sigmoid; a 2-d reference shifts only the centre.
+    delta: [..., 4].
     """
     shift = inverse_sigmoid(reference, eps)
     if reference.shape[-1] == 2:
@@ -71,8 +72,10 @@ def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
 def best_pairs(prediction: Prediction, sizes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` best (query, class) pairs of each image, best first; a query may appear with several classes.
 
-    prediction: one layer, [B, N, ...]. sizes: [B, 2] (height, width) in pixels. Returns scores [B, n], labels [B, n]
-    and boxes [B, n, 4] xyxy in these pixels, cut off at the image.
+    prediction: one layer, [B, N, ...].
+    sizes: [B, 2] (height, width) in pixels.
+
+    Returns scores [B, n], labels [B, n] and boxes [B, n, 4] xyxy in these pixels, cut off at the image.
     """
     num_classes = prediction.logits.shape[-1]
     scores = prediction.logits.float().sigmoid().flatten(1)

@@ -59,8 +59,9 @@ class GroupSelfAttention(nn.Module):
     The cost is the sum of the squares of the group sizes, not the square of their sum, and no mask of the size
     of all queries exists, so fused kernels stay usable.
 
-    dropout: of the attention weights. separate_position: contents and positions have projections of their own
-    (Conditional DETR), instead of one for their sum.
+    dropout: of the attention weights.
+    separate_position: contents and positions have projections of their own (Conditional DETR), instead of one for their
+        sum.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float, separate_position: bool) -> None:

@@ -21,7 +21,9 @@ def _frequencies(num_features: int, temperature: float, device: torch.device) ->
 def sine_position(padding: Tensor, width: int, temperature: float, offset: float) -> Tensor:
     """Encode the position of every cell within the unpadded part of its map.
 
-    padding: [B, H, W] bool. offset: added to the cell index before normalising (-0.5: cell centres).
+    padding: [B, H, W] bool.
+    offset: added to the cell index before normalising (-0.5: cell centres).
+
     Returns [B, H, W, width], the y half first.
     """
     valid = (~padding).float()
@@ -38,7 +40,9 @@ def sine_position(padding: Tensor, width: int, temperature: float, offset: float
 def sine_reference(reference: Tensor, features_per_coordinate: int, temperature: float, order: str) -> Tensor:
     """Encode normalised coordinates.
 
-    reference: [..., 2 or 4] in (cx, cy[, w, h]). order: the coordinates to encode, e.g. "xywh" or "yxwh".
+    reference: [..., 2 or 4] in (cx, cy[, w, h]).
+    order: the coordinates to encode, e.g. "xywh" or "yxwh".
+
     Returns [..., len(order) * features_per_coordinate].
     """
     frequencies = _frequencies(features_per_coordinate, temperature, reference.device)

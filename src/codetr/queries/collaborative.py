@@ -19,9 +19,11 @@ class CollaborativeQueries(nn.Module):
 
     All images get as many queries as the image with most positives has, at least `min_queries` and at most
     `max_queries`; what an image lacks is filled with the head's negatives as background (`fill: negatives`, the
-    official code) or stays empty (`fill: none`, the paper). use_features: add the head's features at these places.
-    embed_position: positions from the coordinates, computed once; otherwise the decoder derives them in every
-    layer. weight: lambda_1 of eq. 6.
+    official code) or stays empty (`fill: none`, the paper).
+
+    use_features: add the head's features at these places.
+    embed_position: positions from the coordinates, computed once; otherwise the decoder derives them in every layer.
+    weight: lambda_1 of eq. 6.
     """
 
     def __init__(
@@ -54,10 +56,10 @@ class CollaborativeQueries(nn.Module):
         chosen, valid = self._choose(positives)
         scale = box_scale(context.targets.frames.sizes)[:, None]
         boxes = box_convert(take(positives.boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
-        goals = box_convert(take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
+        target_boxes = box_convert(take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
         labels = positives.labels.gather(1, chosen).masked_fill(~valid, -1)
         content, position = self._embed(boxes, take(positives.features, chosen))
-        return QueryGroup(content, boxes, Known(labels, goals), position, valid, weight=self.weight)
+        return QueryGroup(content, boxes, Known(labels, target_boxes), position, valid, weight=self.weight)
 
     def _choose(self, positives: Positives) -> tuple[Tensor, Tensor]:
         """Indices [B, n] of the candidates that become queries, and which of them are real."""

@@ -23,11 +23,14 @@ class DenoisingQueries(nn.Module):
     be restored) and a negative (moved by one to two times that, to be called background) (DINO). Otherwise once: its
     centre moved within `box_noise` half sizes, its sides scaled by up to 1 +- `box_noise` (DN-DETR, sec. 3.4).
 
-    num_queries: positives per image, shared among as many blocks as fit. label_noise: share of the labels that are
-    replaced by a random class. indicator: the last channel of the content is 1 (DN-DETR). unused: slots of an image
-    with fewer objects than another one are not seen at all ("masked"), or empty queries at the centre that must be
-    called background ("background", the official Co-DINO). eps: no noised coordinate is nearer to 0 or 1 than about
-    this. weight: of its losses. embed_position: whether the decoder wants positions.
+    num_queries: positives per image, shared among as many blocks as fit.
+    label_noise: share of the labels that are replaced by a random class.
+    indicator: the last channel of the content is 1 (DN-DETR).
+    unused: slots of an image with fewer objects than another one are not seen at all ("masked"), or empty queries at
+        the centre that must be called background ("background", the official Co-DINO).
+    eps: no noised coordinate is nearer to 0 or 1 than about this.
+    weight: of its losses.
+    embed_position: whether the decoder wants positions.
 
     Raises UserError when it does.
     """
@@ -91,7 +94,10 @@ class DenoisingQueries(nn.Module):
 
 
 def move_corners(boxes: Tensor, positive: Tensor, noise: float) -> Tensor:
-    """Move each corner by a random share of the half size. boxes: [..., 4] cxcywh. positive: [...] bool.
+    """Move each corner by a random share of the half size.
+
+    boxes: [..., 4] cxcywh.
+    positive: [...] bool.
 
     A negative's corners may pass each other; its size is then zero.
     """

@@ -13,7 +13,10 @@ class HybridQueries(nn.Module):
     """The proposals that come next after the main group's, from the same first stage; dropped after training.
 
     Contents are learned. The projection of the positions is the branch's own, so that inference holds nothing of it
-    (the original shares the main group's). repeats: every object is matched so many times. weight: of its losses.
+    (the original shares the main group's).
+
+    repeats: every object is matched so many times.
+    weight: of its losses.
 
     Raises ValueError when the main group has no class-agnostic first stage over all tokens.
     """

@@ -37,12 +37,16 @@ class ProposalEmbedding(nn.Module):
 class TwoStageQueries(nn.Module):
     """The top proposals as references.
 
-    num_classes: of the first-stage classifier. class_agnostic: it only tells object from background, by its first
-    logit, and its loss is computed over all tokens (Deformable DETR); otherwise proposals are ranked by their best
-    class and only the selected ones have a loss (DINO). mixed_selection: contents are learned (DINO, sec. 3.4);
-    otherwise they come from the proposals, which needs embed_position. embed_position: positions from the proposals,
-    computed once (Deformable DETR); otherwise the decoder derives them in every layer (DINO). repeats: every object is
-    matched so many times. weight: of the group's losses.
+    num_classes: of the first-stage classifier.
+    class_agnostic: it only tells object from background, by its first logit, and its loss is computed over all tokens
+        (Deformable DETR); otherwise proposals are ranked by their best class and only the selected ones have a loss
+        (DINO).
+    mixed_selection: contents are learned (DINO, sec. 3.4); otherwise they come from the proposals, which needs
+        embed_position.
+    embed_position: positions from the proposals, computed once (Deformable DETR); otherwise the decoder derives them in
+        every layer (DINO).
+    repeats: every object is matched so many times.
+    weight: of the group's losses.
 
     Raises UserError when the contents would come from nowhere.
     """

@@ -56,8 +56,7 @@ def main(overrides: list[str]) -> int:
         console.print(shown_lines(f"{source}: {line}"), soft_wrap=True, highlight=False, markup=False)
     console.print(f"{summary.verdict(splits)}{f'; pictures in {config.page}' if config.page else ''}", highlight=False)
     grave: list[Severity] = ["error", "warning"] if config.strict else ["error"]
-    counts = [s.findings.left(g) if config.fix else s.findings.total(g) for s in splits for g in grave]
-    return int(any(counts))
+    return int(any(s.findings.total(g, unmended=config.fix) for s in splits for g in grave))
 
 
 def inspect(config: DictConfig) -> list[Split]:
@@ -91,6 +90,8 @@ def inspect(config: DictConfig) -> list[Split]:
 
 
 def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None) -> Split:
+    from hydra.utils import instantiate
+
     from codetr.data.findings import Findings
     from codetr.data.readers import locate
     from codetr.errors import UserError
@@ -102,7 +103,7 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     reads_masks = data.masks if name == "train" else data.val_masks
     split = Split(name, locate(data.root, data[f"{name}_images"]), Findings(source, config.examples, reads_masks))
     try:
-        document = _reader(data)(source)
+        document = instantiate(data.reader)(source)
         split.categories, split.images = list(document["categories"]), list(document["images"])
         split.annotations = list(document["annotations"])
     except UserError as error:
@@ -115,14 +116,8 @@ def _inspect_split(config: DictConfig, name: str, classes: Sequence[str] | None)
     return split
 
 
-def _reader(data: DictConfig) -> Any:
-    from hydra.utils import instantiate
-
-    return instantiate(data.reader)
-
-
 def _progress(name: str) -> Any:
-    """Images on the way, for a terminal only."""
+    """A bar that counts images on the way, for a terminal only."""
     from rich.console import Console
     from rich.progress import track
 

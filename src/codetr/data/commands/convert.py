@@ -136,7 +136,7 @@ def _read(config: DictConfig, name: str) -> Split:
     document = instantiate(config.reader)(source)
     findings = Findings(source)
     split = Split(root, *judged(document, root, findings), names={})
-    findings.settle(config.on_error)
+    findings.raise_or_log(config.on_error)
     return split
 
 

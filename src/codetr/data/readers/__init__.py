@@ -21,14 +21,15 @@ from typing import Any, NotRequired, Protocol, TypedDict
 class Document(TypedDict):
     """What one split's annotations say; every part is a list, or a generator that is read once.
 
-    categories: `id`, `name`, and where known LVIS' `frequency` ("r", "c", "f"). images: `id`, `file_name` relative to
-    the image folder, `width`, `height`, and where known LVIS' `neg_category_ids` and `not_exhaustive_category_ids`.
+    categories: `id`, `name`, and where known LVIS' `frequency` ("r", "c", "f").
+    images: `id`, `file_name` relative to the image folder, `width`, `height`, and where known LVIS' `neg_category_ids`
+        and `not_exhaustive_category_ids`.
     annotations: `image_id`, `category_id`, `bbox` [x, y, width, height] in pixels, and where known `id`, `area`,
-    `iscrowd`, `ignore`, `segmentation`. An image or annotation may carry `where`, such as "a.xml, object 3": messages
-    then name that place.
-
+        `iscrowd`, `ignore`, `segmentation`.
     sources: the files whose content, and the folders whose entries, make a table of this document stale when they
-    change; left out: the annotation file alone.
+        change; left out: the annotation file alone.
+
+    An image or annotation may carry `where`, such as "a.xml, object 3": messages then name that place.
     """
 
     categories: Iterable[dict[str, Any]]

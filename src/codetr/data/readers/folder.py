@@ -45,7 +45,7 @@ def read(annotations: Path) -> Document:
 
 
 def is_image(path: Path) -> bool:
-    """By its name; hidden files (such as the ._a.jpg of macOS) are none."""
+    """Whether a file is an image, by its name; hidden files (such as the ._a.jpg of macOS) are none."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 

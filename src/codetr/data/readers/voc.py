@@ -108,7 +108,7 @@ def _image_files(folder: Path) -> tuple[dict[str, tuple[Path, str]], list[Path]]
 
 
 def _categories(found: Iterable[str | None], names: Sequence[str] | None) -> dict[str, int]:
-    """Name -> id."""
+    """The id of each name."""
     known = {name for name in found if name}
     if names is None:
         chosen = list(CLASSES) if known <= set(CLASSES) else sorted(known)
@@ -160,7 +160,7 @@ def _text(node: ElementTree.Element, tag: str) -> str:
 
 
 def _number(text: str | None) -> float:
-    """NaN if it is none that can be used."""
+    """The number that a text holds; NaN if it is none that can be used."""
     try:
         value = float(text or "nan")
     except ValueError:

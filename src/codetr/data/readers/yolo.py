@@ -137,7 +137,7 @@ def _listed_image(folder: Path, line: str) -> Path:
 
 
 def _existing(folder: Path) -> Path:
-    """Itself, or the one in which it would appear."""
+    """The folder itself, or the one in which it would appear."""
     return next(f for f in (folder, *folder.parents) if f.is_dir())
 
 
@@ -146,7 +146,7 @@ def _relative(path: Path, home: Path) -> str:
 
 
 def _text(path: Path) -> str | Exception | None:
-    """None if there is no such file; the reason if it cannot be read."""
+    """The text of a file; None if there is no such file, the reason if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -202,6 +202,6 @@ def _bad(fields: list[str], where: str, why: str) -> dict[str, Any]:
 
 
 def _area(points: np.ndarray) -> float:
-    """Of a polygon [n, 2]."""
+    """The area of a polygon [n, 2]."""
     (x, y), (nx, ny) = points.T, np.roll(points, -1, 0).T
     return float(abs(np.sum(x * ny - nx * y)) / 2)

@@ -19,8 +19,10 @@ _SPLITS = {"train": ("train", "training"), "val": ("valid", "val", "validation",
 
 
 class Labels(NamedTuple):
-    """files: of each image, its label file or where it would be. folders: those that were looked into. strays: label
-    files that belong to no image."""
+    """files: of each image, its label file or where it would be.
+    folders: those that were looked into.
+    strays: label files that belong to no image.
+    """
 
     files: list[Path]
     folders: set[Path]
@@ -28,8 +30,10 @@ class Labels(NamedTuple):
 
 
 def find_labels(images: Sequence[Path]) -> Labels:
-    """Of absolute paths of images: NAME.txt where the last folder `images` of the path is called `labels`, or beside
-    the image, or in a folder `labels` beside it or beside its folder. The case of letters only counts where two files
+    """Find the label files of images, which are given by their absolute paths.
+
+    The labels of an image are NAME.txt where the last folder `images` of the path is called `labels`, or beside the
+    image, or in a folder `labels` beside it or beside its folder. The case of letters only counts where two files
     differ in nothing else.
     """
     entries = cache(_text_files)
@@ -71,7 +75,7 @@ def _mapped(folder: Path) -> Path | None:
 
 
 def _entry(folder: Path, name: str) -> Path:
-    """What is called so in `folder`, in other letters if need be."""
+    """The entry of `folder` with this name, in other letters if need be."""
     if (folder / name).exists() or not folder.is_dir():
         return folder / name
     near = [p for p in folder.iterdir() if p.name.casefold() == name.casefold()]
@@ -151,7 +155,7 @@ def described_by(source: Path) -> list[Path]:
 
 
 def _darknet(path: Path) -> Mapping[str, str]:
-    """`key = value` of each line."""
+    """The pairs of the lines `key = value`."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {key.strip(): value.strip() for key, sign, value in (line.partition("=") for line in lines) if sign}
 
