@@ -43,6 +43,7 @@ ELSEWHERE = {
     "data/voc": "test_formats.py",
     "data/yolo": "test_formats.py",
     "metrics/lvis": "test_lvis.py",
+    "callbacks/results": "test_results.py",
     "trainer/gpu": "modes.py",
     "trainer/ddp": "modes.py",
     "trainer/fsdp": "modes.py",
