@@ -87,6 +87,7 @@ class DetectionDataModule(LightningDataModule):
         super().__init__()
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
         self.val_paths = locate(root, val_images), locate(root, val_annotations)
+        self.reader = reader
         self._read = partial(
             DetectionDataset, reader=reader, on_error=on_error, verify=verify, cache=cache, max_pixels=max_pixels
         )
