@@ -70,6 +70,8 @@ def columns(folder: Path, boxes: int) -> dict[str, np.ndarray]:
         **{"negative": none, "negative_offsets": no_offsets},
         **{"not_exhaustive": none, "not_exhaustive_offsets": no_offsets},
         "category_ids": np.arange(CLASSES),
+        "counts": np.full(CLASSES, boxes // CLASSES),
+        "image_counts": np.full(CLASSES, images // CLASSES),
     }
 
 

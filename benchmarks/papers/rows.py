@@ -113,11 +113,13 @@ def _after_the_encoder(config: DictConfig, shapes: list[torch.Size], mode: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="rows; none: all")
+    parser.add_argument("names", nargs="*", help="rows to count anew, the others stay as they were; none: all")
     names = parser.parse_args().names
-    rows = {name: row for name, row in load_rows().items() if row.experiment and (not names or name in names)}
+    every = {name: row for name, row in load_rows().items() if row.experiment}
+    rows = {name: row for name, row in every.items() if not names or name in names}
     models: dict[str, Any] = {}
-    record = {}
+    before = report.folder / "rows.json"
+    record = json.loads(before.read_text()) if names and before.is_file() else {}
     for name, row in track(rows.items(), "rows"):
         config = composed(row, "model.detector.backbone.pretrained=false")
         with open_dict(config):
@@ -128,11 +130,8 @@ def main() -> None:
             models[key] = costs(config)
         values = {value.subject: value.value for value in recipe(row, config)}
         record[name] = {"recipe": values, **models[key]}
-    text = f"{report.machine()}. {len(record)} rows, {len(models)} models."
-    if names:
-        print(json.dumps(record, indent=1))
-    else:
-        report.write("rows", text, record)
+    known = {name: record[name] for name in every if name in record}
+    report.write("rows", f"{len(known)} rows counted; {report.machine()}.", known)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def evaluate(config: DictConfig) -> float:
         optimizer=build(saved["optimizer"]),
         schedule=build(saved["schedule"]),
         settings={},
+        normalise_over_step=False,
     )
     given = data_config(config, saved["data"], model.class_names)
     given.val_masks = model.detector.mask_head is not None

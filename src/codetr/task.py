@@ -49,7 +49,7 @@ class DetectionTask(LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Schedule,
         settings: dict[str, Any],
-        normalise_over_step: bool = False,
+        normalise_over_step: bool,
     ) -> None:
         super().__init__()
         self.metrics = {"val": metrics()}

@@ -15,8 +15,10 @@ from codetr.derived import read_needed_masks
 from codetr.errors import UserError
 
 if TYPE_CHECKING:
+    from codetr.data.datamodule import DetectionDataModule
     from codetr.inference import Model
     from codetr.models.detector import Detector
+    from codetr.task import DetectionTask
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ def fit(config: DictConfig) -> Run:
     from codetr.callbacks.resume import AtomicCheckpointIO, Checkpoints
     from codetr.checkpoint import load_weights, newest_whole
     from codetr.ops.distributed import meet_anew
-    from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
 
     meet_anew()
@@ -108,19 +109,7 @@ def fit(config: DictConfig) -> Run:
         del earlier  # the file stays mapped as long as its tensors
     category_ids = list(map(int, data.train_set.category_ids))
     settings = {"config": application.plain(config), "category_ids": category_ids, **about}
-    task = DetectionTask(
-        detector=instantiate(config.model.detector, _convert_="all"),
-        criterion=instantiate(config.criterion, _convert_="all"),
-        postprocess=instantiate(config.postprocess),
-        metrics=instantiate(config.metrics, data.class_names),
-        evaluate_heads=config.evaluate_heads,
-        optimizer=instantiate(config.optimizer),
-        schedule=instantiate(config.schedule),
-        settings=settings,
-        normalise_over_step=config.normalise_over_step,
-    )
-    if task.criterion.fed_loss is not None:
-        task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))
+    task = _task(config, data, settings)
     if checkpoint is None:
         _initialise(config, task.detector, data.class_names)
     for logger in trainer.loggers:
@@ -135,6 +124,29 @@ def fit(config: DictConfig) -> Run:
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
     of_best = {name.removeprefix("val/"): value for name, value in numbers.items() if name.startswith("val/")}
     return Run(folder, Path(best), of_best, numbers[config.optimized_metric])
+
+
+def _task(config: DictConfig, data: DetectionDataModule, settings: dict[str, Any]) -> DetectionTask:
+    """settings: what its checkpoints say about their model."""
+    from hydra.utils import instantiate
+
+    from codetr.task import DetectionTask
+
+    assert data.train_set is not None, "setup() comes first"
+    task = DetectionTask(
+        detector=instantiate(config.model.detector, _convert_="all"),
+        criterion=instantiate(config.criterion, _convert_="all"),
+        postprocess=instantiate(config.postprocess),
+        metrics=instantiate(config.metrics, data.class_names),
+        evaluate_heads=config.evaluate_heads,
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule),
+        settings=settings,
+        normalise_over_step=config.normalise_over_step,
+    )
+    if task.criterion.fed_loss is not None:
+        task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))
+    return task
 
 
 def _compare(config: DictConfig, check: Callable[[], list[str]], earlier: Mapping[str, Any]) -> None:

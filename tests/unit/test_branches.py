@@ -68,7 +68,7 @@ def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector
         boxes, labels = found.boxes_xyxy, found.labels
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         truth.append({"boxes": boxes, "labels": labels, "iscrowd": torch.zeros(len(labels)), "area": area})
-    task = DetectionTask(model, None, PostProcess(100, None), METRICS, True, partial(print), None, {})
+    task = DetectionTask(model, None, PostProcess(100, None), METRICS, True, partial(print), None, {}, False)
     batch.truth = truth
     task.on_validation_epoch_start()
     with torch.no_grad():
@@ -90,9 +90,9 @@ def test_a_head_is_perfect_when_its_own_detections_are_the_truth(model: Detector
 def test_what_is_counted_must_be_kept(model: Detector, kept: int, evaluate_heads: bool, key: str) -> None:
     metrics = partial(METRICS, max_detections=300)
     with pytest.raises(UserError, match=rf"metrics\.max_detections=300 counts more .* {key}.*max_detections=\d+ keeps"):
-        DetectionTask(model, None, PostProcess(kept, None), metrics, evaluate_heads, partial(print), None, {})
+        DetectionTask(model, None, PostProcess(kept, None), metrics, evaluate_heads, partial(print), None, {}, False)
 
 
 def test_off_by_default(model: Detector) -> None:
-    task = DetectionTask(model, None, PostProcess(100, None), METRICS, False, partial(print), None, {})
+    task = DetectionTask(model, None, PostProcess(100, None), METRICS, False, partial(print), None, {}, False)
     assert list(task.metrics) == ["val"]

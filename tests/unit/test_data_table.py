@@ -109,7 +109,7 @@ def test_a_change_within_one_tick_of_the_clock_is_seen(source: Path, read: Read,
 def test_options_that_change_a_table_have_their_own(source: Path, read: Read, reads: Callable[[], int]) -> None:
     plain, _ = read()
     masked, _ = read(masks=True)
-    assert len(plain.segmentation_offsets) == 0
+    assert (plain.has_masks, masked.has_masks) == (False, True)
     assert len(masked.segmentation_offsets) == len(masked.boxes) + 1
     read(), read(masks=True)
     assert reads() == 2
@@ -306,6 +306,10 @@ def test_batches_do_not_show(source: Path, tmp_path: Path, batch: int, monkeypat
         assert table.boxes[rows].tolist() == xyxy
         assert table.areas[rows].tolist() == [a["area"] for a in own]
         assert table.crowd[rows].tolist() == [bool(a["iscrowd"]) for a in own]
+    usable = [a for a in good if not a["iscrowd"]]
+    assert table.counts.tolist() == [sum(a["category_id"] == c for a in usable) for c in (7, 3, 12)]
+    pairs = {(a["image_id"], a["category_id"]) for a in usable}
+    assert table.image_counts.tolist() == [sum(c == category for _, c in pairs) for category in (7, 3, 12)]
     assert report.errors == {
         "bad image record": 1,
         "duplicate image id": 1,

@@ -204,7 +204,7 @@ def test_mask_ap_is_of_the_masks_that_the_head_makes(model: Detector, painted: t
     dataset = DetectionDataset(*painted, rle=True)
     batch = collate([transformed(dataset[i], PIPELINES["resized"]) for i in range(2)], 32)
     postprocess, metrics = PostProcess(5, None), partial(detection_metric, CLASSES, max_detections=5)
-    task = DetectionTask(model, None, postprocess, metrics, False, None, None, {})
+    task = DetectionTask(model, None, postprocess, metrics, False, None, None, {}, False)
     with torch.no_grad():
         found = task.validation_step(batch, 0)
         assert task.metrics["val/segm"].compute()["map"] < 0.5

@@ -30,7 +30,7 @@ from codetr.errors import UserError
 from codetr.files import atomically
 
 # Changes with what a table holds, or what the checks let pass.
-_VERSION = 6
+_VERSION = 5
 _log = logging.getLogger(__name__)
 _TICK = 2 * 10**9  # nanoseconds, of the coarsest file systems' clocks
 _PATIENCE = 2.0  # seconds without a progress bar

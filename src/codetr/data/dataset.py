@@ -142,21 +142,30 @@ class DetectionDataset(Dataset[Sample]):
     @property
     def label_counts(self) -> dict[str, int]:
         """Class name -> number of objects to train on (no crowds, none ignored)."""
-        counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
+        if self._images is None:
+            counts = self._counts_of_classes(self._table.counts)
+        else:
+            counts = np.bincount(self.objects().labels, minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def _counts_of_classes(self, counts: np.ndarray) -> np.ndarray:
+        return np.where(self._positions >= 0, counts[self._positions], 0)
+
+    @property
+    def others(self) -> dict[str, int]:
+        """Name -> number of objects of the categories that are none of the classes."""
+        rest = (self._label_of < 0).nonzero()[0].tolist()
+        return {self._table.category_names[i]: int(self._table.counts[i]) for i in rest}
 
     @property
     def image_counts(self) -> dict[str, int]:
         """Class name -> number of images with such an object; LVIS' `image_count`."""
-        _, classes = classes_of_images(*self.objects())
-        return dict(zip(self.class_names, np.bincount(classes, minlength=len(self.class_names)).tolist(), strict=True))
-
-    @property
-    def others(self) -> dict[str, int]:
-        """Name -> number of objects, as above, of the categories that are none of the classes."""
-        table = self._table
-        counts = np.bincount(table.categories[~(table.crowd | table.ignore)], minlength=len(self._label_of))
-        return {table.category_names[i]: int(counts[i]) for i in (self._label_of < 0).nonzero()[0].tolist()}
+        if self._images is None:
+            counts = self._counts_of_classes(self._table.image_counts)
+        else:
+            _, classes = classes_of_images(*self.objects())
+            counts = np.bincount(classes, minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
 
     @property
     def fingerprint(self) -> str:

@@ -34,6 +34,8 @@ class Table:
     negative, not_exhaustive: LVIS' lists of categories per image, as positions; *_offsets: [n + 1]; empty in other
         sets.
     category_ids: [k] int64.
+    counts: [k] objects that are neither crowd nor ignored.
+    image_counts: [k] images with such an object.
 
     `category_names` has k strings, `frequencies` k of LVIS' letters r, c and f, or is None. A table travels to other
     processes as the name of its file.
@@ -57,6 +59,8 @@ class Table:
     not_exhaustive: np.ndarray
     not_exhaustive_offsets: np.ndarray
     category_ids: np.ndarray
+    counts: np.ndarray
+    image_counts: np.ndarray
 
     def __init__(self, path: Path, layout: Mapping[str, Any]) -> None:
         """Map the file `path`; `layout`: what `write` returned. Raises ValueError when they do not fit."""
@@ -80,6 +84,10 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def has_masks(self) -> bool:
+        return len(self.segmentation_offsets) > 0
 
     @property
     def is_federated(self) -> bool:

@@ -6,7 +6,7 @@ Memory stays bounded: records come in batches, and what is kept of them goes to 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ def tabulate(document: Document, folder: Path, masks: bool, findings: Findings) 
     columns["segmentation_offsets"] = _ends(sorted_.column("lengths")) if masks else np.empty(0, np.int64)
     if not chosen.all():
         columns["categories"] = (np.cumsum(chosen, dtype=np.int32) - 1)[columns["categories"]]
+    columns["counts"], columns["image_counts"] = count(columns, len(classes))
     letters = [str(c.get("frequency")) for c in categories]
     return Tabulated(columns, list(classes.values()), letters if letters and {*letters} <= {"r", "c", "f"} else None)
 
@@ -181,3 +182,18 @@ def _copy(read: _Files, to: _Files, rows: np.ndarray, masks: bool) -> None:
         for i in range(0, len(rows), _BATCH):
             spans = zip(ends[rows[i : i + _BATCH]].tolist(), ends[rows[i : i + _BATCH] + 1].tolist(), strict=True)
             to.append(_joined([packed[start:end].tobytes() for start, end in spans], masks))
+
+
+def count(columns: dict[str, np.ndarray], categories: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per category, the objects that are neither crowd nor ignored, and the images with such an object."""
+    objects, images = np.zeros(categories, np.int64), np.zeros(categories, np.int64)
+    bounds = np.unique(np.r_[0 : len(columns["offsets"]) : _BATCH, len(columns["offsets"]) - 1])
+    for first, last in pairwise(bounds):
+        ends = columns["offsets"][first : last + 1]
+        rows = slice(ends[0], ends[-1])
+        usable = ~(columns["crowd"][rows] | columns["ignore"][rows])
+        labels = columns["categories"][rows][usable]
+        owner = np.repeat(np.arange(last - first), np.diff(ends))[usable]
+        objects += np.bincount(labels, minlength=categories)
+        images += np.bincount(np.unique(owner * categories + labels) % max(categories, 1), minlength=categories)
+    return objects, images

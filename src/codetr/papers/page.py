@@ -145,9 +145,8 @@ def _sources() -> Iterator[str]:
                 source = value if isinstance(value, str) else value["source"]
                 said.setdefault(source, []).append("all else" if subject == "recipe" else subject)
         parts = [f"{', '.join(subjects)}: {source}" for source, subjects in said.items()]
-        yield (
-            f"- **{name}**" + (f", as {', '.join(entry['like'])}" if "like" in entry else "") + f". {'; '.join(parts)}"
-        )
+        head = f"- **{name}**, as {', '.join(entry['like'])}." if "like" in entry else f"- **{name}**."
+        yield f"{head} {'; '.join(parts)}".rstrip()
 
 
 def measured(row: Row, results: Path) -> float | None:
