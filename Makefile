@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format modes chaos soak bench gpu tune links measure readme wheel lock clean
+.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format modes accumulation chaos soak bench gpu tune links measure readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ format: install ## Format and sort imports
 
 modes: install ## All modes of training, beside float32 on one process: docs/modes.md
 	$(BIN)/python tests/integration/modes.py
+
+accumulation: install ## Gradients of accumulated batches beside those of one batch: the table of docs/clusters.md
+	$(BIN)/python tests/integration/accumulation.py
 
 KILLS ?= 50
 chaos: install ## Kill, starve, poison and restart toy runs: KILLS=50; what is lost, in benchmarks/results/chaos.md

@@ -7,19 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accumulation import COUNTS, Split, make_data, off, steps, train, train_in_processes
+from accumulation import CASES, COUNTS, STILL, TINY, Split, make_data, off, steps, train, train_in_processes
 
-TINY = "model/backbone=resnet10_small"
 QUERIES = 10  # of the main group
 HEADS = "model/auxiliary_head=[faster_rcnn_small,atss,fcos,gfl,paa,retinanet]"
-STILL = [f"model.detector.queries.denoising.{noise}_noise=0" for noise in ("label", "box")]
-# Empty slots of images with fewer objects than others, which DINO's code counts as background, depend on the batch.
-MASKED = "model.detector.queries.denoising.unused=masked"
-ONE_BLOCK = "model.detector.queries.denoising.num_queries=1"  # else their number depends on the batch's most objects
 MODELS = {
-    "groups": ["model=deformable_pp", TINY, "model.query_groups=3"],
-    "denoising": ["model=dino", TINY, *STILL, ONE_BLOCK, MASKED],
-    "hybrid": ["model=h_deformable", TINY],
+    "groups": CASES["3 groups (Group DETR)"],
+    "denoising": CASES["denoising, one block in every batch"],
+    "hybrid": CASES["hybrid"],
     "heads": ["model=co_deformable_tiny", HEADS],
     "masks": ["model=co_deformable_tiny", "model/auxiliary_head=[mask_rcnn_small]", "model/mask_head=refine_mask"],
 }
