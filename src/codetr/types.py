@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
+
+
+Shapes = tuple[tuple[int, int], ...]  # (height, width) per level
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Targets(_Movable):
     frames: Frames
     masks: Tensor | None = None
 
-    @property
+    @cached_property
     def boxes_xyxy(self) -> Tensor:
         """[B, M, 4] absolute xyxy in network pixels."""
         return box_convert(self.boxes, "cxcywh", "xyxy") * box_scale(self.frames.sizes)[:, None]
@@ -156,7 +160,7 @@ class Memory:
     tokens: Tensor
     position: Tensor
     padding: Tensor
-    spatial_shapes: tuple[tuple[int, int], ...]
+    spatial_shapes: Shapes
     valid_sizes: Tensor
     valid_ratios: Tensor
 
@@ -181,9 +185,18 @@ class Pyramid:
     pad_divisor: int = 1
 
     @property
+    def shapes(self) -> Shapes:
+        """(height, width) of each level, plain integers."""
+        return tuple((level.shape[-2], level.shape[-1]) for level in self.levels)
+
+    @property
     def cells(self) -> list[int]:
         """Of each level."""
-        return [level.shape[-2] * level.shape[-1] for level in self.levels]
+        return [height * width for height, width in self.shapes]
+
+    @property
+    def device(self) -> torch.device:
+        return self.levels[0].device
 
 
 @dataclass
@@ -457,4 +470,4 @@ MAIN = "main"  # the group that inference keeps
 
 def box_scale(sizes: Tensor) -> Tensor:
     """[B, 2] (height, width) -> [B, 4] (width, height, width, height)."""
-    return torch.stack([sizes[:, 1], sizes[:, 0], sizes[:, 1], sizes[:, 0]], 1)
+    return sizes.flip(1).repeat(1, 2)

@@ -203,7 +203,7 @@ def table(folder: Path) -> str:
             found.append([gradient for gradient, images in steps(split, directory) if len(images) == 4])
         expected, *others = found
         apart = [max(off(own, one) for own, one in zip(other, expected, strict=True)) for other in others]
-        lines.append(f"| {name} | {' | '.join(f'{x:.0e}' for x in apart)} |")
+        lines.append(f"| {name} | {' | '.join(f'{x:.1g}' for x in apart)} |")
         print(lines[-1])
     return "\n".join(lines)
 

@@ -73,6 +73,6 @@ class ATSSHead(nn.Module):
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is class probability times centerness."""
         dense = self.predictor(pyramid)
-        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
+        boxes = self.coder.decode(self.grid.every(pyramid), dense.boxes)
         assert dense.quality is not None
         return self.selection(dense.logits.sigmoid(), dense.quality.sigmoid(), boxes, pyramid, sizes)

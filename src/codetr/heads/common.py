@@ -11,7 +11,8 @@ from codetr.assign import BACKGROUND
 from codetr.assign.atss import assign_atss
 from codetr.nn.anchors import AnchorGrid
 from codetr.ops.gather import largest, take
-from codetr.types import Detections, Positives, Pyramid, Targets
+from codetr.ops.once import once
+from codetr.types import Detections, Positives, Pyramid, Shapes, Targets
 
 PRIOR = 0.01  # probability of every class at the start of training (Focal loss, sec. 3.3)
 
@@ -48,18 +49,19 @@ def assigned_by_atss(grid: AnchorGrid, pyramid: Pyramid, targets: Targets, topk:
     anchors = grid(pyramid)
     inside = grid.valid(pyramid, targets.frames.sizes)
     matched_index = assign_atss(anchors, inside, targets.boxes_xyxy, targets.valid, topk)
-    every = torch.cat(anchors).expand(len(matched_index), -1, -1)
+    every = grid.every(pyramid).expand(len(matched_index), -1, -1)
     return assigned(every, flatten(pyramid.levels, 1), matched_index, targets)
 
 
 def cell_strides(pyramid: Pyramid) -> Tensor:
     """[cells of all levels] network pixels per cell."""
-    return torch.cat(
-        [
-            level.new_full((level.shape[-2] * level.shape[-1],), stride, dtype=torch.float32)
-            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
-        ]
-    )
+    return _cell_strides(pyramid.shapes, pyramid.strides, pyramid.device)
+
+
+@once
+def _cell_strides(shapes: Shapes, strides: tuple[int, ...], device: torch.device) -> Tensor:
+    levels = zip(shapes, strides, strict=True)
+    return torch.cat([torch.full((height * width,), float(stride), device=device) for (height, width), stride in levels])
 
 
 def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor, Tensor]:

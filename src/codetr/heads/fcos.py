@@ -74,7 +74,7 @@ class FCOSHead(nn.Module):
         self.predictor = DensePredictor(width, num_classes, num_convs, num_groups, num_levels=num_levels, quality=True)
 
     def points(self, pyramid: Pyramid) -> Points:
-        boxes, strides = torch.cat(self.grid(pyramid)), cell_strides(pyramid)
+        boxes, strides = self.grid.every(pyramid), cell_strides(pyramid)
         far = (self.reach * strides).masked_fill(strides == pyramid.strides[-1], torch.inf)
         near = (self.reach * strides / 2).masked_fill(strides == pyramid.strides[0], -1)  # levels double
         return Points(boxes, strides, torch.stack([near, far], -1))

@@ -92,7 +92,7 @@ class GFLHead(nn.Module):
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         logits, distances = self.predict(pyramid)
-        boxes = around(torch.cat(self.grid(pyramid)), self.mean(distances) * cell_strides(pyramid)[:, None])
+        boxes = around(self.grid.every(pyramid), self.mean(distances) * cell_strides(pyramid)[:, None])
         return self.selection(logits.sigmoid(), None, boxes, pyramid, sizes)
 
 

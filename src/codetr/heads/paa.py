@@ -62,7 +62,7 @@ class PAAHead(nn.Module):
 
     def assign(self, dense: Dense, pyramid: Pyramid, targets: Targets) -> Positives:
         boxes = targets.boxes_xyxy
-        every = torch.cat(self.grid(pyramid)).expand(len(boxes), -1, -1)
+        every = self.grid.every(pyramid).expand(len(boxes), -1, -1)
         valid = self.grid.valid(pyramid, targets.frames.sizes)
         matched_index = assign_max_iou(every, valid, boxes, targets.valid, self.candidate_iou, self.candidate_iou, 0.0)
         labels, target_boxes = assigned_labels(targets.labels, matched_index), assigned_boxes(boxes, matched_index)
@@ -96,6 +96,6 @@ class PAAHead(nn.Module):
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is the geometric mean of class probability and IoU."""
         dense = self.predictor(pyramid)
-        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
+        boxes = self.coder.decode(self.grid.every(pyramid), dense.boxes)
         assert dense.quality is not None
         return self.selection(dense.logits.sigmoid().sqrt(), dense.quality.sigmoid().sqrt(), boxes, pyramid, sizes)

@@ -52,7 +52,7 @@ class RetinaNetHead(nn.Module):
         self.predictor = DensePredictor(width, num_classes, num_convs, num_groups, per_cell=self.grid.per_cell)
 
     def assign(self, pyramid: Pyramid, targets: Targets) -> Positives:
-        anchors = torch.cat(self.grid(pyramid))
+        anchors = self.grid.every(pyramid)
         boxes = targets.boxes_xyxy
         valid = self.grid.valid(pyramid, targets.frames.sizes)
         matched_index = assign_max_iou(anchors, valid, boxes, targets.valid, self.positive_iou, self.negative_iou, 0.0)
@@ -82,5 +82,5 @@ class RetinaNetHead(nn.Module):
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         dense = self.predictor(pyramid)
-        boxes = self.coder.decode(torch.cat(self.grid(pyramid)), dense.boxes)
+        boxes = self.coder.decode(self.grid.every(pyramid), dense.boxes)
         return self.selection(dense.logits.sigmoid(), None, boxes, pyramid, sizes)

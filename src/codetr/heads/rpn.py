@@ -68,7 +68,7 @@ class RPN(nn.Module):
         return logits[..., 0].float(), deltas.float()
 
     def losses(self, logits: Tensor, deltas: Tensor, pyramid: Pyramid, targets: Targets) -> dict[str, Tensor]:
-        anchors, boxes = torch.cat(self.grid(pyramid)), targets.boxes_xyxy
+        anchors, boxes = self.grid.every(pyramid), targets.boxes_xyxy
         inside = self.grid.valid(pyramid, targets.frames.sizes)
         matched_index = assign_max_iou(anchors, inside, boxes, targets.valid, *self.thresholds)
         positive, negative = sample_both(
@@ -89,9 +89,9 @@ class RPN(nn.Module):
         self, logits: Tensor, deltas: Tensor, pyramid: Pyramid, sizes: Tensor, selection: ProposalSelection
     ) -> tuple[Tensor, Tensor]:
         """Boxes [B, P, 4] xyxy in network pixels, best first, and which of them are real [B, P]."""
-        anchors = self.grid(pyramid)
-        best, levels = top_per_level(logits, [len(level) for level in anchors], selection.per_level)
-        boxes = clip(self.coder.decode(torch.cat(anchors)[best], take(deltas, best)), sizes)
+        of_levels = [cells * self.grid.per_cell for cells in pyramid.cells]
+        best, levels = top_per_level(logits, of_levels, selection.per_level)
+        boxes = clip(self.coder.decode(self.grid.every(pyramid)[best], take(deltas, best)), sizes)
         valid = (boxes[..., 2:] > boxes[..., :2]).all(-1)
         keep, kept = best_after_nms(boxes, logits.gather(1, best), levels, valid, selection.nms_iou, selection.count)
         return take(boxes, keep), kept

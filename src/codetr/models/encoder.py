@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from codetr.nn.deformable_attention import DeformableAttention
 from codetr.nn.mlp import FFN, MLP, Activation, xavier
 from codetr.nn.position import cell_centres, sine_position
 from codetr.nn.recompute import recomputed
-from codetr.types import Memory
+from codetr.ops.once import once
+from codetr.types import Memory, Shapes
 
 
 def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, position_offset: float) -> Memory:
@@ -20,18 +21,52 @@ def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, po
 
     temperature, position_offset: of the sine encoding of the cells.
     """
-    masks = [_resize_mask(padding, x.shape[-2:]) for x in levels]
-    positions = [
-        sine_position(mask, x.shape[1], temperature, position_offset) for mask, x in zip(masks, levels, strict=True)
-    ]
+    shapes = tuple((x.shape[2], x.shape[3]) for x in levels)
+    first = _first_pixels(shapes, tuple(padding.shape[1:]), padding.device)
+    valid_sizes = _valid_sizes(padding, first)
     return Memory(
         tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
-        position=torch.cat([p.flatten(1, 2) for p in positions], 1).to(levels[0].dtype),
-        padding=torch.cat([m.flatten(1) for m in masks], 1),
-        spatial_shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
-        valid_sizes=torch.stack([_valid_size(m) for m in masks], 1),
-        valid_ratios=torch.stack([_valid_ratio(m) for m in masks], 1),
+        position=sine_position(shapes, valid_sizes, levels[0].shape[1], temperature, position_offset).to(levels[0].dtype),
+        padding=padding.flatten(1)[:, first.index],
+        spatial_shapes=shapes,
+        valid_sizes=valid_sizes,
+        valid_ratios=(valid_sizes / first.shapes).flip(-1),
     )
+
+
+@dataclass(frozen=True)
+class _FirstPixels:
+    """The pixel of the padding that decides about a cell: its top-left one (nearest interpolation).
+
+    index: [S], among the pixels of an image.
+    rows: [H + 1, L] rows of each level that begin above a row of pixels; columns: [W + 1, L], likewise.
+    shapes: [L, 2] (height, width) of the levels.
+    """
+
+    index: Tensor
+    rows: Tensor
+    columns: Tensor
+    shapes: Tensor
+
+
+@once
+def _first_pixels(shapes: Shapes, size: tuple[int, int], device: torch.device) -> _FirstPixels:
+    """size: (height, width) of the padding."""
+    numbers = torch.arange(size[0] * size[1], device=device, dtype=torch.float64).view(1, 1, *size)
+    levels = [F.interpolate(numbers, size=shape)[0, 0].long() for shape in shapes]
+    ends = [torch.arange(n + 1, device=device)[:, None] for n in size]
+    return _FirstPixels(
+        index=torch.cat([level.flatten() for level in levels]),
+        rows=torch.stack([(level[:, 0] // size[1] < ends[0]).sum(1) for level in levels], 1).int(),
+        columns=torch.stack([(level[0] < ends[1]).sum(1) for level in levels], 1).int(),
+        shapes=torch.tensor(shapes).to(device, non_blocking=True),
+    )
+
+
+def _valid_sizes(padding: Tensor, first: _FirstPixels) -> Tensor:
+    """[B, H, W] -> [B, L, 2] (height, width) of the cells that are not padding."""
+    valid = ~padding
+    return torch.stack([first.rows[valid[:, :, 0].sum(1)], first.columns[valid[:, 0].sum(1)]], -1)
 
 
 class DeformableEncoder(nn.Module):
@@ -162,22 +197,4 @@ class DenseEncoderLayer(nn.Module):
 
 def encoder_reference_points(memory: Memory) -> Tensor:
     """Each cell's centre, in the coordinates of every level: [B, S, L, 2]."""
-    centres = cell_centres(memory)
-    return centres[:, :, None] * memory.valid_ratios[:, None]
-
-
-def _resize_mask(padding: Tensor, size: torch.Size) -> Tensor:
-    """A cell is padding if its top-left pixel is (nearest interpolation)."""
-    return F.interpolate(padding[:, None].float(), size=tuple(size)).squeeze(1).bool()
-
-
-def _valid_size(padding: Tensor) -> Tensor:
-    """[B, H, W] -> [B, 2] (height, width) of the cells that are not padding."""
-    valid = ~padding
-    return torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], -1).int()
-
-
-def _valid_ratio(padding: Tensor) -> Tensor:
-    """[B, H, W] -> [B, 2] (width, height) share of cells that are not padding."""
-    valid = ~padding
-    return torch.stack([valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)], -1)
+    return cell_centres(memory)[:, :, None] * memory.valid_ratios[:, None]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from codetr.types import Pyramid
+from codetr.ops.once import once
+from codetr.types import Pyramid, Shapes
 
 
-class AnchorGrid(nn.Module):
+class AnchorGrid:
     """The anchors of every cell: one per (ratio, scale), ratio-major.
 
     scales: side of a square anchor in strides.
@@ -18,33 +19,63 @@ class AnchorGrid(nn.Module):
     offset: position of a cell's centre in strides from its top-left corner (0: the corner itself).
     """
 
-    half_sizes: Tensor
-
     def __init__(self, scales: Sequence[float], ratios: Sequence[float], offset: float = 0.0) -> None:
-        super().__init__()
-        self.offset = offset
-        self.per_cell = len(scales) * len(ratios)
-        root, side = torch.tensor(tuple(ratios)).sqrt()[:, None], torch.tensor(tuple(scales))
-        half = torch.stack([side / root, side * root], -1).flatten(0, 1) / 2
-        self.register_buffer("half_sizes", half, persistent=False)
+        self.scales, self.ratios, self.offset = tuple(scales), tuple(ratios), offset
+        self.per_cell = len(self.scales) * len(self.ratios)
 
-    def forward(self, pyramid: Pyramid) -> list[Tensor]:
+    def __call__(self, pyramid: Pyramid) -> list[Tensor]:
         """Anchors [H_j * W_j * A, 4] of each level, xyxy in network pixels, row by row, A per cell."""
         return [
-            self._level(level.shape[-2:], stride) for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+            _anchors(self.scales, self.ratios, self.offset, shape, stride, pyramid.device)
+            for shape, stride in zip(pyramid.shapes, pyramid.strides, strict=True)
         ]
 
-    def _level(self, shape: Sequence[int], stride: int) -> Tensor:
-        y, x = ((torch.arange(n, device=self.half_sizes.device) + self.offset) * stride for n in shape)
-        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)[:, None]
-        return torch.cat([centers - self.half_sizes * stride, centers + self.half_sizes * stride], -1).flatten(0, 1)
+    def every(self, pyramid: Pyramid) -> Tensor:
+        """Those of all levels, [N, 4]."""
+        return _every(self.scales, self.ratios, self.offset, pyramid.shapes, pyramid.strides, pyramid.device)
 
     def valid(self, pyramid: Pyramid, sizes: Tensor) -> Tensor:
         """[B, N] bool: anchors of all levels whose cell begins inside its image. sizes: [B, 2] (height, width)."""
         sizes = -(-sizes // pyramid.pad_divisor) * pyramid.pad_divisor
-        parts = []
-        for level, stride in zip(pyramid.levels, pyramid.strides, strict=True):
-            y, x = (torch.arange(n, device=sizes.device) * stride for n in level.shape[-2:])
-            inside = (y < sizes[:, :1])[:, :, None] & (x < sizes[:, 1:])[:, None, :]
-            parts.append(inside.flatten(1).repeat_interleave(self.per_cell, 1))
-        return torch.cat(parts, 1)
+        corners = _corners(pyramid.shapes, pyramid.strides, self.per_cell, pyramid.device)
+        return (corners < sizes[:, None]).all(-1)
+
+
+@once
+def _anchors(
+    scales: tuple[float, ...],
+    ratios: tuple[float, ...],
+    offset: float,
+    shape: tuple[int, int],
+    stride: int,
+    device: torch.device,
+) -> Tensor:
+    """Of one level."""
+    root, side = torch.tensor(ratios).sqrt()[:, None], torch.tensor(scales)
+    half = (torch.stack([side / root, side * root], -1).flatten(0, 1) / 2 * stride).to(device, non_blocking=True)
+    y, x = ((torch.arange(n, device=device) + offset) * stride for n in shape)
+    centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)[:, None]
+    return torch.cat([centers - half, centers + half], -1).flatten(0, 1)
+
+
+@once
+def _every(
+    scales: tuple[float, ...],
+    ratios: tuple[float, ...],
+    offset: float,
+    shapes: Shapes,
+    strides: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    levels = zip(shapes, strides, strict=True)
+    return torch.cat([_anchors(scales, ratios, offset, shape, stride, device) for shape, stride in levels])
+
+
+@once
+def _corners(shapes: Shapes, strides: tuple[int, ...], per_cell: int, device: torch.device) -> Tensor:
+    """[N, 2] (y, x) pixels at which the cell of every anchor begins."""
+    parts = []
+    for shape, stride in zip(shapes, strides, strict=True):
+        y, x = (torch.arange(n, device=device) * stride for n in shape)
+        parts.append(torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1))
+    return torch.cat(parts).repeat_interleave(per_cell, 0)

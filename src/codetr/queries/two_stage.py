@@ -11,7 +11,8 @@ from codetr.nn.class_rows import ClassRows, by_class
 from codetr.nn.mlp import box_head, class_head
 from codetr.nn.position import cell_centres, sine_reference
 from codetr.ops.gather import largest, take
-from codetr.types import Matching, Memory, Prediction, Proposals, QueryContext, QueryGroup
+from codetr.ops.once import once
+from codetr.types import Matching, Memory, Prediction, Proposals, QueryContext, QueryGroup, Shapes
 
 BASE_SIZE = 0.05  # box side of a proposal on the finest level, as a share of the image; doubles per level
 
@@ -120,12 +121,14 @@ def proposal_anchors(memory: Memory, eps: float) -> tuple[Tensor, Tensor]:
     A token is no proposal when it is padding or a coordinate of its box is outside (0.01, 0.99); after the sigmoid
     its box is then (1, 1, 1, 1), as in the original code.
     """
-    sides = [
-        torch.full((h * w, 2), BASE_SIZE * 2**level, device=memory.padding.device)
-        for level, (h, w) in enumerate(memory.spatial_shapes)
-    ]
     centres = cell_centres(memory)
-    boxes = torch.cat([centres, torch.cat(sides).expand_as(centres)], -1)
+    boxes = torch.cat([centres, _sides(memory.spatial_shapes, centres.device).expand_as(centres)], -1)
     legal = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
     far = torch.finfo(boxes.dtype).max
     return inverse_sigmoid(boxes, eps).masked_fill(~legal[..., None], far), legal
+
+
+@once
+def _sides(shapes: Shapes, device: torch.device) -> Tensor:
+    """[S, 1] side of every token's box."""
+    return torch.cat([torch.full((h * w, 1), BASE_SIZE * 2**level, device=device) for level, (h, w) in enumerate(shapes)])
