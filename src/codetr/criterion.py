@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +17,32 @@ from codetr.errors import UserError
 from codetr.losses import ClassLoss, FedLoss, giou_loss
 from codetr.nn.boxes import aligned_iou
 from codetr.ops.normaliser import normaliser
-from codetr.types import Known, Output, Prediction, QueryGroup, TargetRule, Targets
+from codetr.ops.once import once
+from codetr.types import Known, Output, Prediction, Problem, QueryGroup, TargetRule, Targets
 
 
 @dataclass
 class _Stage:
     """Stacked predictions [L, B, N, ...] of a group's decoder layers, or of its first stage.
 
-    names: of the layers, "group/layer". weights: of their losses.
+    names: of the layers, "group/layer". weight: of their losses.
     """
 
     names: list[str]
-    weights: list[float]
+    weight: float
     prediction: Prediction
     targets: TargetRule
     class_agnostic: bool = False
     valid: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """L * B * N."""
+        return self.prediction.boxes.shape[:3].numel()
+
+    @property
+    def num_classes(self) -> int:
+        return self.prediction.logits.shape[-1]
 
 
 class Criterion(nn.Module):
@@ -64,16 +76,18 @@ class Criterion(nn.Module):
 
         Raises UserError when `lambda_2_by_head` names a head that the detector does not have.
         """
-        losses: dict[str, Tensor] = {}
-        stages = _merged([stage for name, group in output.groups.items() for stage in _stages(name, group, output)])
+        stages = [stage for name, group in output.groups.items() for stage in _stages(name, group, output)]
         stage_targets = self._stage_targets(stages, targets)
         positives = normaliser(torch.cat([(target.labels >= 0).sum((1, 2)) for target in stage_targets])).clamp(min=1)
-        counts = positives.split([len(stage.names) for stage in stages])
+        weights = _numbers(tuple(stage.weight for stage in stages for _ in stage.names), positives.device)
         drawn = None if self.fed_loss is None else self.fed_loss(targets.labels, targets.valid)
-        for stage, target, count in zip(stages, stage_targets, counts, strict=True):
-            for term, per_layer in self._terms(stage, target, count, drawn).items():
-                for name, weight, value in zip(stage.names, stage.weights, per_layer.unbind(), strict=True):
-                    losses[f"{name}/{term}"] = value * weight
+        names = [name for stage in stages for name in stage.names]
+        terms = self._terms(stages, stage_targets, drawn) * (weights / positives)
+        losses = {
+            f"{name}/{term}": value
+            for term, values in zip(("class", "l1", "giou"), terms, strict=True)
+            for name, value in zip(names, values.unbind(), strict=True)
+        }
         return losses | self._head_losses(output)
 
     def _head_losses(self, output: Output) -> dict[str, Tensor]:
@@ -94,65 +108,85 @@ class Criterion(nn.Module):
     def _stage_targets(self, stages: list[_Stage], targets: Targets) -> list[Known]:
         """Per stage: labels [L, B, N], boxes [L, B, N, 4]."""
         problems = [stage.targets.problems(stage.prediction, stage.class_agnostic) for stage in stages]
-        solutions = iter(match([problem for own in problems for problem in own], targets, self.matching_cost))
+        solutions = iter(_solved([problem for own in problems for problem in own], targets, self.matching_cost))
         return [
             stage.targets.known([next(solutions) for _ in own], len(stage.names))
             for stage, own in zip(stages, problems, strict=True)
         ]
 
-    def _terms(self, stage: _Stage, target: Known, count: Tensor, drawn: Tensor | None) -> dict[str, Tensor]:
-        """Losses [L] of a stage; queries that are not valid, and classes that are not drawn, count for nothing.
+    def _terms(self, stages: list[_Stage], stage_targets: list[Known], drawn: Tensor | None) -> Tensor:
+        """[3, layers of all stages] sums of the losses of classes, L1 and GIoU; queries that are not valid, and classes
+        that are not drawn ([K] bool), count for nothing.
 
-        count: [L] positives. drawn: [K] bool.
+        All queries of all layers at once: many small tensors cost more than what is computed with them.
         """
-        logits, boxes = stage.prediction.logits.float(), stage.prediction.boxes.float()
-        positive = target.labels >= 0
-        truth = box_convert(target.boxes, "cxcywh", "xyxy")
-        predicted = box_convert(boxes, "cxcywh", "xyxy")
+        boxes = torch.cat([stage.prediction.boxes.flatten(0, 2) for stage in stages]).float()
+        target_boxes = torch.cat([target.boxes.flatten(0, 2) for target in stage_targets])
+        labels = torch.cat([target.labels.flatten() for target in stage_targets])
+        predicted, truth = (box_convert(x, "cxcywh", "xyxy") for x in (boxes, target_boxes))
         # One IoU per query beside K classes: 1 % of the class loss on 80 classes, so `Focal`, too, is just handed it.
-        classes = self.class_loss(logits, target.labels, aligned_iou(predicted.detach(), truth))
-        if stage.valid is not None:
-            classes = classes * stage.valid[None, :, :, None]
-        if drawn is not None and not stage.class_agnostic:
-            classes = classes.where(drawn, 0)
-        l1 = (boxes - target.boxes).abs().sum(-1)
-        giou = giou_loss(predicted, truth)
-        return {
-            "class": self.focal * classes.sum((1, 2, 3)) / count,
-            "l1": self.l1 * l1.where(positive, 0).sum((1, 2)) / count,
-            "giou": self.giou * giou.where(positive, 0).sum((1, 2)) / count,
-        }
+        classes = self._class_losses(stages, labels, aligned_iou(predicted.detach(), truth), drawn) * self.focal
+        l1, giou = (boxes - target_boxes).abs().sum(-1) * self.l1, giou_loss(predicted, truth) * self.giou
+        terms = torch.cat([classes[None], torch.stack([l1, giou]).where(labels >= 0, 0)])
+        layers = zip(terms.split([stage.size for stage in stages], 1), stages, strict=True)
+        return torch.cat([own.unflatten(1, (len(stage.names), -1)).sum(2) for own, stage in layers], 1)
+
+    def _class_losses(self, stages: list[_Stage], labels: Tensor, quality: Tensor, drawn: Tensor | None) -> Tensor:
+        """[n] of all queries, whose labels and qualities are [n]. First stages may have other classes than the rest."""
+        sizes, parts = [stage.size for stage in stages], []
+        given = zip(stages, labels.split(sizes), quality.split(sizes), strict=True)
+        for (_, agnostic), members in groupby(given, lambda one: (one[0].num_classes, one[0].class_agnostic)):
+            own, own_labels, own_quality = zip(*members, strict=True)
+            logits = torch.cat([stage.prediction.logits.flatten(0, 2) for stage in own]).float()
+            losses = self.class_loss(logits, torch.cat(own_labels), torch.cat(own_quality))
+            losses = (losses if drawn is None or agnostic else losses.where(drawn, 0)).sum(-1)
+            if any(stage.valid is not None for stage in own):
+                losses = losses.where(torch.cat([_valid(stage) for stage in own]), 0)
+            parts.append(losses)
+        return torch.cat(parts)
+
+
+def _solved(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list[Known]:
+    """The solutions of problems. Costs of those that are alike, such as the replicas' of a group, are computed as one."""
+    alike: dict[object, list[int]] = defaultdict(list)
+    for index, problem in enumerate(problems):
+        alike[problem.prediction.logits.shape[2:], problem.repeats, problem.class_agnostic].append(index)
+    members = list(alike.values())
+    stacked = [_stacked([problems[i] for i in own]) for own in members]
+    found: list[Known | None] = [None] * len(problems)
+    for own, solution in zip(members, match(stacked, targets, cost), strict=True):
+        layers = [len(problems[i].prediction.boxes) for i in own]
+        for i, labels, boxes in zip(own, solution.labels.split(layers), solution.boxes.split(layers), strict=True):
+            found[i] = Known(labels, boxes)
+    return cast("list[Known]", found)
+
+
+def _stacked(problems: list[Problem]) -> Problem:
+    if len(problems) == 1:
+        return problems[0]
+    logits, boxes = ([getattr(problem.prediction, key) for problem in problems] for key in ("logits", "boxes"))
+    return replace(problems[0], prediction=Prediction(torch.cat(logits), torch.cat(boxes)))
 
 
 def _stages(name: str, group: QueryGroup, output: Output) -> list[_Stage]:
     prediction = output.predictions[name]
     names = [f"{name}/{layer}" for layer in range(len(prediction.boxes))]
-    stage = _Stage(names, [group.weight] * len(names), prediction, group.targets, valid=group.valid)
+    stage = _Stage(names, group.weight, prediction, group.targets, valid=group.valid)
     if group.proposals is None:
         return [stage]
     first = group.proposals
     stacked = Prediction(first.prediction.logits[None], first.prediction.boxes[None])
-    return [stage, _Stage([f"{name}/encoder"], [group.weight], stacked, first.targets, first.class_agnostic)]
+    return [stage, _Stage([f"{name}/encoder"], group.weight, stacked, first.targets, first.class_agnostic)]
 
 
-def _merged(stages: list[_Stage]) -> list[_Stage]:
-    """Stages that are alike, such as the replicas of a group, become one: costs and losses are computed in one go."""
-    alike: dict[object, list[_Stage]] = defaultdict(list)
-    for index, stage in enumerate(stages):
-        key: object = index
-        if stage.targets.alike is not None and stage.valid is None:
-            key = (stage.prediction.logits.shape[2:], stage.targets.alike, stage.class_agnostic)
-        alike[key].append(stage)
-    return [_stacked(members) if len(members) > 1 else members[0] for members in alike.values()]
+def _valid(stage: _Stage) -> Tensor:
+    """[L * B * N] bool."""
+    shape = stage.prediction.boxes.shape[:3]
+    if stage.valid is None:
+        return torch.ones(shape.numel(), dtype=torch.bool, device=stage.prediction.boxes.device)
+    return stage.valid.expand(shape).flatten()
 
 
-def _stacked(stages: list[_Stage]) -> _Stage:
-    return replace(
-        stages[0],
-        names=[name for stage in stages for name in stage.names],
-        weights=[weight for stage in stages for weight in stage.weights],
-        prediction=Prediction(
-            torch.cat([stage.prediction.logits for stage in stages]),
-            torch.cat([stage.prediction.boxes for stage in stages]),
-        ),
-    )
+@once
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values).to(device, non_blocking=True)

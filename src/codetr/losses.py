@@ -24,16 +24,14 @@ def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
 
     The digits of torchvision's `generalized_box_iou_loss`, which makes the host wait: it indexes by a mask.
     """
-    low, high = torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:])
-    intersection = _area(low, high).where((high > low).all(-1), 0)
-    union = _area(*boxes.split(2, -1)) + _area(*targets.split(2, -1)) - intersection
-    hull = _area(torch.minimum(boxes[..., :2], targets[..., :2]), torch.maximum(boxes[..., 2:], targets[..., 2:]))
+    (low, high), (target_low, target_high) = boxes.split(2, -1), targets.split(2, -1)
+    lows = torch.stack([torch.maximum(low, target_low), torch.minimum(low, target_low), low, target_low])
+    highs = torch.stack([torch.minimum(high, target_high), torch.maximum(high, target_high), high, target_high])
+    width, height = (highs - lows).unbind(-1)
+    overlap, hull, *areas = (width * height).unbind()
+    intersection = overlap.where((width[0] > 0) & (height[0] > 0), 0)
+    union = areas[0] + areas[1] - intersection
     return 1 - (intersection / (union + EPS) - (hull - union) / (hull + EPS))
-
-
-def _area(low: Tensor, high: Tensor) -> Tensor:
-    width, height = (high - low).unbind(-1)
-    return width * height
 
 
 class ClassLoss(Protocol):

@@ -10,7 +10,7 @@ the network input wherever a name ends in `_xyxy`. Masks named `padding` are Tru
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
@@ -252,12 +252,7 @@ class HeadOutput:
 class TargetRule(Protocol):
     """How a group of queries gets its targets. The criterion asks every group for its problems, solves those of all
     groups in one go, and hands the solutions back; a further kind of targets is one more class with these members.
-
-    alike: stages of the same value here, and of the same shape, are computed as one; None: this one is on its own.
     """
-
-    @property
-    def alike(self) -> Hashable | None: ...
 
     def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
         """What has to be matched. prediction: of the stacked layers, [L, B, N, ...]."""
@@ -279,10 +274,6 @@ class Known:
     labels: Tensor
     boxes: Tensor
 
-    @property
-    def alike(self) -> None:
-        return None
-
     def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
         return []
 
@@ -295,10 +286,6 @@ class Matching:
     """Targets found by one-to-one matching against every object repeated `repeats` times."""
 
     repeats: int = 1
-
-    @property
-    def alike(self) -> Hashable:
-        return self
 
     def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
         return [Problem(prediction, self.repeats, class_agnostic)]

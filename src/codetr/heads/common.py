@@ -61,7 +61,9 @@ def cell_strides(pyramid: Pyramid) -> Tensor:
 @once
 def _cell_strides(shapes: Shapes, strides: tuple[int, ...], device: torch.device) -> Tensor:
     levels = zip(shapes, strides, strict=True)
-    return torch.cat([torch.full((height * width,), float(stride), device=device) for (height, width), stride in levels])
+    return torch.cat(
+        [torch.full((height * width,), float(stride), device=device) for (height, width), stride in levels]
+    )
 
 
 def top_per_level(scores: Tensor, sizes: list[int], count: int) -> tuple[Tensor, Tensor]:

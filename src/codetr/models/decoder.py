@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from codetr.models.query_position import Placement
 from codetr.nn.boxes import refine
-from codetr.nn.group_attention import Bucket, GroupSelfAttention, attention_plan
+from codetr.nn.group_attention import AttentionPlan, GroupSelfAttention, attention_plan
 from codetr.nn.mlp import FFN, Activation, box_head, class_head, xavier
 from codetr.nn.recompute import recomputed
 from codetr.types import MAIN, Memory, Prediction, QueryGroup
@@ -40,7 +40,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, content: Tensor, placement: Placement, reference: Tensor, memory: Memory, plan: list[Bucket]
+        self, content: Tensor, placement: Placement, reference: Tensor, memory: Memory, plan: AttentionPlan
     ) -> Tensor:
         content = self.norm1(content + self.dropout(self.self_attention(content, placement.position, plan)))
         attended = self.cross_attention(content, placement, reference, memory)

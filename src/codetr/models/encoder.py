@@ -26,7 +26,9 @@ def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, po
     valid_sizes = _valid_sizes(padding, first)
     return Memory(
         tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
-        position=sine_position(shapes, valid_sizes, levels[0].shape[1], temperature, position_offset).to(levels[0].dtype),
+        position=sine_position(shapes, valid_sizes, levels[0].shape[1], temperature, position_offset).to(
+            levels[0].dtype
+        ),
         padding=padding.flatten(1)[:, first.index],
         spatial_shapes=shapes,
         valid_sizes=valid_sizes,

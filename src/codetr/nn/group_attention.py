@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,43 +15,45 @@ from codetr.types import QueryGroup
 
 
 @dataclass(frozen=True)
-class _Span:
-    """Queries [start, stop) attend within `blocks` equal parts, and to the spans named in `sees`."""
+class Bucket:
+    """Groups whose blocks have one size, attended to in one call.
 
-    start: int
-    stop: int
+    members: numbers of the groups. blocks: of all members. sees: numbers of the further groups that they attend to.
+    mask: [B * blocks, 1, 1, keys] bool, True = attend; None for all.
+    """
+
+    members: tuple[int, ...]
     blocks: int
-    sees: tuple[tuple[int, int], ...]
-
-    @property
-    def block_size(self) -> int:
-        return (self.stop - self.start) // self.blocks
+    sees: tuple[int, ...]
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Spans of one shape, attended to in one call. keys: [B, keys] bool over their own queries, None for all."""
+class AttentionPlan:
+    """sizes: queries of every group."""
 
-    spans: tuple[_Span, ...]
-    valid: Tensor | None
+    sizes: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
 
 
-def attention_plan(groups: dict[str, QueryGroup]) -> list[Bucket]:
+def attention_plan(groups: dict[str, QueryGroup]) -> AttentionPlan:
     """Sort groups into calls of scaled-dot-product attention: equal groups without a mask share one."""
-    ends: dict[str, tuple[int, int]] = {}
-    start = 0
-    for name, group in groups.items():
-        ends[name] = (start, start + group.content.shape[1])
-        start = ends[name][1]
-    folded: dict[tuple, list[_Span]] = defaultdict(list)
-    buckets = []
-    for name, group in groups.items():
-        span = _Span(*ends[name], group.blocks, tuple(ends[other] for other in group.sees))
+    numbers = {name: number for number, name in enumerate(groups)}
+    sizes = tuple(group.content.shape[1] for group in groups.values())
+    folded: dict[tuple, list[int]] = defaultdict(list)
+    masked = []
+    for number, group in enumerate(groups.values()):
+        sees = tuple(numbers[name] for name in group.sees)
         if group.valid is None:
-            folded[(span.block_size, span.sees)].append(span)
+            folded[sizes[number] // group.blocks, sees].append(number)
         else:
-            buckets.append(Bucket((span,), group.valid))
-    return [Bucket(tuple(spans), None) for spans in folded.values()] + buckets
+            mask = _key_mask(group.valid, group.blocks, sum(sizes[other] for other in sees))
+            masked.append(Bucket((number,), group.blocks, sees, mask))
+    plain = [
+        Bucket(tuple(members), sum(sizes[number] for number in members) // size, sees, None)
+        for (size, sees), members in folded.items()
+    ]
+    return AttentionPlan(sizes, (*plain, *masked))
 
 
 class GroupSelfAttention(nn.Module):
@@ -73,47 +76,51 @@ class GroupSelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
         xavier(self)
 
-    def forward(self, content: Tensor, position: Tensor, plan: list[Bucket]) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
         """content, position: [B, N, C]. Returns [B, N, C]."""
         if self.position is None:
             query_key = self.query_key(content + position)
         else:
             query_key = self.query_key(content) + self.position(position)
-        query, key = query_key.chunk(2, -1)
-        value = self.value(content)
-        pieces = {}
-        for bucket in plan:
-            for span, piece in zip(bucket.spans, self._attend(query, key, value, bucket), strict=True):
-                pieces[span.start] = piece
-        return self.output(torch.cat([pieces[start] for start in sorted(pieces)], 1))
+        query_key = query_key.unflatten(-1, (2, self.num_heads, -1)).split(plan.sizes, 1)
+        value = self.value(content).unflatten(-1, (self.num_heads, -1)).split(plan.sizes, 1)
+        pieces: dict[int, Tensor] = {}
+        for bucket in plan.buckets:
+            pieces |= zip(bucket.members, self._attend(query_key, value, bucket, plan.sizes), strict=True)
+        return self.output(torch.cat([pieces[number] for number in range(len(plan.sizes))], 1))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> list[Tensor]:
-        first = bucket.spans[0]
-        blocks = [span.blocks for span in bucket.spans]
-        q, k, v = (self._fold(x, bucket) for x in (query, key, value))
-        if first.sees:
-            k, v = (self._append_seen(own, x, first, sum(blocks)) for own, x in ((k, key), (v, value)))
-        mask = None if bucket.valid is None else _key_mask(bucket.valid, first, k.shape[2])
+    def _attend(
+        self, query_key: Sequence[Tensor], value: Sequence[Tensor], bucket: Bucket, sizes: tuple[int, ...]
+    ) -> Sequence[Tensor]:
+        """query_key: of every group [B, n, 2, H, D]. value: [B, n, H, D]. Returns [B, n, C] of every member."""
+        query, key = _folded([query_key[i] for i in bucket.members], bucket.blocks).permute(2, 0, 3, 1, 4).unbind()
+        values = _folded([value[i] for i in bucket.members], bucket.blocks).transpose(1, 2)
+        if bucket.sees:
+            key = _with_seen(key, [query_key[i][:, :, 1] for i in bucket.sees], bucket.blocks)
+            values = _with_seen(values, [value[i] for i in bucket.sees], bucket.blocks)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = out.transpose(1, 2).flatten(2).unflatten(0, (-1, sum(blocks)))  # [B, blocks, n, C]
-        return [piece.flatten(1, 2) for piece in out.split(blocks, 1)]
-
-    def _fold(self, x: Tensor, bucket: Bucket) -> Tensor:
-        """[B, N, C] -> [B * blocks, H, n, C / H], the queries of the bucket's blocks."""
-        parts = [x[:, s.start : s.stop].unflatten(1, (s.blocks, s.block_size)) for s in bucket.spans]
-        folded = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return folded.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _append_seen(self, own: Tensor, x: Tensor, span: _Span, blocks: int) -> Tensor:
-        seen = torch.cat([x[:, start:stop] for start, stop in span.sees], 1)
-        seen = seen.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return torch.cat([own, seen.repeat_interleave(blocks, 0)], 2)
+        out = F.scaled_dot_product_attention(query, key, values, attn_mask=bucket.mask, dropout_p=dropout)
+        out = out.transpose(1, 2).reshape(len(value[0]), -1, self.output.in_features)
+        return out.split([sizes[i] for i in bucket.members], 1)
 
 
-def _key_mask(valid: Tensor, span: _Span, num_keys: int) -> Tensor:
-    """[B * blocks, 1, 1, keys] bool, True = attend; a block without any valid query attends to all of its own."""
-    own = valid.unflatten(1, (span.blocks, span.block_size)).flatten(0, 1)
+def _folded(parts: list[Tensor], blocks: int) -> Tensor:
+    """[B, n, ...] of every member -> [B * blocks, queries of a block, ...]."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return whole if blocks == 1 else whole.unflatten(1, (blocks, -1)).flatten(0, 1)
+
+
+def _with_seen(own: Tensor, seen: list[Tensor], blocks: int) -> Tensor:
+    """own: [B * blocks, H, n, D]. seen: [B, m, H, D] of other groups. Returns [B * blocks, H, n + all m, D]."""
+    others = torch.cat(seen, 1).transpose(1, 2)
+    return torch.cat([own, others.repeat_interleave(blocks, 0)], 2)
+
+
+def _key_mask(valid: Tensor, blocks: int, seen: int) -> Tensor:
+    """[B * blocks, 1, 1, keys] bool, True = attend; a block without any valid query attends to all of its own.
+
+    valid: [B, N]. seen: keys of other groups.
+    """
+    own = valid.unflatten(1, (blocks, -1)).flatten(0, 1)
     own = own | ~own.any(1, keepdim=True)
-    seen = own.new_ones(own.shape[0], num_keys - own.shape[1])
-    return torch.cat([own, seen], 1)[:, None, None]
+    return F.pad(own, (0, seen), value=True)[:, None, None]

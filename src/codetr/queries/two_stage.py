@@ -131,4 +131,6 @@ def proposal_anchors(memory: Memory, eps: float) -> tuple[Tensor, Tensor]:
 @once
 def _sides(shapes: Shapes, device: torch.device) -> Tensor:
     """[S, 1] side of every token's box."""
-    return torch.cat([torch.full((h * w, 1), BASE_SIZE * 2**level, device=device) for level, (h, w) in enumerate(shapes)])
+    return torch.cat(
+        [torch.full((h * w, 1), BASE_SIZE * 2**level, device=device) for level, (h, w) in enumerate(shapes)]
+    )
