@@ -13,6 +13,7 @@ COMMANDS = {
     "data": "check, show and convert data sets",
     "convert": "official Co-DETR, transformers, timm and torchvision weights into ours, and back",
     "papers": "every row of the papers' tables, and the command that trains it",
+    "benchmark": "what a training step costs, part by part, and beside other libraries",
     "doctor": "versions, devices and what is missing, for a report of a fault",
 }
 _HELP = ("-h", "--help", "help")
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "Co-DETR and Group DETR: detection transformers, trained, evaluated and used.",

@@ -147,7 +147,7 @@ class Criterion(nn.Module):
 
 
 def _solved(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list[Known]:
-    """The solutions of problems. Costs of those that are alike, such as the replicas' of a group, are computed as one."""
+    """The solutions of problems. Costs of those that are alike, such as a group's replicas, are computed as one."""
     alike: dict[object, list[int]] = defaultdict(list)
     for index, problem in enumerate(problems):
         alike[problem.prediction.logits.shape[2:], problem.repeats, problem.class_agnostic].append(index)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-
 Shapes = tuple[tuple[int, int], ...]  # (height, width) per level
 
 

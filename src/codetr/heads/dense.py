@@ -64,16 +64,18 @@ class DensePredictor(nn.Module):
 
     def forward(self, pyramid: Pyramid) -> Dense:
         """Raises ValueError where the pyramid has another number of levels than `num_levels`."""
-        scales = [1.0] * len(pyramid.levels) if self.scales is None else self.scales
-        if len(scales) != len(pyramid.levels):
-            raise ValueError(f"the head has num_levels={len(scales)}, the pyramid {len(pyramid.levels)}")
+        if self.scales is not None and len(self.scales) != len(pyramid.levels):
+            raise ValueError(f"the head has num_levels={len(self.scales)}, the pyramid {len(pyramid.levels)}")
         features = [self.box_tower(level) for level in pyramid.levels]
         logits = flatten([self.classes(self.class_tower(level)) for level in pyramid.levels], self.per_cell).float()
-        boxes = [self.boxes(x).float() * scale for x, scale in zip(features, scales, strict=True)]
+        boxes = flatten([self.boxes(x) for x in features], self.per_cell).float()
+        if self.scales is not None:
+            levels = zip(self.scales.unbind(), pyramid.cells, strict=True)
+            boxes = boxes * torch.cat([scale.expand(count * self.per_cell) for scale, count in levels])[:, None]
         if self.quality is None:
-            return Dense(logits, flatten(boxes, self.per_cell), None)
+            return Dense(logits, boxes, None)
         quality = flatten([self.quality(x) for x in features], self.per_cell)
-        return Dense(logits, flatten(boxes, self.per_cell), quality[..., 0].float())
+        return Dense(logits, boxes, quality[..., 0].float())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, relu
+from torch.nn.functional import binary_cross_entropy_with_logits, linear, relu
 
 from codetr.assign import BACKGROUND
 from codetr.assign.max_iou import assign_max_iou
@@ -62,10 +62,9 @@ class RPN(nn.Module):
 
     def forward(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Logits [B, N] and deltas [B, N, 4], float32."""
-        features = [relu(self.conv(level)) for level in pyramid.levels]
-        logits = flatten([self.objectness(f) for f in features], self.grid.per_cell)
-        deltas = flatten([self.deltas(f) for f in features], self.grid.per_cell)
-        return logits[..., 0].float(), deltas.float()
+        cells = relu(flatten([self.conv(level) for level in pyramid.levels], 1))
+        logits, deltas = (linear(cells, own.weight.flatten(1), own.bias) for own in (self.objectness, self.deltas))
+        return logits.flatten(1).float(), deltas.reshape(len(deltas), -1, 4).float()
 
     def losses(self, logits: Tensor, deltas: Tensor, pyramid: Pyramid, targets: Targets) -> dict[str, Tensor]:
         anchors, boxes = self.grid.every(pyramid), targets.boxes_xyxy

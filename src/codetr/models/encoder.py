@@ -22,7 +22,7 @@ def flatten_levels(levels: list[Tensor], padding: Tensor, temperature: float, po
     temperature, position_offset: of the sine encoding of the cells.
     """
     shapes = tuple((x.shape[2], x.shape[3]) for x in levels)
-    first = _first_pixels(shapes, tuple(padding.shape[1:]), padding.device)
+    first = _first_pixels(shapes, (padding.shape[1], padding.shape[2]), padding.device)
     valid_sizes = _valid_sizes(padding, first)
     return Memory(
         tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),

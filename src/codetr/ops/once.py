@@ -28,6 +28,6 @@ def once(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     @wraps(make)
     def get(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or detect_fake_mode() is not None
-        return make(*args, **kwargs) if traced else kept(*args, **kwargs)
+        return make(*args, **kwargs) if traced else kept(*args, **kwargs)  # type: ignore[arg-type]
 
     return get

@@ -1,0 +1,1 @@
+"""The commands of `codetr benchmark`, a module each."""

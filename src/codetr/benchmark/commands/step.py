@@ -1,0 +1,145 @@
+"""Time, memory, operator calls and arithmetic of a training step, part by part, and beside other libraries.
+
+  codetr benchmark step experiment=demo size=[128,128] batch=8
+  codetr benchmark step experiment=deformable_detr_r50 against=[transformers/deformable_detr]
+  codetr benchmark step experiment=co_deformable_r50_12e size=[800,1333] batch=2 trainer=gpu out=measured
+
+Random images, objects and weights. Takes what training takes: the model, its losses, optimizer and precision
+(trainer.precision=32-true|bf16-mixed|16-mixed) and device (trainer.accelerator=auto|cpu|gpu).
+
+  size=[512,512]    (height, width) of the images
+  batch=1           images of a step
+  objects=8         of the first image; the others have three less
+  repeats=5         measured steps of each, in turns
+  against=[]        other detectors, in turns with ours: transformers/deformable_detr, .../conditional_detr,
+                    .../dab_detr, .../rt_detr, .../mask2former, rfdetr/nano, .../small, .../medium (packages that you
+                    install), and reference: ours with deformable attention in plain PyTorch
+  inference=true    false: only training steps
+  profile=true      false: only the times
+  out=null          a folder for step.md and step.json
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+
+    from codetr.benchmark.step import Measured, Step
+
+REFERENCE = "reference"
+
+
+def main(overrides: list[str]) -> int:
+    """Raises UserError for a configuration that is none, a device that is absent, and rivals that are not there."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from codetr import application
+    from codetr.benchmark import report
+
+    config = application.compose("benchmark", [*overrides, "model.detector.backbone.pretrained=false"])
+    result = measure(config)
+    result["command"] = " ".join(["codetr benchmark step", *overrides])
+    text = report.page(result)
+    console = Console()
+    console.print(Markdown(text) if console.is_terminal else text, soft_wrap=True, markup=False, highlight=False)
+    if config.out:
+        _write(Path(config.out), text, result)
+    return 0
+
+
+def measure(config: DictConfig) -> dict[str, Any]:
+    """Everything in plain containers."""
+    from datetime import date
+
+    import torch
+
+    from codetr.benchmark import parts, report, rivals
+    from codetr.benchmark.step import Step, arithmetic, draw, in_turns, medians, with_classes
+    from codetr.benchmark.waits import host_waits
+
+    device, classes = _device(config.trainer.accelerator), with_classes(config)
+    inputs = draw(config.batch, tuple(config.size), config.objects, classes, device)
+    step = Step(config, inputs, classes, device)
+    cases: dict[str, Measured] = {"ours": step}
+    for name in config.against:
+        own = _WithReference(step) if name == REFERENCE else rivals.build(name, inputs, classes, step.precision)
+        cases[name] = own
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step.train()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    train = in_turns({n: c.train for n, c in cases.items()}, config.repeats, device, "Training steps")
+    times = {"training step": medians(train)}
+    if config.inference:
+        infer = in_turns({n: c.infer for n, c in cases.items()}, config.repeats, device, "Inference")
+        times["inference"] = medians(infer)
+    measured = parts.measure(step) if config.profile else None
+    return {
+        "date": date.today().isoformat(),
+        "surroundings": report.surroundings(device),
+        "size": list(config.size),
+        "batch": config.batch,
+        "repeats": config.repeats,
+        "times": times,
+        "peak": peak,
+        "arithmetic": arithmetic(device, step.precision) if config.profile else 0.0,
+        "parts": {n: vars(p) for n, p in measured.parts.items()} if measured else {},
+        "operators": measured.operators if measured else [],
+        "waits": host_waits(step) if config.profile else None,
+    }
+
+
+class _WithReference:
+    """Ours, with deformable attention in plain PyTorch."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def train(self) -> None:
+        with _implementation(REFERENCE):
+            self.step.train()
+
+    def infer(self) -> None:
+        with _implementation(REFERENCE):
+            self.step.infer()
+
+
+@contextmanager
+def _implementation(name: str) -> Iterator[None]:
+    before = os.environ.get("CODETR_MSDA")
+    os.environ["CODETR_MSDA"] = name
+    yield
+    os.environ.pop("CODETR_MSDA")
+    if before is not None:
+        os.environ["CODETR_MSDA"] = before
+
+
+def _device(accelerator: str) -> torch.device:
+    import torch
+
+    from codetr.errors import UserError
+
+    there = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not there:
+        raise UserError(f"trainer.accelerator={accelerator}: there is no CUDA device here; trainer.accelerator=cpu")
+    return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
+
+
+def _write(folder: Path, text: str, result: dict[str, Any]) -> None:
+    import json
+
+    from codetr.files import atomically
+
+    for name, content in (("step.md", f"{text}\n"), ("step.json", json.dumps(result, indent=1) + "\n")):
+        with atomically(folder / name, advice="choose another out=FOLDER") as part:
+            part.write_text(content, encoding="utf-8")
+    print(f"written to {folder}", file=sys.stderr)
