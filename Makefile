@@ -86,6 +86,8 @@ else
 gpu tune: install
 endif
 
+GPU_STEP ?= experiment=official/co_dino_5scale_r50_1x_coco size=[800,1333] batch=2 objects=20 repeats=20
+
 links:
 	rm -rf build/site && mkdir -p build/site/codetr/kernels
 	ln -s $(filter-out %/kernels %/__pycache__,$(wildcard $(CURDIR)/src/codetr/*)) $(CURDIR)/conf build/site/codetr
@@ -94,7 +96,7 @@ links:
 gpu: ## On a CUDA machine: kernel tests, benchmarks (GPU_PYTHON=python3, CLASSIC=.../models/ops/src)
 	$(GPU_PYTHON) -m pytest -W default tests/kernels
 	$(GPU_PYTHON) -m benchmarks attention/gpu $(if $(CLASSIC),--classic $(CLASSIC))
-	$(GPU_PYTHON) -m benchmarks training/training_step
+	$(GPU_PYTHON) -m codetr.benchmark step $(GPU_STEP) trainer=gpu against=[reference] out=benchmarks/results/gpu_step
 
 tune: ## On a CUDA machine: the fastest launch constants into kernels/msda/launch.json
 	$(GPU_PYTHON) -m benchmarks attention/tune

@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks import report
-from codetr.nn.group_attention import Bucket, GroupSelfAttention
+from codetr.nn.group_attention import AttentionPlan, GroupSelfAttention
 from codetr.papers import load_rows
 from codetr.types import Frames, Targets
 
@@ -46,12 +46,11 @@ STUDIES = {
 class OneMask(GroupSelfAttention):
     """The same weights, one softmax over the queries of all groups."""
 
-    def forward(self, content: Tensor, position: Tensor, plan: list[Bucket]) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, plan: AttentionPlan) -> Tensor:
         assert self.position is not None
         query, key = (self.query_key(content) + self.position(position)).chunk(2, -1)
-        owner = torch.cat(
-            [torch.full((span.stop - span.start,), span.start) for bucket in plan for span in bucket.spans]
-        ).to(content.device)
+        groups = torch.arange(len(plan.sizes), device=content.device)
+        owner = groups.repeat_interleave(torch.tensor(plan.sizes, device=content.device))
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, self.value(content))]
         out = F.scaled_dot_product_attention(*heads, attn_mask=owner[:, None] == owner[None])
         return self.output(out.transpose(1, 2).flatten(2))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,20 +142,27 @@ class _Calls(TorchDispatchMode):
 def _count(step: Step, marks: Marks, parts: dict[str, Part]) -> None:
     """Operators, arithmetic, and what is kept for the backward pass."""
     step.train()  # makes what is made once
-    weights = {parameter.untyped_storage()._cdata for parameter in step.detector.parameters()}
-    seen: set[int] = set()
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in seen:
-            seen.add(storage._cdata)
-            parts[marks.current].saved += storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept(marks, parts, [step.detector]):
         step.train()
     with _Calls(marks, parts):
         step.train()
+
+
+def kept(marks: Marks, parts: dict[str, Part], modules: Iterable[nn.Module]) -> saved_tensors_hooks:
+    """In which the parts note what the forward pass keeps for the backward pass; parameters of `modules` do not count,
+    and nothing counts twice."""
+    counted = {parameter.untyped_storage().data_ptr() for module in modules for parameter in module.parameters()}
+    alive = []  # so that no address is given again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            alive.append(storage)
+            parts[marks.current].saved += storage.nbytes()
+        return tensor
+
+    return saved_tensors_hooks(keep, lambda tensor: tensor)
 
 
 def _time(step: Step, marks: Marks, parts: dict[str, Part]) -> list[tuple[str, float, float]]:
