@@ -21,7 +21,8 @@ from torchvision.transforms import v2
 
 from codetr.application import compose
 from codetr.data.dataset import DetectionDataset, Sample
-from codetr.data.transforms import PadTo, RandomSizeCrop, TransformedDataset, fit_canvas, large_scale_jitter
+from codetr.data.geometry import PadTo, RandomSizeCrop
+from codetr.data.transforms import TransformedDataset, fit_canvas, large_scale_jitter
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "conf/augment").glob("*.yaml"))

@@ -18,7 +18,8 @@ from torchvision.transforms import v2
 
 from codetr.data.collate import collate
 from codetr.data.dataset import DetectionDataset
-from codetr.data.transforms import RandomSizeCrop, TransformedDataset
+from codetr.data.geometry import RandomSizeCrop
+from codetr.data.transforms import TransformedDataset
 from codetr.errors import UserError
 
 

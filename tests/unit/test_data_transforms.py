@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 
 from codetr.data.collate import collate
 from codetr.data.dataset import DetectionDataset, Sample
+from codetr.data.geometry import RandomSizeCrop
 from codetr.data.images import UnreadableImage
-from codetr.data.transforms import RandomSizeCrop, TransformedDataset, fit_canvas, large_scale_jitter
+from codetr.data.transforms import TransformedDataset, fit_canvas, large_scale_jitter
 from codetr.postprocess import PostProcess
 from codetr.types import Prediction
 

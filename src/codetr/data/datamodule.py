@@ -45,6 +45,7 @@ class DetectionDataModule(LightningDataModule):
     copy_paste: applied to training images; reads masks.
     colour: applied to training images before `train_transform`.
     max_pixels: of an image; larger ones are not decoded.
+    scaled_decoding: of training images (see `codetr.data.transforms.TransformedDataset`).
 
     With on_error "skip", an image file that does not decode in the middle of a run is replaced by the next one in
     training, and by a black one in evaluation, where its objects count as missed; `teardown` says how many, and which.
@@ -83,6 +84,7 @@ class DetectionDataModule(LightningDataModule):
         copy_paste: CopyPaste | None = None,
         colour: Callable[[Image], Image] | None = None,
         max_pixels: int | None = None,
+        scaled_decoding: bool = False,
     ) -> None:
         super().__init__()
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
@@ -103,6 +105,7 @@ class DetectionDataModule(LightningDataModule):
         self.classes, self.on_error = classes, on_error
         self.masks, self.val_masks = bool(masks), bool(val_masks)
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
+        self.scaled_decoding = scaled_decoding
         self.train_set: DetectionDataset | None = None
         self.val_set: DetectionDataset | None = None
         self._in_use: dict[str, TransformedDataset] = {}
@@ -147,6 +150,7 @@ class DetectionDataModule(LightningDataModule):
             copy_paste=self.copy_paste,
             masks=self.masks,
             colour=self.colour,
+            scaled_decoding=self.scaled_decoding,
         )
         self._in_use["training"] = dataset
         batches_per_step = self.trainer.accumulate_grad_batches if self.trainer else 1

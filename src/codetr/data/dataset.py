@@ -18,7 +18,7 @@ from codetr.data.cache import open_table
 from codetr.data.checks import Verify, check_files, select_classes
 from codetr.data.findings import OnError
 from codetr.data.image_records import take_lists
-from codetr.data.images import read_image
+from codetr.data.images import decoded_factor, read_image
 from codetr.data.readers import Reader, coco
 from codetr.data.sampling import Objects, classes_of_images
 from codetr.data.segmentations import Segmentations
@@ -36,7 +36,8 @@ class Sample:
     boxes: [n, 4] xyxy pixels, inside the image, of the objects to train on: no crowds, none ignored.
     labels: [n], of the same.
     image_id: the image's id in the annotations.
-    scale: (rows, columns) pixels of the image per pixel of the file.
+    scale: (rows, columns) pixels of the image per pixel of the file. A data set may decode a half, a quarter or an
+        eighth, rounded up, of the rows and columns; boxes and masks are then still of the file.
     file_size: (height, width) of the file.
     truth: of all objects, crowds included.
     masks: [n, H, W] uint8, 1 on the object; None where the data set reads none.
@@ -196,15 +197,20 @@ class DetectionDataset(Dataset[Sample]):
     def path(self, index: int) -> Path:
         """The image file of one sample."""
         row = self._row(index)
-        place = int(np.searchsorted(self._misspelt, row))
-        if place < len(self._misspelt) and self._misspelt[place] == row:
-            return self.root / os.fsdecode(self._spellings[place])
+        if len(self._misspelt):
+            place = int(np.searchsorted(self._misspelt, row))
+            if place < len(self._misspelt) and self._misspelt[place] == row:
+                return self.root / os.fsdecode(self._spellings[place])
         return self.root / self._table.name(row)
 
     def truth(self, index: int) -> Truth:
         """What the evaluator needs to know of one image, without reading the image."""
-        table, image = self._table, self._row(index)
-        rows = self._objects_of(image)
+        image = self._row(index)
+        return self._truth(image, self._objects_of(image))
+
+    def _truth(self, image: int, rows: np.ndarray) -> Truth:
+        """Of the objects `rows` of the image in row `image` of the table."""
+        table = self._table
         truth = Truth(
             boxes=torch.from_numpy(table.boxes[rows]),
             labels=torch.from_numpy(self._label_of[table.categories[rows]]),
@@ -235,21 +241,27 @@ class DetectionDataset(Dataset[Sample]):
         return Segmentations(self._table.segmentations, self._table.segmentation_offsets)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    def read(self, index: int, least: tuple[int, int] | None = None) -> Sample:
+        """One sample. least: (height, width) that it is to be resized to, so that it may be decoded smaller (see
+        `codetr.data.images.read_image`, and `Sample.scale`)."""
         row = self._row(index)
         height, width = self._table.sizes[row].tolist()
-        image = read_image(self.path(index), (height, width), self.max_pixels)
-        truth = self.truth(index)
-        objects = ~(truth["iscrowd"] | truth["ignore"])
-        rows = self._objects_of(row)[objects.numpy()]
-        boxes = truth["boxes"][objects].float()
-        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+        image = read_image(self.path(index), (height, width), self.max_pixels, least)
+        rows = self._objects_of(row)
+        truth = self._truth(row, rows)
+        objects = ~(truth["iscrowd"] | truth["ignore"]).numpy()
+        boxes = truth["boxes"].numpy()[objects].astype(np.float32)
+        boxes = np.minimum(boxes.clip(min=0), np.array([width, height, width, height], np.float32))
+        share = 1 / decoded_factor((height, width), (image.shape[1], image.shape[2]))
         return Sample(
             image=Image(image),
-            boxes=BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
-            labels=truth["labels"][objects],
+            boxes=BoundingBoxes(torch.from_numpy(boxes), format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
+            labels=truth["labels"][torch.from_numpy(objects)],
             image_id=int(self._table.image_ids[row]),
-            scale=(1.0, 1.0),
+            scale=(share, share),
             file_size=(height, width),
             truth=truth,
-            masks=Mask(self._segmentations.masks(rows, (height, width))) if self._masks else None,
+            masks=Mask(self._segmentations.masks(rows[objects], (height, width))) if self._masks else None,
         )

@@ -83,7 +83,9 @@ def _open(path: Path) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def read_image(path: Path, size: tuple[int, int], max_pixels: int | None = None) -> Tensor:
+def read_image(
+    path: Path, size: tuple[int, int], max_pixels: int | None = None, least: tuple[int, int] | None = None
+) -> Tensor:
     """[3, H, W] uint8 RGB with channels-last strides, whatever the file holds (grey, palette, CMYK, alpha, 16 bit,
     floats: see `_to_rgb`).
 
@@ -92,20 +94,47 @@ def read_image(path: Path, size: tuple[int, int], max_pixels: int | None = None)
 
     A JPEG of that size, in grey or RGB and not turned, goes through simplejpeg, libjpeg-turbo's shortest path to an
     array. Everything else, and every JPEG that is not flawless, is Pillow's, which also decides what is an error. Both
-    give the same pixels. Raises UnreadableImage when the file does not decode, has another size, or more than
+    give the same pixels.
+
+    least: (height, width) that the image will be resized to. Such a JPEG may then come with a half, a quarter or an
+    eighth of its rows and columns, rounded up, where these are still twice as many (see `factor_of`): libjpeg-turbo
+    then computes fewer pixels, a little other than those of resizing.
+
+    Raises UnreadableImage when the file does not decode, has another size, or more than
     `max_pixels` pixels (see `opened`): from its header, before anything is decoded.
     """
     try:
-        pixels = _decode_jpeg(path, size) if max_pixels is None or size[0] * size[1] <= max_pixels else None
+        factor = 1 if least is None else factor_of(size, least)
+        plain = max_pixels is None or size[0] * size[1] <= max_pixels
+        pixels = _decode_jpeg(path, size, factor) if plain else None
         if pixels is None:
-            pixels = _decode(path, size, max_pixels)
+            factor, pixels = 1, _decode(path, size, max_pixels)
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble on
         raise unreadable(path, error) from error
-    if pixels.shape[:2] != size:
+    if pixels.shape[:2] != fraction(size, factor):
         raise _of_another_size(path, pixels.shape[1], pixels.shape[0], size)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def factor_of(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """The largest of 1, 2, 4, 8 of which a fraction of (height, width) `size` still is twice `least` or more.
+
+    Twice: with fewer pixels the difference to resizing all of them grows to several levels (docs/log.md).
+    """
+    room = min(size[0] / least[0], size[1] / least[1]) / 2
+    return max((factor for factor in (2, 4, 8) if factor <= room), default=1)
+
+
+def decoded_factor(size: tuple[int, int], decoded: tuple[int, int]) -> int:
+    """The factor at which an image of (height, width) `size` came from `read_image` with `decoded`."""
+    return next(factor for factor in (1, 2, 4, 8) if fraction(size, factor) == decoded)
+
+
+def fraction(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """(height, width) of `size` decoded at 1 / factor."""
+    return -(-size[0] // factor), -(-size[1] // factor)
 
 
 def _of_another_size(path: Path, width: int, height: int, size: tuple[int, int]) -> UnreadableImage:
@@ -124,8 +153,9 @@ def unreadable(path: Path, error: Exception) -> UnreadableImage:
     return result
 
 
-def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
-    """[H, W, 3] uint8, or None for what is not an upright, plain JPEG of (height, width) `size` without a fault."""
+def _decode_jpeg(path: Path, size: tuple[int, int], factor: int) -> np.ndarray | None:
+    """[H / factor, W / factor, 3] uint8, or None for what is not an upright, plain JPEG of (height, width) `size`
+    without a fault."""
     data = path.read_bytes()
     if not data.startswith(_JPEG):
         return None
@@ -135,7 +165,10 @@ def _decode_jpeg(path: Path, size: tuple[int, int]) -> np.ndarray | None:
                 return None
     try:
         *found, colors, _ = simplejpeg.decode_jpeg_header(data)
-        return simplejpeg.decode_jpeg(data) if tuple(found) == size and colors in _COLORS else None
+        if tuple(found) != size or colors not in _COLORS:
+            return None
+        height, width = fraction(size, factor)
+        return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
     except ValueError:
         return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from codetr.data.collate import collate
+from codetr.data.collate import collate, padding_of
 from codetr.data.dataset import Sample
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.errors import UserError
@@ -105,22 +105,29 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch | _Parcel:
-    batch = collate(samples, size_divisor)
-    return batch if get_worker_info() is None else _Parcel(batch)
+    if get_worker_info() is None:
+        return collate(samples, size_divisor)
+    return _Parcel(collate(samples, size_divisor, shared=True))
 
 
 class _Parcel:
-    """A batch that becomes one again on arrival, small tensors by value.
+    """A batch that becomes one again on arrival, small tensors by value, and the padding from the images' sizes.
 
     Each tensor from a worker takes a piece of shared memory of its own, a file descriptor to open and to hold for as
-    long as someone keeps the tensor.
+    long as someone keeps the tensor; and each page of it costs as much as copying several.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return _as_tensors, (_as_arrays(self.batch),)
+        return _unpacked, (_as_arrays(replace(self.batch, padding=torch.empty(0))),)
+
+
+def _unpacked(batch: Any) -> Batch:
+    batch = _as_tensors(batch)
+    height, width = batch.images.shape[2:]
+    return replace(batch, padding=padding_of(batch.targets.frames.sizes, (height, width)))
 
 
 def _as_arrays(value: Any) -> Any:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, KeyPoints, wrap
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, KeyPoints, Mask
 
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.dataset import DetectionDataset, Sample
+from codetr.data.geometry import Geometry, PadTo, RandomSizeCrop, draw, is_geometric, packed, random_integer
 from codetr.data.images import UnreadableImage
 from codetr.data.sampler import mix_seed
 from codetr.types import Truth
@@ -30,63 +30,7 @@ _log = logging.getLogger(__name__)
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 Unreadable = Literal["stop", "next", "blank"]
 
-# The long side in short sides, at most: a resize to a long side of as many pixels leaves one of the short side.
-_THINNEST = 64
 _BLANK = 64, 64  # height and width of what takes the place of an image
-
-
-class RandomSizeCrop(v2.Transform):
-    """Crop a window whose height and width are drawn, each on its own, from min_size..max_size pixels.
-
-    Never larger than the image. Source: the training recipe of DETR (arXiv 2005.12872, appendix A.4).
-    """
-
-    def __init__(self, min_size: int, max_size: int) -> None:
-        super().__init__()
-        self.min_size, self.max_size = min_size, max_size
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        canvas = v2.query_size(flat_inputs)
-        window = [_draw(min(self.min_size, side), min(self.max_size, side)) for side in canvas]
-        top, left = (_draw(0, side - part) for side, part in zip(canvas, window, strict=True))
-        return {"top": top, "left": left, "height": window[0], "width": window[1]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        part = self._call_kernel(F.crop, inpt, **params)
-        return _packed(part) if isinstance(part, Image) else part
-
-
-def _packed(image: Image) -> Image:
-    """Channels last and without gaps: torchvision resizes nothing else as fast, nor keeps the layout."""
-    return wrap(image.as_subclass(Tensor).permute(1, 2, 0).contiguous().permute(2, 0, 1), like=image)
-
-
-def _draw(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
-
-
-class PadTo(v2.Transform):
-    """Pad right and below to height = width = `canvas` pixels, the image with the colour `fill`.
-
-    Unlike the padding of a batch this belongs to the image: the network sees it, and boxes are relative to it.
-    """
-
-    def __init__(self, canvas: int, fill: int) -> None:
-        super().__init__()
-        self.canvas, self.fill = canvas, fill
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
-        return {"padding": [0, 0, self.canvas - width, self.canvas - height]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, Image):
-            return self._call_kernel(F.pad, inpt, **params)
-        # As F.pad does it, but in the layout of the image.
-        channels, height, width = inpt.shape
-        padded = inpt.new_full((self.canvas, self.canvas, channels), self.fill).permute(2, 0, 1)
-        padded[:, :height, :width] = inpt.as_subclass(Tensor)
-        return wrap(padded, like=inpt)
 
 
 def fit_canvas(canvas: int, fill: int) -> v2.Transform:
@@ -141,38 +85,65 @@ def transformed(sample: Sample, transform: Transform) -> Sample:
     """`sample` behind `transform`; boxes are clipped to the image, and those that kept less than a pixel of height or
     width are removed with their labels and masks.
 
-    An image that is more than 64 times as long as wide is first made shorter, or resizing would leave nothing of its
-    width (torchvision: int(0.67) pixels), or make a long side of any size.
-
     scale tells how many pixels of the new image one pixel of the file became, whatever was cropped or padded.
     """
     height, width = sample.image.shape[-2:]
-    parts: dict[str, Any] = {"image": sample.image, "boxes": sample.boxes, "labels": sample.labels}
+    if is_geometric(transform):
+        return placed(sample, draw(transform, (height, width)))
+    return _through(sample, transform)
+
+
+def placed(sample: Sample, geometry: Geometry) -> Sample:
+    """`sample`, as it is in its file, where `geometry` puts it; else as `transformed`.
+
+    The image may have been decoded smaller than its file: see `Sample.scale`.
+    """
+    sample, boxes = _moved(sample, geometry)
+    return _without_slivers(sample, boxes)
+
+
+def _moved(sample: Sample, geometry: Geometry) -> tuple[Sample, Tensor]:
+    """With the boxes [n, 4] of all objects apart."""
+    image = geometry.image(sample.image.as_subclass(Tensor), round(1 / sample.scale[0]))
+    masks = sample.masks if sample.masks is None else Mask(geometry.masks(sample.masks.as_subclass(Tensor)))
+    boxes = geometry.boxes(sample.boxes.as_subclass(Tensor))
+    return replace(sample, image=Image(image), masks=masks, scale=geometry.scale), boxes
+
+
+def _through(sample: Sample, transform: Transform) -> Sample:
+    """As `transformed`, of a transform that may do anything."""
+    height, width = sample.image.shape[-2:]
+    sample, boxes = _moved(sample, Geometry.of_file((height, width)))
+    height, width = sample.image.shape[-2:]
+    parts: dict[str, Any] = {"image": sample.image, "boxes": _boxes(boxes, (height, width)), "labels": sample.labels}
     if sample.masks is not None:
         parts["masks"] = sample.masks
     # They go through the transform with the image and tell how it was scaled. Nothing clips or drops points.
     corners = torch.tensor([[0, 0], [width, height]], dtype=torch.float64)
     parts["corners"] = KeyPoints(corners, canvas_size=(height, width))
-    if max(height, width) > _THINNEST * min(height, width):
-        most = _THINNEST * min(height, width)
-        parts = v2.Resize([min(height, most), min(width, most)])(parts)
     parts = transform(parts)
-    scaled_width, scaled_height = parts.pop("corners").diff(dim=0)[0].abs().tolist()
+    new_width, new_height = parts.pop("corners").diff(dim=0)[0].abs().tolist()
     # A resize has the precision of float32.
-    scale = round(scaled_height, 3) / height, round(scaled_width, 3) / width
-    return replace(sample, **_tidy(parts), scale=scale)
-
-
-def _tidy(parts: dict[str, Any]) -> dict[str, Any]:
-    """Boxes clipped to the image; objects that kept less than a pixel of width or height removed."""
+    scale = round(new_height, 3) / height * sample.scale[0], round(new_width, 3) / width * sample.scale[1]
     height, width = parts["image"].shape[-2:]
-    boxes = parts["boxes"].as_subclass(Tensor)
+    boxes = parts.pop("boxes").as_subclass(Tensor)
     boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    return _without_slivers(replace(sample, **parts, scale=scale), boxes)
+
+
+def _without_slivers(sample: Sample, boxes: Tensor) -> Sample:
+    """`sample` with `boxes`, without the objects that kept less than a pixel of width or height."""
     kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-    parts["boxes"] = wrap(boxes[kept], like=parts["boxes"])
-    for name in {"labels", "masks"} & parts.keys():
-        parts[name] = wrap(parts[name][kept], like=parts[name])
-    return parts
+    labels, masks = sample.labels, sample.masks
+    if not kept.all():
+        boxes, labels = boxes[kept], labels[kept]
+        masks = masks if masks is None else Mask(masks.as_subclass(Tensor)[kept])
+    height, width = sample.image.shape[-2:]
+    return replace(sample, boxes=_boxes(boxes, (height, width)), labels=labels, masks=masks)
+
+
+def _boxes(xyxy: Tensor, size: tuple[int, int]) -> BoundingBoxes:
+    return BoundingBoxes(xyxy, format=BoundingBoxFormat.XYXY, canvas_size=size)
 
 
 class TransformedDataset(Dataset[Sample]):
@@ -187,6 +158,8 @@ class TransformedDataset(Dataset[Sample]):
     copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
         needs masks.
     masks: whether samples keep them.
+    scaled_decoding: JPEGs which the transform makes much smaller are decoded at a fraction of their size (see
+        `codetr.data.images.read_image`); of a transform that `codetr.data.geometry` knows.
     """
 
     def __init__(
@@ -198,9 +171,11 @@ class TransformedDataset(Dataset[Sample]):
         copy_paste: CopyPaste | None = None,
         masks: bool = True,
         colour: Callable[[Image], Image] | None = None,
+        scaled_decoding: bool = False,
     ) -> None:
         self.dataset, self.seed, self.unreadable = dataset, seed, unreadable
         self.transform, self.copy_paste, self.masks, self.colour = transform, copy_paste, masks, colour
+        self.scaled_decoding = scaled_decoding
         # Workers set what the process of the loader reads.
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
@@ -220,7 +195,7 @@ class TransformedDataset(Dataset[Sample]):
         try:
             sample = self._sample(index)
             if self.copy_paste is not None:
-                sample = self.copy_paste(sample, self._sample(_draw(0, len(self) - 1)))
+                sample = self.copy_paste(sample, self._sample(random_integer(0, len(self) - 1)))
         except Exception as error:
             error.add_note(f"while reading and augmenting {self.dataset.path(index)}")
             raise
@@ -229,13 +204,21 @@ class TransformedDataset(Dataset[Sample]):
         return sample if self.masks else replace(sample, masks=None)
 
     def _augmented(self, index: int) -> Sample:
-        sample = self.dataset[index]
+        geometry = self._drawn_before(index)
+        sample = self.dataset.read(index, None if geometry is None else geometry.first_size)
         try:
             if self.colour is not None:
-                sample = replace(sample, image=_packed(self.colour(sample.image)))
-            return transformed(sample, self.transform)
+                sample = replace(sample, image=Image(packed(self.colour(sample.image).as_subclass(Tensor))))
+            return transformed(sample, self.transform) if geometry is None else placed(sample, geometry)
         except Exception as error:
             raise failed(self.dataset.path(index), sample.file_size, error) from error
+
+    def _drawn_before(self, index: int) -> Geometry | None:
+        """The geometry of an image that need not be decoded whole."""
+        if not self.scaled_decoding or not is_geometric(self.transform):
+            return None
+        height, width = self.dataset.sizes[index].tolist()
+        return draw(self.transform, (height, width))
 
     def _sample(self, index: int) -> Sample:
         for step in range(len(self)):
