@@ -1,4 +1,4 @@
-"""`codetr benchmark step`: its parts add up to the whole, each gets what is its own, and the command writes what it says."""
+"""`codetr benchmark step`: its parts add up to the whole, each gets its own, and the command writes what it says."""
 
 import json
 import subprocess
