@@ -176,7 +176,7 @@ def markdown(numbers: dict[str, dict[str, dict[str, Any]]], commits: dict[str, s
             seconds = [f"{x[what] * 1e3:.0f}" for x in (before, after)]
             cells += [*seconds, f"{before[what] / after[what]:.2f}"]
         rows.append(
-            [*cells, f"{before['calls']}", f"{after['calls']}", f"{abs(after['loss'] / before['loss'] - 1):.0e}"]
+            [*cells, f"{before['calls']}", f"{after['calls']}", f"{abs(after['loss'] / before['loss'] - 1):.1g}"]
         )
     head = ["", "step before, ms", "after", "times faster", "inference before, ms", "after", "times faster"]
     head += ["operator calls before", "after", "the first loss differs by"]
