@@ -287,7 +287,7 @@ class Heard(logging.Handler):
 
 def main() -> None:
     options, heard = parsed(), Heard()
-    log = logging.getLogger("codetr.ops.msda")
+    log = logging.getLogger("codetr.ops.choice")
     log.addHandler(heard)
     log.setLevel(logging.INFO)
     step = Step(options)
