@@ -44,5 +44,5 @@ def check(levels: list[Tensor], regions: Regions) -> None:
             f"maps {shapes} at strides {strides}, images {tuple(images.shape)}, boxes {tuple(boxes.shape)}, level_of "
             f"{tuple(level_of.shape)}, {size} cells and {sampling_ratio} samples do not fit together"
         )
-    if R and not (0 <= images.min() and images.max() < len(levels[0]) and level_of.max() < len(levels)):
+    if R and not (images.min() >= 0 and images.max() < len(levels[0]) and level_of.max() < len(levels)):
         raise ValueError(f"a region is of none of the {len(levels[0])} images or {len(levels)} levels")

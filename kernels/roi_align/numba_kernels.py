@@ -183,7 +183,9 @@ def kernels() -> Kernels:
             last, used = min(first + CHUNK, end), 0
             for r in range(first, last):
                 if numbers[r] >= 0:
-                    used = _weigh(r, r - first, used, ratio, maps, scales, numbers, boxes, ends, places, weights, factors)
+                    used = _weigh(
+                        r, r - first, used, ratio, maps, scales, numbers, boxes, ends, places, weights, factors
+                    )
             for k in range(K):
                 for r in range(first, last):
                     i, out = r - first, (r * C + k * LANES) * cells
@@ -211,7 +213,9 @@ def kernels() -> Kernels:
                 count, used = 0, 0
                 while r < len(images) and count < CHUNK:
                     if images[r] == b and numbers[r] >= 0:
-                        used = _weigh(r, count, used, ratio, maps, scales, numbers, boxes, ends, places, weights, factors)
+                        used = _weigh(
+                            r, count, used, ratio, maps, scales, numbers, boxes, ends, places, weights, factors
+                        )
                         chosen[count] = r
                         count += 1
                     r += 1

@@ -74,9 +74,7 @@ def _(levels, images, boxes, level_of, strides, size, sampling_ratio) -> Tensor:
 def _(gradient, images, boxes, level_of, strides, size, sampling_ratio, batch, sizes, channels_last):  # type: ignore
     order = torch.channels_last if channels_last else torch.contiguous_format
     shapes = [(batch, gradient.shape[1], *pair) for pair in _pairs(sizes)]
-    return [
-        torch.empty(shape, dtype=torch.float32, device=gradient.device, memory_format=order) for shape in shapes
-    ]
+    return [torch.empty(shape, dtype=torch.float32, device=gradient.device, memory_format=order) for shape in shapes]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -17,7 +17,14 @@ FEATURES = {
     "supervision": "Result.to_supervision",
     "dev": "make check, make test",
 }
-_VARIABLES = ("CODETR_MSDA", "CODETR_ROI_ALIGN", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "WORLD_SIZE")
+_VARIABLES = (
+    "CODETR_MSDA",
+    "CODETR_ROI_ALIGN",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+    "WORLD_SIZE",
+)
 
 
 class Line(NamedTuple):
