@@ -20,7 +20,7 @@ from numba import njit
 from ..common.compiled import compiled
 from ..common.vector import filled, load, multiply_add, store
 
-LANES = 32  # channels of a block; 16 and 64 are slower in one case or the other (see README.md)
+LANES = 32  # channels of a block (see README.md)
 CHUNK = 64  # regions whose weights are kept: in all blocks of channels they are the same
 MOST_SAMPLES = 1 << 24  # per cell and axis
 
