@@ -5,16 +5,14 @@ run, for every number of threads.
 """
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, reduce
-from itertools import accumulate, pairwise
+from functools import reduce
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.threads import share_out
 from .inputs import Gradients, Inputs, Shapes
 from .numba_kernels import LANES, kernels
 
@@ -30,7 +28,7 @@ def forward(inputs: Inputs) -> Tensor:
     parts = threads // math.gcd(threads, max(1, B * H))  # of the queries, where that makes equal shares
     levels, cells = _levels(inputs.spatial_shapes)
     arguments = parts, S, Q, H, P, *_arrays(inputs, levels), _flat(output)
-    _share_out(kernels(D).forward, B * H * parts, threads, arguments, (L * P + LANES, cells * D))
+    share_out(kernels(D).forward, B * H * parts, threads, arguments, (L * P + LANES, cells * D))
     return output.to(inputs.value.dtype)
 
 
@@ -46,7 +44,7 @@ def backward(gradient: Tensor, output: Tensor, inputs: Inputs, of_reference: boo
     levels, cells = _levels(inputs.spatial_shapes)
     arguments = S, Q, H, P, *_arrays(inputs, levels), _flat(gradient), *found
     threads = min(_threads(inputs), max(1, B * H))
-    _share_out(kernels(D).backward, B * H, threads, arguments, (L * P + LANES, cells * D, cells * D))
+    share_out(kernels(D).backward, B * H, threads, arguments, (L * P + LANES, cells * D, cells * D))
     total = None
     if reference is not None and of_reference:
         total = reduce(torch.add, g_reference.unbind(2)).to(reference.dtype)
@@ -83,32 +81,3 @@ def _rows(tensor: Tensor) -> np.ndarray:
 
 def _threads(inputs: Inputs) -> int:
     return max(1, min(torch.get_num_threads(), inputs.logits.numel() // SAMPLES_PER_THREAD))
-
-
-def _share_out(
-    kernel: Callable[..., None], tasks: int, threads: int, arguments: tuple, scratch: tuple[int, ...]
-) -> None:
-    """Runs the kernel on as many threads as PyTorch uses, this one included; the kernels release the GIL.
-
-    scratch: the sizes of the arrays that every thread gets for itself. Not Numba's own threads: its OpenMP pool
-    competes with PyTorch's, and its workqueue is not thread safe.
-    """
-    ends = [tasks * (i + 1) // threads for i in range(threads)]
-    own = [[torch.empty(size).numpy() for size in scratch] for _ in ends]  # aligned to cache lines
-    others = [
-        _pool().submit(kernel, begin, end, *arguments, *arrays)
-        for (begin, end), arrays in zip(pairwise(ends), own[1:], strict=True)
-    ]
-    kernel(0, ends[0], *arguments, *own[0])
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="msda")
-
-
-# A forked child inherits the pool without its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -17,7 +17,14 @@ FEATURES = {
     "supervision": "Result.to_supervision",
     "dev": "make check, make test",
 }
-_VARIABLES = ("CODETR_MSDA", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "WORLD_SIZE")
+_VARIABLES = (
+    "CODETR_MSDA",
+    "CODETR_ROI_ALIGN",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+    "WORLD_SIZE",
+)
 
 
 class Line(NamedTuple):
@@ -82,11 +89,11 @@ def _described(index: int) -> str:
 def _deformable_attention(device: str) -> Line:
     import torch
 
-    from codetr.ops.msda import choose, deformable_attention
+    from codetr.ops.msda import MSDA, deformable_attention
 
     name, place = "  deformable attention", torch.device(device)
     try:
-        kind, reason, remedy = choose(place, os.environ.get("CODETR_MSDA", ""))
+        kind, reason, remedy = MSDA.choose(place, os.environ.get(MSDA.variable, ""))
         value = torch.rand(1, 5, 2, 16, device=place)
         reference, offsets = torch.rand(1, 3, 2, 2, device=place), torch.rand(1, 3, 2, 2, 2, 2, device=place)
         sizes = torch.tensor([[[2, 2], [1, 1]]], dtype=torch.int32, device=place)

@@ -36,7 +36,8 @@ ATTENTION = ("nn/deformable_attention.py", "ops/msda.py")  # its reference stand
 
 @pytest.fixture(autouse=True)
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CODETR_MSDA", "reference")  # kernels take no pretended tensors
+    for variable in ("CODETR_MSDA", "CODETR_ROI_ALIGN"):
+        monkeypatch.setenv(variable, "reference")  # kernels take no pretended tensors
 
 
 def batch() -> tuple[Tensor, Tensor, Targets]:

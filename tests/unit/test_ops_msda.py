@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codetr.errors import UserError
 from codetr.nn.deformable_attention import DeformableAttention
-from codetr.ops import msda as door
+from codetr.ops import choice
 from codetr.ops.msda import deformable_attention, multi_scale_deformable_attention
 from codetr.types import Memory
 
@@ -22,9 +22,9 @@ SHAPES = ((4, 3), (2, 2))
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CODETR_MSDA", raising=False)
-    door._decide.cache_clear()
+    choice._decide.cache_clear()
     yield
-    door._decide.cache_clear()
+    choice._decide.cache_clear()
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def call(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
 def test_says_once_what_runs(wish, dtype, said, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("CODETR_MSDA", wish)
     args = inputs(dtype)
-    with caplog.at_level(logging.INFO, logger=door.__name__):
+    with caplog.at_level(logging.INFO, logger=choice.__name__):
         first, second = call(*args), call(*args)
     assert torch.equal(first, second)
     assert len(caplog.messages) == 1
@@ -81,7 +81,7 @@ def test_refuses_what_it_cannot_do(wish: str, dtype: torch.dtype, monkeypatch: p
 
 
 def test_warns_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(door.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
     args = inputs()
     call(*args), call(*args)
     assert [r.levelname for r in caplog.records] == ["WARNING"]

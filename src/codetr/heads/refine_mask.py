@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
-from torchvision.ops import roi_align
 
 from codetr.errors import UserError
 from codetr.heads.mask import crop_masks, objects_and_rois
@@ -15,6 +14,7 @@ from codetr.heads.roi import RoIPool
 from codetr.nn.boxes import best_pairs
 from codetr.nn.class_rows import by_class
 from codetr.ops.normaliser import normaliser
+from codetr.ops.roi_align import roi_align_pyramid
 from codetr.types import Detections, Masks, Prediction, Pyramid, Targets
 
 WHOLE = 2  # so many stages predict whole masks, the later ones correct boundaries (sec. 3.3)
@@ -111,15 +111,15 @@ class RefineMaskHead(nn.Module):
         Returns the stages' logits [R, s, s], s doubling from stage to stage, and the mask IoU [R], float32.
         """
         pooled = self.pool.regions(pyramid, images, boxes)
-        rois, scale = torch.cat([images[:, None].to(boxes), boxes], 1), 1 / pyramid.strides[0]
         region = torch.arange(len(labels), device=labels.device)
+        finest = torch.zeros_like(images)
         x = self.instance(pooled)
         logits: list[Tensor] = []
         for stage, classes, semantic in zip(self.stages, self.classes, semantics, strict=False):
             if logits:
                 x = interpolate(x, scale_factor=2, mode="bilinear")
             logits.append(classes(x)[region, labels].float())
-            seen = roi_align(semantic.to(boxes), rois, x.shape[-1], scale, 0, aligned=True)
+            seen = roi_align_pyramid([semantic], pyramid.strides[:1], images, boxes, finest, x.shape[-1], 0)
             x = stage(x, logits[-1].sigmoid(), seen)
         last = self.classes[-1](x)[:, 0].float()
         logits.append(enlarge(last, 2 * last.shape[-1]))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from codetr.heads.common import init_normal, tower
 from codetr.nn.class_rows import ClassRows, by_class
+from codetr.ops.roi_align import roi_align_pyramid
 from codetr.types import Pyramid
-
-NOWHERE = -1e4  # pixels: RoIAlign finds nothing, 0, in a box with all its corners here, at any sampling ratio
 
 
 class RoIPool(nn.Module):
@@ -34,27 +32,16 @@ class RoIPool(nn.Module):
     def forward(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> Tensor:
         """boxes: [B, R, 4] xyxy in pixels. valid: [B, R]. Returns [B, R, C, size, size], 0 where not valid."""
         images = torch.arange(len(boxes), device=boxes.device)[:, None].expand(valid.shape)
-        boxes = boxes.where(valid[..., None], NOWHERE)
-        return self.regions(pyramid, images.flatten(), boxes.flatten(0, 1)).unflatten(0, valid.shape)
+        levels = self.levels(boxes, pyramid.strides[:-1]).where(valid, -1)
+        return self._pool(pyramid, images.flatten(), boxes.flatten(0, 1), levels.flatten()).unflatten(0, valid.shape)
 
     def regions(self, pyramid: Pyramid, images: Tensor, boxes: Tensor) -> Tensor:
-        """images: [R], the image of each box.
-        boxes: [R, 4] xyxy in pixels.
+        """images: [R], the image of each box. boxes: [R, 4] xyxy in pixels. Returns [R, C, size, size]."""
+        return self._pool(pyramid, images, boxes, self.levels(boxes, pyramid.strides[:-1]))
 
-        Returns [R, C, size, size].
-
-        Every level pools all boxes, those of other levels `NOWHERE`, which is little work: sorting the boxes by level
-        would make the host wait for their numbers.
-        """
-        strides = pyramid.strides[:-1]
-        levels, image = self.levels(boxes, strides), images[:, None].to(boxes)
-        found = boxes.new_zeros(())
-        for number, (level, stride) in enumerate(zip(pyramid.levels, strides, strict=False)):
-            rois = torch.cat([image, boxes.where((levels == number)[:, None], NOWHERE)], 1)
-            found = roi_align(level.to(rois), rois, self.size, 1 / stride, self.sampling_ratio, aligned=True).add_(
-                found
-            )
-        return found
+    def _pool(self, pyramid: Pyramid, images: Tensor, boxes: Tensor, level_of: Tensor) -> Tensor:
+        maps, strides = pyramid.levels[: len(pyramid.strides) - 1], pyramid.strides[:-1]
+        return roi_align_pyramid(maps, strides, images, boxes, level_of, self.size, self.sampling_ratio)
 
 
 class BoxHead(nn.Module):

@@ -80,7 +80,7 @@ def _text(key: bytes) -> str:
 @cache
 def _scanner() -> Any:
     """Compiled on first use: files of ordinary size never need it."""
-    from codetr.kernels.msda.compiled import compiled
+    from codetr.kernels.common.compiled import compiled
 
     def scan(data, piece):  # type: ignore[no-untyped-def]
         """Where the values of the top level begin and end, and commas between their elements, `piece` bytes apart."""

@@ -1,0 +1,1 @@
+"""What the kernels for the CPU share: Numba's compiler with its cache, vectors, threads."""
