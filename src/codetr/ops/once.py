@@ -21,13 +21,15 @@ def once(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """
 
     @lru_cache(KEPT)
-    def kept(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+    def kept(dtype: torch.dtype, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         with torch.inference_mode(False), torch.no_grad():  # what validation makes serves training too
             return make(*args, **kwargs)
 
     @wraps(make)
     def get(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or detect_fake_mode() is not None
-        return make(*args, **kwargs) if traced else kept(*args, **kwargs)  # type: ignore[arg-type]
+        if traced:
+            return make(*args, **kwargs)
+        return kept(torch.get_default_dtype(), *args, **kwargs)  # type: ignore[arg-type]
 
     return get
