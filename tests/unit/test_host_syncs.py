@@ -20,13 +20,11 @@ CO_DINO = (
     "model/auxiliary_head=[faster_rcnn_small,atss]",
     "criterion=quality_focal",
 )
-MATCHER = ("assign/hungarian.py", "match", "aten::_to_copy")
 SUPPRESSION = ("ops/nms.py", "best_after_nms", "torchvision::nms")
 COLLABORATIVE = ("queries/collaborative.py", "CollaborativeQueries._choose", "aten::_local_scalar_dense")
 IMAGES = 2
 # What is left, how often in a step, and why.
 LEFT = {
-    MATCHER: 1,  # scipy solves the assignment
     SUPPRESSION: IMAGES,  # torchvision returns as many boxes as it keeps
     ("ops/nms.py", "best_after_nms", "aten::_to_copy"): IMAGES,  # and sends the number 1 to the device
     COLLABORATIVE: 2,  # one per head: padded to `max_queries`, a step of the demo takes 30 % longer
@@ -85,9 +83,9 @@ def test_a_step_of_co_dino_waits_where_it_must_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
 def test_one_stage_heads_do_not_wait(head: str) -> None:
-    """Only their queries' number and the matcher do."""
+    """Only their queries' number does."""
     places, _ = waits(*CO_DINO, f"model/auxiliary_head=[{head}]")
-    assert places == Counter({MATCHER: 1, COLLABORATIVE: 1})
+    assert places == Counter({COLLABORATIVE: 1})
 
 
 X = torch.arange(8.0).view(4, 2)
