@@ -20,13 +20,10 @@ CO_DINO = (
     "model/auxiliary_head=[faster_rcnn_small,atss]",
     "criterion=quality_focal",
 )
-SUPPRESSION = ("ops/nms.py", "best_after_nms", "torchvision::nms")
 COLLABORATIVE = ("queries/collaborative.py", "CollaborativeQueries._choose", "aten::_local_scalar_dense")
 IMAGES = 2
 # What is left, how often in a step, and why.
 LEFT = {
-    SUPPRESSION: IMAGES,  # torchvision returns as many boxes as it keeps
-    ("ops/nms.py", "best_after_nms", "aten::_to_copy"): IMAGES,  # and sends the number 1 to the device
     COLLABORATIVE: 2,  # one per head: padded to `max_queries`, a step of the demo takes 30 % longer
 }
 ATTENTION = ("nn/deformable_attention.py", "ops/msda.py")  # its reference stands in for a kernel, which sends nothing
