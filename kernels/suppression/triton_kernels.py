@@ -1,4 +1,4 @@
-"""Greedy suppression of candidates, sorted, best first: what overlaps what, as bits; then one walk along them."""
+"""Greedy suppression of sorted candidates: what overlaps what, as bits; then one walk along them."""
 
 import triton
 import triton.language as tl
