@@ -26,6 +26,7 @@ IMAGES = 2
 LEFT = {
     COLLABORATIVE: 2,  # one per head: padded to `max_queries`, a step of the demo takes 30 % longer
 }
+STATIC = "static_shapes=true"  # nothing is left
 ATTENTION = ("nn/deformable_attention.py", "ops/msda.py")  # its reference stands in for a kernel, which sends nothing
 
 
@@ -78,11 +79,19 @@ def test_a_step_of_co_dino_waits_where_it_must_and_nowhere_else() -> None:
     torch.testing.assert_close(losses, step(*build(*CO_DINO), *batch()), rtol=1e-6, atol=1e-6)
 
 
+def test_a_step_of_static_shapes_waits_for_nothing() -> None:
+    places, losses = waits(*CO_DINO, STATIC)
+    assert not places
+    torch.testing.assert_close(losses, step(*build(*CO_DINO, STATIC), *batch()), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
 def test_one_stage_heads_do_not_wait(head: str) -> None:
-    """Only their queries' number does."""
+    """Only their queries' number makes the host wait, where it is not static."""
     places, _ = waits(*CO_DINO, f"model/auxiliary_head=[{head}]")
     assert places == Counter({COLLABORATIVE: 1})
+    places, _ = waits(*CO_DINO, f"model/auxiliary_head=[{head}]", STATIC)
+    assert not places
 
 
 X = torch.arange(8.0).view(4, 2)

@@ -12,11 +12,11 @@ from codetr.data.dataset import Sample
 from codetr.types import Batch, Frames, Targets, box_scale
 
 
-def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
+def collate(samples: Sequence[Sample], size_divisor: int, most_objects: int = 1) -> Batch:
     """Pad images right and below to the largest height and width, rounded up to multiples of `size_divisor`.
 
-    Objects are padded to the largest number in the batch, at least 1, with the box (0.5, 0.5, 1, 1), label 0 and an
-    empty mask. The images have channels-last strides.
+    Objects are padded to the largest number in the batch, at least `most_objects`, with the box (0.5, 0.5, 1, 1), label
+    0 and an empty mask. The images have channels-last strides.
     """
     sizes = torch.tensor([s.image.shape[-2:] for s in samples])
     height, width = (int(-(-side // size_divisor) * size_divisor) for side in sizes.amax(0))
@@ -30,15 +30,15 @@ def collate(samples: Sequence[Sample], size_divisor: int) -> Batch:
     return Batch(
         images=images,
         padding=padding,
-        targets=_targets(samples, sizes, (height, width)),
+        targets=_targets(samples, sizes, (height, width), most_objects),
         image_ids=torch.tensor([s.image_id for s in samples]),
         truth=[s.truth for s in samples],
     )
 
 
-def _targets(samples: Sequence[Sample], sizes: Tensor, canvas: tuple[int, int]) -> Targets:
+def _targets(samples: Sequence[Sample], sizes: Tensor, canvas: tuple[int, int], most_objects: int) -> Targets:
     counts = torch.tensor([len(s.labels) for s in samples])
-    slots = max(1, int(counts.max()))
+    slots = max(most_objects, int(counts.max()))
     valid = torch.arange(slots) < counts[:, None]
     boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(samples), slots, 1)
     labels = torch.zeros(len(samples), slots, dtype=torch.int64)

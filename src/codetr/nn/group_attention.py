@@ -29,10 +29,12 @@ class _Span:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Spans of one shape, attended to in one call. keys: [B, keys] bool over their own queries, None for all."""
+    """Spans of one shape, attended to in one call. valid: [B, n] bool over their own queries, None for all. parts: [n],
+    own queries of another number are not seen."""
 
     spans: tuple[_Span, ...]
-    valid: Tensor | None
+    valid: Tensor | None = None
+    parts: Tensor | None = None
 
 
 def attention_plan(groups: dict[str, QueryGroup]) -> list[Bucket]:
@@ -46,11 +48,11 @@ def attention_plan(groups: dict[str, QueryGroup]) -> list[Bucket]:
     buckets = []
     for name, group in groups.items():
         span = _Span(*ends[name], group.blocks, tuple(ends[other] for other in group.sees))
-        if group.valid is None:
+        if group.valid is None and group.parts is None:
             folded[(span.block_size, span.sees)].append(span)
         else:
-            buckets.append(Bucket((span,), group.valid))
-    return [Bucket(tuple(spans), None) for spans in folded.values()] + buckets
+            buckets.append(Bucket((span,), group.valid, group.parts))
+    return [Bucket(tuple(spans)) for spans in folded.values()] + buckets
 
 
 class GroupSelfAttention(nn.Module):
@@ -93,7 +95,7 @@ class GroupSelfAttention(nn.Module):
         q, k, v = (self._fold(x, bucket) for x in (query, key, value))
         if first.sees:
             k, v = (self._append_seen(own, x, first, sum(blocks)) for own, x in ((k, key), (v, value)))
-        mask = None if bucket.valid is None else _key_mask(bucket.valid, first, k.shape[2])
+        mask = _key_mask(bucket, k.shape[2])
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = out.transpose(1, 2).flatten(2).unflatten(0, (-1, sum(blocks)))  # [B, blocks, n, C]
@@ -111,9 +113,16 @@ class GroupSelfAttention(nn.Module):
         return torch.cat([own, seen.repeat_interleave(blocks, 0)], 2)
 
 
-def _key_mask(valid: Tensor, span: _Span, num_keys: int) -> Tensor:
-    """[B * blocks, 1, 1, keys] bool, True = attend; a block without any valid query attends to all of its own."""
-    own = valid.unflatten(1, (span.blocks, span.block_size)).flatten(0, 1)
-    own = own | ~own.any(1, keepdim=True)
-    seen = own.new_ones(own.shape[0], num_keys - own.shape[1])
-    return torch.cat([own, seen], 1)[:, None, None]
+def _key_mask(bucket: Bucket, num_keys: int) -> Tensor | None:
+    """[B * blocks, 1, 1 or n, keys] bool, True = attend, None for all; a query that may not attend to any of its own
+    block attends to all of it."""
+    span, own = bucket.spans[0], None
+    if bucket.valid is not None:
+        own = bucket.valid.unflatten(1, (span.blocks, span.block_size)).flatten(0, 1)[:, None]
+    if bucket.parts is not None:
+        together = bucket.parts[:, None] == bucket.parts
+        own = together[None] if own is None else own & together
+    if own is None:
+        return None
+    own = own | ~own.any(-1, keepdim=True)
+    return torch.cat([own, own.new_ones(*own.shape[:2], num_keys - own.shape[2])], -1)[:, None]
