@@ -27,6 +27,12 @@ LEFT = {
     COLLABORATIVE: 2,  # one per head: padded to `max_queries`, a step of the demo takes 30 % longer
 }
 STATIC = "static_shapes=true"  # nothing is left
+MASKS = {  # but where masks are learned: the branches take positive regions alone, and only the objects that are there
+    ("heads/mask.py", "MaskBranch.loss", "aten::nonzero"): 1,
+    ("heads/mask.py", "MaskBranch.loss", "aten::_to_copy"): 1,  # of how many there are
+    ("heads/mask.py", "objects_and_rois", "aten::index"): 2,
+    ("heads/refine_mask.py", "RefineMaskHead.region_losses", "aten::nonzero"): 1,
+}
 ATTENTION = ("nn/deformable_attention.py", "ops/msda.py")  # its reference stands in for a kernel, which sends nothing
 
 
@@ -35,7 +41,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CODETR_MSDA", "reference")  # kernels take no pretended tensors
 
 
-def batch() -> tuple[Tensor, Tensor, Targets]:
+def batch(masks: bool = False) -> tuple[Tensor, Tensor, Targets]:
     """Three objects and two."""
     torch.manual_seed(0)
     padding = torch.zeros(IMAGES, 64, 64, dtype=torch.bool)
@@ -43,6 +49,7 @@ def batch() -> tuple[Tensor, Tensor, Targets]:
     boxes = torch.cat([torch.rand(IMAGES, 3, 2) * 0.4 + 0.3, torch.rand(IMAGES, 3, 2) * 0.3 + 0.1], -1)
     valid = torch.tensor([[True, True, True], [True, True, False]])
     targets = Targets(boxes, torch.randint(3, (IMAGES, 3)), valid, Frames.unscaled(torch.tensor([[64, 64], [64, 48]])))
+    targets.masks = torch.rand(IMAGES, 3, 64, 64) > 0.5 if masks else None
     return torch.randint(0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8), padding, targets
 
 
@@ -61,12 +68,12 @@ def build(*overrides: str) -> tuple[nn.Module, nn.Module]:
     return instantiate(config.model.detector, _convert_="all"), instantiate(config.criterion)
 
 
-def waits(*overrides: str) -> tuple[Counter, Tensor]:
+def waits(*overrides: str, masks: bool = False) -> tuple[Counter, Tensor]:
     """Of a training step on the pretended device: where, and its losses."""
     detector, criterion = build(*overrides)
     with Pretended() as device:
         device.send(detector)
-        inputs = [x.to(ELSEWHERE, non_blocking=True) for x in batch()]
+        inputs = [x.to(ELSEWHERE, non_blocking=True) for x in batch(masks)]
         losses = step(detector, criterion, *inputs)
         places = {place: count for place, count in device.places.items() if place.file not in ATTENTION}
         return Counter(places), losses.cpu()
@@ -83,6 +90,19 @@ def test_a_step_of_static_shapes_waits_for_nothing() -> None:
     places, losses = waits(*CO_DINO, STATIC)
     assert not places
     torch.testing.assert_close(losses, step(*build(*CO_DINO, STATIC), *batch()), rtol=1e-6, atol=1e-6)
+
+
+def test_masks_make_the_host_wait() -> None:
+    heads = ("model/auxiliary_head=[mask_rcnn_small]", "model/mask_head=refine_mask")
+    places, _ = waits(*CO_DINO, *heads, STATIC, masks=True)
+    assert places == Counter(MASKS)
+
+
+@pytest.mark.parametrize("model", ["h_deformable", "dn_deformable_detr"])
+def test_other_detectors_of_static_shapes_wait_for_nothing(model: str) -> None:
+    options = ["model.detector.queries.hybrid.num_queries=20"] if model == "h_deformable" else []
+    places, _ = waits(f"model={model}", "model/backbone=resnet10_small", STATIC, *options)
+    assert not places
 
 
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
