@@ -15,7 +15,7 @@ help: ## Show this list
 
 install: .venv/.complete ## Create .venv with the locked packages and codetr itself (once)
 
-.venv/.complete: pyproject.toml requirements.lock setup.py
+.venv/.complete: pyproject.toml requirements.lock setup.py $(wildcard kernels/*/__init__.py)
 	@echo "Setting up .venv with the locked packages (about a minute, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet "uv>=0.8"

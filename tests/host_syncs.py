@@ -3,6 +3,9 @@
 `Pretended` runs the program on a device that is only pretended: its tensors hold their numbers on the CPU and claim to
 be elsewhere, so that whatever the host reads of them, and whatever it lacks to allocate the next tensor, is seen; so is
 a tensor that was left on the wrong device.
+
+An op of our own, such as `codetr::assign`, is one operator here, and its code for the CPU stands in for its kernel:
+that the kernel itself does not wait, tests/kernels shows.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # the interpreter's functions cannot be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -72,6 +73,17 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
     constants |= {"TILE_WIDTH": min(launch.tile_width, block_q), "BLOCK_N": BLOCK_N}
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
+    pointers = {name: kind for name, kind in pointers.items() if name in names}
+    warps = 1 if name == "gather" else launch.num_warps
+    return build(function, pointers, constants, case.architecture, warps)
+
+
+def build(
+    function: Any, pointers: dict[str, str], constants: dict[str, object], architecture: int, num_warps: int
+) -> CompiledKernel:
+    """A kernel for an architecture. pointers: name -> kind, aligned as tensors are; constants: name -> value; what else
+    it takes has 32 bits, strides a multiple of 16."""
+    names = function.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers or "stride" in name}
     source = ASTSource(
@@ -80,8 +92,7 @@ def compiled(case: Case, launch: Launch | None = None) -> CompiledKernel:
         attrs=aligned,
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    options = {"num_warps": 1 if name == "gather" else launch.num_warps}
-    return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
 
 
 def resources(kernel: CompiledKernel) -> dict[str, object]:

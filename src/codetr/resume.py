@@ -87,7 +87,7 @@ RULES = (
     Rule(("model.detector.backbone.pretrained",), Effect.NONE, "the weights are those of the run"),
     Rule(
         (
-            *("model.dropout", "model.*.dropout", "model.*.checkpointed_layers"),
+            *("model.dropout", "model.*.dropout", "model.*.checkpointed_layers", "model.*.static"),
             *("model.detector.collaborative.weight", "model.detector.queries.*.weight"),
         ),
         Effect.TAKES,

@@ -23,7 +23,7 @@ from codetr.ops.normaliser import measure, normalised_by
 from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
 from codetr.trainer import fused_optimizer
-from codetr.types import MAIN, Batch, Detections, Seen
+from codetr.types import MAIN, Batch, Detections, Seen, Targets
 
 
 class DetectionTask(LightningModule):
@@ -35,6 +35,7 @@ class DetectionTask(LightningModule):
     suppression (Co-DETR, table 11). optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its
     model: plain containers. normalise_over_step: where gradients of several batches are accumulated, losses are divided
     by what all of them hold together, for which each is first run without gradients; False: each by what it holds.
+    compile: the backend of `torch.compile` for the losses of a step; None: as they are. Validation stays as it is.
     Raises UserError where fewer detections of an image are kept than `metrics` counts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
@@ -50,6 +51,7 @@ class DetectionTask(LightningModule):
         schedule: Schedule,
         settings: dict[str, Any],
         normalise_over_step: bool,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         self.metrics = {"val": metrics()}
@@ -63,6 +65,7 @@ class DetectionTask(LightningModule):
         self.evaluate_heads = evaluate_heads
         self.optimizer, self.schedule = optimizer, schedule
         self.settings, self.normalise_over_step = settings, normalise_over_step
+        self._step_losses = self._losses if compile is None else compiled(self._losses, compile)
         self._means: list[Tensor] | None = None  # by which the losses of the step's batches are normalised
         self.seen: deque[Seen] = deque(maxlen=0)  # of the batches since the last optimizer step
         self._logged_step = -1
@@ -129,7 +132,7 @@ class DetectionTask(LightningModule):
             together = self.normalise_over_step and batches > 1
             self._means = self._measure([batch, *batch.ahead[: batches - 1]]) if together else None
         with normalised_by(self._means):
-            losses = self._losses(batch)
+            losses = self._step_losses(batch.images, batch.padding, batch.targets)
         terms = torch.stack(list(losses.values()))
         loss = terms.sum()
         self.seen.append(Seen(tuple(losses), terms.detach(), batch.image_ids))
@@ -139,8 +142,8 @@ class DetectionTask(LightningModule):
         # Lightning divides by `accumulate`, also where the step has fewer batches.
         return loss * (loss.detach() * 0 + 1) * (accumulate / batches)
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        return self.criterion(self.detector(batch.images, batch.padding, batch.targets), batch.targets)
+    def _losses(self, images: Tensor, padding: Tensor, targets: Targets) -> dict[str, Tensor]:
+        return self.criterion(self.detector(images, padding, targets), targets)
 
     @torch.no_grad()
     def _measure(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -148,7 +151,8 @@ class DetectionTask(LightningModule):
         buffers = list(self.detector.buffers())
         before = [buffer.clone() for buffer in buffers]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            means = measure(partial(self._losses, batch.to(self.device)) for batch in batches)
+            here = (batch.to(self.device) for batch in batches)
+            means = measure(partial(self._losses, batch.images, batch.padding, batch.targets) for batch in here)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         torch.clear_autocast_cache()  # casts of the weights that no gradient flows through
@@ -213,6 +217,13 @@ class DetectionTask(LightningModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         set_model_state_dict(self.detector, weights, options=StateDictOptions(full_state_dict=True))
+
+
+def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """By `torch.compile`. Random numbers stay PyTorch's own: the pass that measures a step's normalisers, which is not
+    compiled, draws the same."""
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
+    return torch.compile(function, backend=backend, options=options)
 
 
 def _require_enough(postprocess: PostProcess, counted: int, evaluated: Detector | None) -> None:

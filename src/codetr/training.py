@@ -79,6 +79,8 @@ def fit(config: DictConfig) -> Run:
 
     meet_anew()
     read_needed_masks(config)
+    if config.compile and not config.static_shapes:
+        raise UserError(f"compile={config.compile}: every other shape is compiled anew; set static_shapes=true, too")
     # Every process has the numbers of all: the metric gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     # Nothing changes a prediction in place.
@@ -143,6 +145,7 @@ def _task(config: DictConfig, data: DetectionDataModule, settings: dict[str, Any
         schedule=instantiate(config.schedule),
         settings=settings,
         normalise_over_step=config.normalise_over_step,
+        compile=config.compile,
     )
     if task.criterion.fed_loss is not None:
         task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))

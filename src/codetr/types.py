@@ -310,7 +310,8 @@ class QueryGroup:
     content: [B, N, C]. reference: [B, N, 2 or 4] normalised, after the sigmoid, or None when the decoder predicts it
     from the position. position: [B, N, C], or None when the decoder derives it from the reference. valid: [B, N] or
     None for all. sees: names of further groups whose queries it may attend to. blocks: the group falls into this many
-    equal parts that do not see each other. weight: factor of its losses (lambda_1 for collaborative groups).
+    equal parts that do not see each other; parts: [N], into those of the same number, where they are not equal, nor
+    their size known to the host. weight: factor of its losses (lambda_1 for collaborative groups).
     """
 
     content: Tensor
@@ -320,6 +321,7 @@ class QueryGroup:
     valid: Tensor | None = None
     sees: tuple[str, ...] = ()
     blocks: int = 1
+    parts: Tensor | None = None
     weight: float = 1.0
     proposals: Proposals | None = None
 

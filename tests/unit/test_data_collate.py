@@ -59,6 +59,18 @@ def test_batch_holds_every_sample_and_padding(counts: tuple, divisor: int, padde
             assert batch.targets.valid[i, j] == (j < counts[i])
 
 
+def test_places_for_more_objects() -> None:
+    """At least so many, filled as those that a batch lacks anyway."""
+    samples = [sample(0, 2), sample(1, 4)]
+    few, many = collate(samples, 8).targets, collate(samples, 8, most_objects=7).targets
+    assert many.boxes.shape == (2, 7, 4)
+    assert torch.equal(many.counts, few.counts)
+    for name, filling in {"boxes": [0.5, 0.5, 1, 1], "labels": 0, "valid": False}.items():
+        assert torch.equal(getattr(many, name)[:, :4], getattr(few, name))
+        assert (getattr(many, name)[:, 4:] == torch.tensor(filling)).all()
+    assert collate(samples, 8, most_objects=3).targets.boxes.shape == (2, 4, 4)
+
+
 def test_boxes_come_back_in_network_pixels() -> None:
     samples = [sample(i, 2) for i in range(3)]
     for xyxy, s in zip(collate(samples, 32).targets.boxes_xyxy, samples, strict=True):

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torchvision.transforms import v2
 
+from codetr.data.copy_paste import CopyPaste
 from codetr.data.datamodule import DetectionDataModule
 from codetr.data.readers import coco
 from codetr.data.sampling import Uniform
@@ -311,3 +312,22 @@ def test_configs_build(tmp_path: Path, name: str) -> None:
     data = instantiate(compose(name, f"paths.data_dir={tmp_path}"))
     with pytest.raises(UserError, match="does not exist"):
         data.setup("validate")
+
+
+@pytest.mark.parametrize("most", [None, 1, 99])
+def test_places_for_the_objects_of_any_image(folder: Path, most: int | None) -> None:
+    """Of the whole training set, and as many as are pasted onto one."""
+    file = folder / "train.json"
+    annotated = json.loads(file.read_text())
+    for own in annotated["annotations"]:
+        x, y, w, h = own["bbox"]
+        own["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    file.write_text(json.dumps(annotated))
+    paste = None if most is None else CopyPaste(most=most, moved=10, visible=0)
+    data = module(folder, pad_objects=True, train_transform=v2.Resize((48, 48)), copy_paste=paste)
+    data.setup("fit")
+    assert data.train_set is not None
+    counts = [len(data.train_set[i].labels) for i in range(len(data.train_set))]
+    places = max(counts) + (0 if most is None else min(most, max(counts)))
+    assert min(counts) < max(counts)
+    assert {batch.targets.boxes.shape for batch in data.train_dataloader()} == {(2, places, 4)}

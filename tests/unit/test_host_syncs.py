@@ -20,16 +20,18 @@ CO_DINO = (
     "model/auxiliary_head=[faster_rcnn_small,atss]",
     "criterion=quality_focal",
 )
-MATCHER = ("assign/hungarian.py", "match", "aten::_to_copy")
-SUPPRESSION = ("ops/nms.py", "best_after_nms", "torchvision::nms")
 COLLABORATIVE = ("queries/collaborative.py", "CollaborativeQueries._choose", "aten::_local_scalar_dense")
 IMAGES = 2
 # What is left, how often in a step, and why.
 LEFT = {
-    MATCHER: 1,  # scipy solves the assignment
-    SUPPRESSION: IMAGES,  # torchvision returns as many boxes as it keeps
-    ("ops/nms.py", "best_after_nms", "aten::_to_copy"): IMAGES,  # and sends the number 1 to the device
     COLLABORATIVE: 2,  # one per head: padded to `max_queries`, a step of the demo takes 30 % longer
+}
+STATIC = "static_shapes=true"  # nothing is left
+MASKS = {  # but where masks are learned: the branches take positive regions alone, and only the objects that are there
+    ("heads/mask.py", "MaskBranch.loss", "aten::nonzero"): 1,
+    ("heads/mask.py", "MaskBranch.loss", "aten::_to_copy"): 1,  # of how many there are
+    ("heads/mask.py", "objects_and_rois", "aten::index"): 2,
+    ("heads/refine_mask.py", "RefineMaskHead.region_losses", "aten::nonzero"): 1,
 }
 ATTENTION = ("nn/deformable_attention.py", "ops/msda.py")  # its reference stands in for a kernel, which sends nothing
 
@@ -40,7 +42,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, "reference")  # kernels take no pretended tensors
 
 
-def batch() -> tuple[Tensor, Tensor, Targets]:
+def batch(masks: bool = False) -> tuple[Tensor, Tensor, Targets]:
     """Three objects and two."""
     torch.manual_seed(0)
     padding = torch.zeros(IMAGES, 64, 64, dtype=torch.bool)
@@ -48,6 +50,7 @@ def batch() -> tuple[Tensor, Tensor, Targets]:
     boxes = torch.cat([torch.rand(IMAGES, 3, 2) * 0.4 + 0.3, torch.rand(IMAGES, 3, 2) * 0.3 + 0.1], -1)
     valid = torch.tensor([[True, True, True], [True, True, False]])
     targets = Targets(boxes, torch.randint(3, (IMAGES, 3)), valid, Frames.unscaled(torch.tensor([[64, 64], [64, 48]])))
+    targets.masks = torch.rand(IMAGES, 3, 64, 64) > 0.5 if masks else None
     return torch.randint(0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8), padding, targets
 
 
@@ -66,12 +69,12 @@ def build(*overrides: str) -> tuple[nn.Module, nn.Module]:
     return instantiate(config.model.detector, _convert_="all"), instantiate(config.criterion)
 
 
-def waits(*overrides: str) -> tuple[Counter, Tensor]:
+def waits(*overrides: str, masks: bool = False) -> tuple[Counter, Tensor]:
     """Of a training step on the pretended device: where, and its losses."""
     detector, criterion = build(*overrides)
     with Pretended() as device:
         device.send(detector)
-        inputs = [x.to(ELSEWHERE, non_blocking=True) for x in batch()]
+        inputs = [x.to(ELSEWHERE, non_blocking=True) for x in batch(masks)]
         losses = step(detector, criterion, *inputs)
         places = {place: count for place, count in device.places.items() if place.file not in ATTENTION}
         return Counter(places), losses.cpu()
@@ -84,11 +87,32 @@ def test_a_step_of_co_dino_waits_where_it_must_and_nowhere_else() -> None:
     torch.testing.assert_close(losses, step(*build(*CO_DINO), *batch()), rtol=1e-6, atol=1e-6)
 
 
+def test_a_step_of_static_shapes_waits_for_nothing() -> None:
+    places, losses = waits(*CO_DINO, STATIC)
+    assert not places
+    torch.testing.assert_close(losses, step(*build(*CO_DINO, STATIC), *batch()), rtol=1e-6, atol=1e-6)
+
+
+def test_masks_make_the_host_wait() -> None:
+    heads = ("model/auxiliary_head=[mask_rcnn_small]", "model/mask_head=refine_mask")
+    places, _ = waits(*CO_DINO, *heads, STATIC, masks=True)
+    assert places == Counter(MASKS)
+
+
+@pytest.mark.parametrize("model", ["h_deformable", "dn_deformable_detr"])
+def test_other_detectors_of_static_shapes_wait_for_nothing(model: str) -> None:
+    options = ["model.detector.queries.hybrid.num_queries=20"] if model == "h_deformable" else []
+    places, _ = waits(f"model={model}", "model/backbone=resnet10_small", STATIC, *options)
+    assert not places
+
+
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
 def test_one_stage_heads_do_not_wait(head: str) -> None:
-    """Only their queries' number and the matcher do."""
+    """Only their queries' number makes the host wait, where it is not static."""
     places, _ = waits(*CO_DINO, f"model/auxiliary_head=[{head}]")
-    assert places == Counter({MATCHER: 1, COLLABORATIVE: 1})
+    assert places == Counter({COLLABORATIVE: 1})
+    places, _ = waits(*CO_DINO, f"model/auxiliary_head=[{head}]", STATIC)
+    assert not places
 
 
 X = torch.arange(8.0).view(4, 2)

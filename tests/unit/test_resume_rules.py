@@ -74,7 +74,7 @@ def test_the_table_in_docs_is_the_one_in_code(config: dict[str, Any]) -> None:
 def test_every_key_of_the_configuration_has_a_row(config: dict[str, Any]) -> None:
     rest = {key for key, _ in resume._leaves(config) if resume.rule_of(resume.Change(key, 0, 1)).keys == ("*",)}
     assert {key.split(".")[0] for key in rest} <= {
-        *("evaluate_heads", "normalise_over_step"),
+        *("evaluate_heads", "normalise_over_step", "static_shapes", "compile"),
         *("callbacks", "metrics", "postprocess"),
     }
 

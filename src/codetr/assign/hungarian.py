@@ -1,19 +1,16 @@
-"""One-to-one matching for all layers, groups and images from one device-to-host copy (DETR, eq. 1)."""
+"""One-to-one matching for all layers, groups and images; on CUDA the host waits for nothing (DETR, eq. 1)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from codetr.kernels.assignment import assign
 from codetr.types import Known, Prediction, Problem, Targets
 
-_WORST = 1e9
 CACHED = 2**17  # costs computed at a time on a CPU
 
 
@@ -82,25 +79,18 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
 
     Costs of predictions that are not finite count as the highest: their losses are not finite, whatever they match.
     """
-    if not problems:
-        return []
-    blocks = [_costs(problem, targets, cost) for problem in problems]
-    flat = torch.cat([targets.counts.float(), *(block.flatten() for costs in blocks for block in costs)]).cpu().numpy()
-    counts, flat = flat[: len(targets.labels)].astype(int), flat[len(targets.labels) :]
-    matched_indices = []
-    for problem, costs in zip(problems, blocks, strict=True):
-        shape = (sum(len(block) for block in costs), *costs[0].shape[1:])
-        size = math.prod(shape)
-        matched_indices.append(_solve(flat[:size].reshape(shape), counts, problem.repeats))
-        flat = flat[size:]
-    packed = torch.from_numpy(np.concatenate([o.ravel() for o in matched_indices]))
-    packed = packed.to(targets.labels.device, non_blocking=True)
     return [
-        _targets_of(matched_index.view(array.shape), targets, problem.class_agnostic)
-        for matched_index, array, problem in zip(
-            packed.split([o.size for o in matched_indices]), matched_indices, problems, strict=True
-        )
+        _targets_of(_matched_index(problem, targets, cost), targets, problem.class_agnostic) for problem in problems
     ]
+
+
+def _matched_index(problem: Problem, targets: Targets, cost: MatchingCost) -> Tensor:
+    """[L, B, N]: the object that owns each query, -1 for none."""
+    found = []
+    for costs in _costs(problem, targets, cost):
+        counts = targets.counts.repeat(len(costs))
+        found.append(assign(costs.flatten(0, 1), counts, problem.repeats).unflatten(0, costs.shape[:2]))
+    return torch.cat(found)
 
 
 def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> list[Tensor]:
@@ -112,19 +102,6 @@ def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> list[Tenso
         block = max(1, CACHED // max(1, labels.shape[1] * boxes[0, ..., 0].numel()))
     parts = zip(logits.split(block), boxes.split(block), strict=True)
     return [cost(Prediction(*part), labels, targets.boxes) for part in parts]
-
-
-def _solve(costs: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
-    """[L, B, M, N] -> [L, B, N]: the object that owns each query, -1 for none."""
-    matched_index = np.full((*costs.shape[:2], costs.shape[3]), -1, dtype=np.int64)
-    for image, count in enumerate(counts):
-        matrices = costs[:, image, :count]
-        if not np.isfinite(matrices).all():
-            matrices = np.nan_to_num(matrices, nan=_WORST, posinf=_WORST, neginf=_WORST)
-        for layer, matrix in enumerate(matrices):
-            rows, columns = linear_sum_assignment(np.tile(matrix, (repeats, 1)) if repeats > 1 else matrix)
-            matched_index[layer, image, columns] = rows % count if count else rows
-    return matched_index
 
 
 def _targets_of(matched_index: Tensor, targets: Targets, class_agnostic: bool) -> Known:

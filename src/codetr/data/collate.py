@@ -13,17 +13,17 @@ from codetr.data.dataset import Sample
 from codetr.types import Batch, Frames, Targets
 
 
-def collate(samples: Sequence[Sample], size_divisor: int, shared: bool = False) -> Batch:
+def collate(samples: Sequence[Sample], size_divisor: int, most_objects: int = 1, shared: bool = False) -> Batch:
     """Pad images right and below to the largest height and width, rounded up to multiples of `size_divisor`.
 
-    Objects are padded to the largest number in the batch, at least 1, with the box (0.5, 0.5, 1, 1), label 0 and an
-    empty mask. The images have channels-last strides.
+    Objects are padded to the largest number in the batch, at least `most_objects`, with the box (0.5, 0.5, 1, 1), label
+    0 and an empty mask. The images have channels-last strides.
 
     shared: the images lie in shared memory from the start, so that they need not be copied there.
     """
     sizes = [(s.image.shape[-2], s.image.shape[-1]) for s in samples]
     height, width = (-(-max(sides) // size_divisor) * size_divisor for sides in zip(*sizes, strict=True))
-    targets = _targets(samples, sizes, (height, width))
+    targets = _targets(samples, sizes, (height, width), most_objects)
     return Batch(
         images=_images([s.image.as_subclass(Tensor) for s in samples], (height, width), shared),
         padding=padding_of(targets.frames.sizes, (height, width)),
@@ -58,9 +58,11 @@ def padding_of(sizes: Tensor, canvas: tuple[int, int]) -> Tensor:
     return padding
 
 
-def _targets(samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> Targets:
+def _targets(
+    samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], most_objects: int
+) -> Targets:
     # In NumPy: with so few numbers a call of torch takes several times as long as the work.
-    slots = max(1, *(len(s.labels) for s in samples))
+    slots = max(most_objects, *(len(s.labels) for s in samples))
     boxes = np.tile(np.array([0.5, 0.5, 1, 1], np.float32), (len(samples), slots, 1))
     labels, valid = np.zeros((len(samples), slots), np.int64), np.zeros((len(samples), slots), bool)
     for i, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torchvision.tv_tensors import Image
@@ -46,6 +47,8 @@ class DetectionDataModule(LightningDataModule):
     colour: applied to training images before `train_transform`.
     max_pixels: of an image; larger ones are not decoded.
     scaled_decoding: of training images (see `codetr.data.transforms.TransformedDataset`).
+    pad_objects: training batches have places for as many objects as an image can have; otherwise for as many as one of
+        theirs has.
 
     With on_error "skip", an image file that does not decode in the middle of a run is replaced by the next one in
     training, and by a black one in evaluation, where its objects count as missed; `teardown` says how many, and which.
@@ -85,6 +88,7 @@ class DetectionDataModule(LightningDataModule):
         colour: Callable[[Image], Image] | None = None,
         max_pixels: int | None = None,
         scaled_decoding: bool = False,
+        pad_objects: bool = False,
     ) -> None:
         super().__init__()
         self.train_paths = locate(root, train_images), locate(root, train_annotations)
@@ -106,6 +110,7 @@ class DetectionDataModule(LightningDataModule):
         self.masks, self.val_masks = bool(masks), bool(val_masks)
         self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
         self.scaled_decoding = scaled_decoding
+        self.pad_objects = pad_objects
         self.train_set: DetectionDataset | None = None
         self.val_set: DetectionDataset | None = None
         self._in_use: dict[str, TransformedDataset] = {}
@@ -153,8 +158,9 @@ class DetectionDataModule(LightningDataModule):
             scaled_decoding=self.scaled_decoding,
         )
         self._in_use["training"] = dataset
+        most = self._most_objects(self.train_set) if self.pad_objects else 1
         batches_per_step = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return TrainLoader(dataset, sampler, batches_per_step=batches_per_step, **self._loading)
+        return TrainLoader(dataset, sampler, batches_per_step=batches_per_step, most_objects=most, **self._loading)
 
     def val_dataloader(self) -> BatchLoader:
         assert self.val_set is not None, "setup() comes first"
@@ -171,6 +177,11 @@ class DetectionDataModule(LightningDataModule):
             if files := [str(path) for path in dataset.unreadable_files]:
                 named = ", ".join(files[:_NAMED]) + ", ..." * (len(files) > _NAMED)
                 _log.warning("%d of %d %s images could not be decoded: %s", len(files), len(dataset), split, named)
+
+    def _most_objects(self, dataset: DetectionDataset) -> int:
+        """Of a training image, with those that are pasted onto it. Augmentation removes objects and adds none."""
+        most = int(np.diff(dataset.objects().offsets).max())
+        return most + (min(most, self.copy_paste.most) if self.copy_paste is not None else 0)
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

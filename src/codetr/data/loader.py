@@ -24,7 +24,7 @@ _SMALL = 1 << 20  # bytes
 
 
 class BatchLoader(DataLoader[Sample]):
-    """Yields a `Batch` per list of keys from `sampler`."""
+    """Yields a `Batch` per list of keys from `sampler`. most_objects: places for objects that it has at least."""
 
     def __init__(
         self,
@@ -34,12 +34,13 @@ class BatchLoader(DataLoader[Sample]):
         size_divisor: int,
         num_workers: int,
         pin_memory: bool,
+        most_objects: int = 1,
     ) -> None:
         super().__init__(
             dataset,
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=partial(_collate_for_transfer, size_divisor=size_divisor),
+            collate_fn=partial(_collate_for_transfer, size_divisor=size_divisor, most_objects=most_objects),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             # Its own generator: each new iterator draws a number, which would move the global random state on.
@@ -104,10 +105,10 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int) -> Batch | _Parcel:
+def _collate_for_transfer(samples: Sequence[Sample], size_divisor: int, most_objects: int) -> Batch | _Parcel:
     if get_worker_info() is None:
-        return collate(samples, size_divisor)
-    return _Parcel(collate(samples, size_divisor, shared=True))
+        return collate(samples, size_divisor, most_objects)
+    return _Parcel(collate(samples, size_divisor, most_objects, shared=True))
 
 
 class _Parcel:

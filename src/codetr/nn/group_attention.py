@@ -19,7 +19,7 @@ class Bucket:
     """Groups whose blocks have one size, attended to in one call.
 
     members: numbers of the groups. blocks: of all members. sees: numbers of the further groups that they attend to.
-    mask: [B * blocks, 1, 1, keys] bool, True = attend; None for all.
+    mask: [B * blocks, 1, 1 or n, keys] bool, True = attend; None for all.
     """
 
     members: tuple[int, ...]
@@ -44,10 +44,10 @@ def attention_plan(groups: dict[str, QueryGroup]) -> AttentionPlan:
     masked = []
     for number, group in enumerate(groups.values()):
         sees = tuple(numbers[name] for name in group.sees)
-        if group.valid is None:
+        if group.valid is None and group.parts is None:
             folded[sizes[number] // group.blocks, sees].append(number)
         else:
-            mask = _key_mask(group.valid, group.blocks, sum(sizes[other] for other in sees))
+            mask = _key_mask(group, sum(sizes[other] for other in sees))
             masked.append(Bucket((number,), group.blocks, sees, mask))
     plain = [
         Bucket(tuple(members), sum(sizes[number] for number in members) // size, sees, None)
@@ -116,11 +116,15 @@ def _with_seen(own: Tensor, seen: list[Tensor], blocks: int) -> Tensor:
     return torch.cat([own, others.repeat_interleave(blocks, 0)], 2)
 
 
-def _key_mask(valid: Tensor, blocks: int, seen: int) -> Tensor:
-    """[B * blocks, 1, 1, keys] bool, True = attend; a block without any valid query attends to all of its own.
-
-    valid: [B, N]. seen: keys of other groups.
-    """
-    own = valid.unflatten(1, (blocks, -1)).flatten(0, 1)
-    own = own | ~own.any(1, keepdim=True)
-    return F.pad(own, (0, seen), value=True)[:, None, None]
+def _key_mask(group: QueryGroup, seen: int) -> Tensor:
+    """[B * blocks, 1, 1 or n, keys] bool, True = attend; a query that may not attend to any of its own block attends to
+    all of it. seen: keys of other groups."""
+    own = None
+    if group.valid is not None:
+        own = group.valid.unflatten(1, (group.blocks, -1)).flatten(0, 1)[:, None]
+    if group.parts is not None:
+        together = (group.parts[:, None] == group.parts)[None]
+        own = together if own is None else own & together
+    assert own is not None, "only groups with a mask need one"
+    own = own | ~own.any(-1, keepdim=True)
+    return F.pad(own, (0, seen), value=True)[:, None]

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
+from codetr.kernels.suppression import survivors
 from codetr.ops.gather import largest
 
 
@@ -16,12 +16,8 @@ def best_after_nms(
     not suppress each other. valid: [B, N]; the others are dropped. iou: suppress above it. Returns
     (index [B, min(count, N)], best first, kept [B, min(count, N)]); places beyond an image's survivors are not kept.
     """
-    # A box without area suppresses nothing. Dropping it instead would make the host wait for the number that is left,
-    # as suppressing itself does; and image by image torchvision does not begin to sort boxes by group on a GPU.
+    # A box without area suppresses nothing. Dropping it instead would make the host wait for the number that is left.
     boxes = boxes.float().where(valid[..., None], 0)
-    kept = torch.zeros_like(valid)
-    for image, parts in enumerate(zip(boxes, scores.float(), groups, strict=True)):
-        kept[image].index_fill_(0, batched_nms(*parts, iou), True)
-    kept &= valid
+    kept = survivors(boxes, scores.float(), groups, iou) & valid
     index = largest(scores.masked_fill(~kept, -torch.inf), count)
     return index, kept.gather(1, index)

@@ -46,9 +46,19 @@ def normalised_by(means: Sequence[Tensor] | None) -> Iterator[None]:
     if means is None:
         yield
         return
-    left = iter(means)
-    with _answered_by(lambda value: next(left)):
+    with _answered_by(_InOrder(means)):
         yield
+
+
+class _InOrder:
+    """Answers with one after the other. No iterator: `torch.compile` does not follow those."""
+
+    def __init__(self, answers: Sequence[Tensor]) -> None:
+        self.answers, self.asked = answers, 0
+
+    def __call__(self, value: Tensor) -> Tensor:
+        self.asked += 1
+        return self.answers[self.asked - 1]
 
 
 def _asked(batch: Callable[[], object]) -> list[Tensor]:

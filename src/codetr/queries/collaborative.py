@@ -21,6 +21,7 @@ class CollaborativeQueries(nn.Module):
     `max_queries`; what an image lacks is filled with the head's negatives as background (`fill: negatives`, the
     official code) or stays empty (`fill: none`, the paper).
 
+    static: the group has `max_queries` places whatever it holds, and the host need not know how many are taken.
     use_features: add the head's features at these places.
     embed_position: positions from the coordinates, computed once; otherwise the decoder derives them in every layer.
     weight: lambda_1 of eq. 6.
@@ -38,10 +39,11 @@ class CollaborativeQueries(nn.Module):
         temperature: float,
         eps: float,
         weight: float,
+        static: bool = False,
     ) -> None:
         super().__init__()
         self.head, self.min_queries, self.max_queries = head, min_queries, max_queries
-        self.fill, self.weight = fill, weight
+        self.fill, self.weight, self.static = fill, weight, static
         self.temperature, self.eps = temperature, eps
         self.width = width
         self.brings_reference = True
@@ -63,14 +65,14 @@ class CollaborativeQueries(nn.Module):
 
     def _choose(self, positives: Positives) -> tuple[Tensor, Tensor]:
         """Indices [B, n] of the candidates that become queries, and which of them are real."""
-        available = positives.positive.sum(1)
-        wanted = int(available.max().clamp(self.min_queries, self.max_queries))
-        wanted = min(wanted, positives.positive.shape[1])
-        keep = sample(positives.positive, wanted)
+        candidates = positives.positive.shape[1]
+        wanted = positives.positive.sum(1).max().clamp(self.min_queries, self.max_queries).clamp(max=candidates)
+        places = min(self.max_queries, candidates) if self.static else int(wanted)
+        keep = sample(positives.positive, places)
         if self.fill == "negatives":
             keep = keep | sample(positives.negative, (wanted - keep.sum(1)).clamp(min=0))
         order = keep.int() * 2 + (keep & positives.positive).int()  # positives first, then their filling
-        chosen = order.topk(wanted, dim=1).indices
+        chosen = order.topk(places, dim=1).indices
         return chosen, keep.gather(1, chosen)
 
     def _embed(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -30,6 +30,8 @@ class DenoisingQueries(nn.Module):
         the centre that must be called background ("background", the official Co-DINO).
     eps: no noised coordinate is nearer to 0 or 1 than about this.
     weight: of its losses.
+    static: as many places whatever the batch holds, of which as many blocks are taken as fit: the group's size does not
+        depend on the largest number of objects, and the host need not know it.
     embed_position: whether the decoder wants positions.
 
     Raises UserError when it does.
@@ -48,6 +50,7 @@ class DenoisingQueries(nn.Module):
         eps: float,
         weight: float,
         embed_position: bool,
+        static: bool = False,
     ) -> None:
         super().__init__()
         if embed_position:
@@ -58,15 +61,18 @@ class DenoisingQueries(nn.Module):
             )
         self.num_classes, self.num_queries, self.contrastive = num_classes, num_queries, contrastive
         self.label_noise, self.box_noise, self.weight = label_noise, box_noise, weight
-        self.indicator, self.unused, self.eps = indicator, unused, eps
+        self.indicator, self.unused, self.eps, self.static = indicator, unused, eps, static
         self.brings_reference = True
         self.label_embedding = by_class(nn.Embedding(num_classes, width - indicator))
 
     def forward(self, context: QueryContext) -> QueryGroup:
         assert context.targets is not None
-        targets = context.targets
+        targets, parts, taken = context.targets, None, None
+        blocks = max(1, self.num_queries // targets.labels.shape[1])
+        if self.static:
+            targets, parts, taken = self._laid_out(targets)
+            blocks = 1
         batch, most = targets.labels.shape
-        blocks = max(1, self.num_queries // most)
         shape = (batch, blocks, 2 if self.contrastive else 1, most)
         labels = targets.labels[:, None, None].expand(shape)
         positive = (torch.arange(shape[2], device=labels.device) == 0)[:, None].expand(shape)
@@ -76,6 +82,7 @@ class DenoisingQueries(nn.Module):
         if self.unused == "background":
             content, noised = content * used[..., None], noised.where(used[..., None], 0.5)
             used = targets.valid.any().expand(shape)  # without any object there is no such group
+            used = used if taken is None else used & taken
         return QueryGroup(
             content=content.flatten(1, 3),
             reference=inverse_sigmoid(noised, self.eps).sigmoid().flatten(1, 3),
@@ -83,8 +90,19 @@ class DenoisingQueries(nn.Module):
             valid=used.flatten(1),
             sees=(MAIN,),
             blocks=blocks,
+            parts=None if parts is None else parts.repeat(shape[2]),
             weight=self.weight,
         )
+
+    def _laid_out(self, targets: Targets) -> tuple[Targets, Tensor, Tensor]:
+        """The objects of all blocks, one block after the other, with the block of each place and whether it is taken:
+        labels [B, places], [places], [places]. A block has as many as the image with most objects."""
+        most = targets.counts.max().clamp(min=1)
+        place = torch.arange(max(self.num_queries, targets.labels.shape[1]), device=most.device)
+        part, objects = place // most, place % most
+        taken = part < (self.num_queries // most).clamp(min=1)
+        valid = targets.valid[:, objects] & taken
+        return Targets(targets.boxes[:, objects], targets.labels[:, objects], valid, targets.frames), part, taken
 
     def _content(self, labels: Tensor) -> Tensor:
         replace = torch.rand(labels.shape, device=labels.device) < self.label_noise
