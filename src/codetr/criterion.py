@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,32 +130,39 @@ class Criterion(nn.Module):
 
     def _class_losses(self, stages: list[_Stage], labels: Tensor, quality: Tensor, drawn: Tensor | None) -> Tensor:
         """[n] of all queries, whose labels and qualities are [n]. First stages may have other classes than the rest."""
-        sizes, parts = [stage.size for stage in stages], []
-        given = zip(stages, labels.split(sizes), quality.split(sizes), strict=True)
-        for (_, agnostic), members in groupby(given, lambda one: (one[0].num_classes, one[0].class_agnostic)):
-            own, own_labels, own_quality = zip(*members, strict=True)
+        sizes = [stage.size for stage in stages]
+        of_labels, of_quality = labels.split(sizes), quality.split(sizes)
+        parts: dict[int, Tensor] = {}
+        for members in _alike([(stage.num_classes, stage.class_agnostic) for stage in stages]):
+            own = [stages[i] for i in members]
             logits = torch.cat([stage.prediction.logits.flatten(0, 2) for stage in own]).float()
-            losses = self.class_loss(logits, torch.cat(own_labels), torch.cat(own_quality))
-            losses = (losses if drawn is None or agnostic else losses.where(drawn, 0)).sum(-1)
+            labels, quality = (torch.cat([of[i] for i in members]) for of in (of_labels, of_quality))
+            losses = self.class_loss(logits, labels, quality)
+            losses = (losses if drawn is None or own[0].class_agnostic else losses.where(drawn, 0)).sum(-1)
             if any(stage.valid is not None for stage in own):
                 losses = losses.where(torch.cat([_valid(stage) for stage in own]), 0)
-            parts.append(losses)
-        return torch.cat(parts)
+            parts |= zip(members, losses.split([sizes[i] for i in members]), strict=True)
+        return torch.cat([parts[i] for i in range(len(stages))])
+
+
+def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The places of equal keys, together."""
+    places: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return list(places.values())
 
 
 def _solved(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list[Known]:
     """The solutions of problems. Costs of those that are alike, such as a group's replicas, are computed as one."""
-    alike: dict[object, list[int]] = defaultdict(list)
-    for index, problem in enumerate(problems):
-        alike[problem.prediction.logits.shape[2:], problem.repeats, problem.class_agnostic].append(index)
-    members = list(alike.values())
-    stacked = [_stacked([problems[i] for i in own]) for own in members]
-    found: list[Known | None] = [None] * len(problems)
-    for own, solution in zip(members, match(stacked, targets, cost), strict=True):
-        layers = [len(problems[i].prediction.boxes) for i in own]
-        for i, labels, boxes in zip(own, solution.labels.split(layers), solution.boxes.split(layers), strict=True):
-            found[i] = Known(labels, boxes)
-    return cast("list[Known]", found)
+    together = _alike([(p.prediction.logits.shape[2:], p.repeats, p.class_agnostic) for p in problems])
+    stacked = [_stacked([problems[i] for i in members]) for members in together]
+    found: dict[int, Known] = {}
+    for members, solution in zip(together, match(stacked, targets, cost), strict=True):
+        layers = [len(problems[i].prediction.boxes) for i in members]
+        parts = zip(solution.labels.split(layers), solution.boxes.split(layers), strict=True)
+        found |= zip(members, (Known(*part) for part in parts), strict=True)
+    return [found[i] for i in range(len(problems))]
 
 
 def _stacked(problems: list[Problem]) -> Problem:
