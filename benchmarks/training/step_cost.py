@@ -4,7 +4,8 @@ groups: K groups of 300 queries on Conditional DETR C5 (Group DETR), with codetr
 ones folded into the batch) and with the usual form, one attention over all queries under a mask of their size. heads:
 the rows of Co-DETR's table 7, auxiliary heads on Deformable-DETR++, and H-Deformable-DETR.
 
-Times alternate in one process; peak memory is that of a process per case.
+Times alternate in one process; peak memory is that of a process per case. Beside the times stands what arithmetic alone
+would take: the operations that PyTorch's own counter finds in a step, as a ratio too.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report
 from codetr.nn.group_attention import AttentionPlan, GroupSelfAttention
@@ -59,7 +61,7 @@ class OneMask(GroupSelfAttention):
 class Case:
     """One model with its optimizer and one batch."""
 
-    def __init__(self, study: str, name: str, size: int, batch: int, device: str) -> None:
+    def __init__(self, study: str, name: str, size: tuple[int, int], batch: int, device: str) -> None:
         overrides = [*STUDIES[study][name], f"model.num_classes={CLASSES}"]
         with initialize_config_module("codetr.conf", version_base="1.3"):
             config = compose("train", [*overrides, "model.detector.backbone.pretrained=false", "model.dropout=0"])
@@ -71,14 +73,14 @@ class Case:
                 if isinstance(module, GroupSelfAttention):
                     module.__class__ = OneMask
         self.optimizer = torch.optim.AdamW(self.detector.parameters(), 1e-5)
-        self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-        self.padding = torch.zeros(batch, size, size, dtype=torch.bool, device=device)
+        self.images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
+        self.padding = torch.zeros(batch, *size, dtype=torch.bool, device=device)
         boxes = torch.cat([torch.rand(batch, OBJECTS, 2) * 0.4 + 0.3, torch.rand(batch, OBJECTS, 2) * 0.4 + 0.1], -1)
         self.targets = Targets(
             boxes,
             torch.randint(CLASSES, (batch, OBJECTS)),
             torch.ones(batch, OBJECTS, dtype=torch.bool),
-            Frames.unscaled(torch.full((batch, 2), size)),
+            Frames.unscaled(torch.tensor([size] * batch)),
         ).to(device)
 
     def step(self) -> float:
@@ -93,6 +95,12 @@ class Case:
         self.optimizer.step()
         synchronize()
         return time.perf_counter() - start
+
+    def flops(self) -> int:
+        """Operations of one training step."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
 
 
 def synchronize() -> None:
@@ -113,12 +121,13 @@ def peak(name: str, options: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--size", type=int, default=512, help="side of the image")
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"), help="pixels")
+    parser.add_argument("--cases", nargs="+", help="some of the study's, the first one among them")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    names = list(STUDIES[options.study])
+    names = options.cases or list(STUDIES[options.study])
     memory = {name: report.alone(peak, name, options) for name in track(names, "Memory")}
     cases = {name: Case(options.study, name, options.size, options.batch, options.device) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -127,8 +136,12 @@ def main() -> None:
             seconds = case.step()
             if repeat:  # the first is a warm-up
                 times[name].append(seconds)
-    numbers = {n: {"seconds": statistics.median(times[n]), "megabytes": memory[n]} for n in names}
+    numbers = {
+        n: {"seconds": statistics.median(times[n]), "megabytes": memory[n], "flops": cases[n].flops()} for n in names
+    }
     name = options.study if options.device == "cpu" else f"{options.study}_{options.device}"
+    height, width = options.size
+    name += "" if (height, width) == (512, 512) else f"_{height}x{width}"
     report.write(name, markdown(numbers, options), numbers)
 
 
@@ -148,15 +161,16 @@ def markdown(numbers: dict[str, dict[str, float]], options: argparse.Namespace) 
     beside = "paper" if options.study == "heads" else f"with {MASKED}"
     rows = []
     for name, ours in ((n, x) for n, x in numbers.items() if MASKED not in n):
-        ratios = ratios_of(ours)
-        second = _paper(name) if beside == "paper" else ratios_of(numbers[f"{name}, {MASKED}"])
-        cells = [f"{ours['seconds']:.2f}", f"{ratios[0]:.2f}", f"{second[0]:.2f}"]
-        cells += [f"{ours['megabytes'] / 1024:.2f}", f"{ratios[1]:.2f}", f"{second[1]:.2f}"]
-        rows.append([name, *cells])
+        ratios, masked = ratios_of(ours), numbers.get(f"{name}, {MASKED}")
+        second = _paper(name) if beside == "paper" else ratios_of(masked) if masked else None
+        shown = [f"{x:.2f}" for x in second] if second else ["", ""]
+        cells = [f"{ours['seconds']:.2f}", f"{ratios[0]:.2f}", f"{ours['flops'] / base['flops']:.2f}", shown[0]]
+        rows.append([name, *cells, f"{ours['megabytes'] / 1024:.2f}", f"{ratios[1]:.2f}", shown[1]])
+    height, width = options.size
     about = (
-        f"Medians of {options.repeat} alternating steps, batch {options.batch}, {options.size} x {options.size}; "
+        f"Medians of {options.repeat} alternating steps, batch {options.batch}, {height} x {width}; "
         f'`make bench NAME="training/step_cost {options.study}"`, {date.today()}, {report.machine()}'
     )
     about += f", {torch.cuda.get_device_name()}." if options.device == "cuda" else "."
-    head = ["case", "step, s", "ratio", beside, "peak memory, GB", "ratio", beside]
+    head = ["case", "step, s", "ratio", "of the arithmetic", beside, "peak memory, GB", "ratio", beside]
     return f"{report.table(head, rows)}\n\n{about}"

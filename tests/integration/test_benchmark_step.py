@@ -94,13 +94,13 @@ def test_the_command(tmp_path: Path) -> None:
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    result = json.loads((tmp_path / "new" / "step.json").read_text())
+    result = json.loads((tmp_path / "new.json").read_text())
     assert set(result["times"]) == {"training step", "inference"}
     for own in result["times"].values():
         assert set(own) == {"ours", "reference"}
         assert all(0 < one["least"] <= one["seconds"] for one in own.values())
     assert {"backbone", "decoder", "matching"} <= set(result["parts"])
-    page = (tmp_path / "new" / "step.md").read_text()
+    page = (tmp_path / "new.md").read_text()
     assert page.rstrip() in process.stdout
     assert "| decoder |" in page
     assert " ".join(arguments) in page

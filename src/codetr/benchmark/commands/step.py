@@ -16,7 +16,7 @@ Random images, objects and weights. Takes what training takes: the model, its lo
                     install), and reference: ours with deformable attention in plain PyTorch
   inference=true    false: only training steps
   profile=true      false: only the times
-  out=null          a folder for step.md and step.json
+  out=null          out=measured: also into measured.md and measured.json
 """
 
 from __future__ import annotations
@@ -134,12 +134,12 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
 
 
-def _write(folder: Path, text: str, result: dict[str, Any]) -> None:
+def _write(stem: Path, text: str, result: dict[str, Any]) -> None:
     import json
 
     from codetr.files import atomically
 
-    for name, content in (("step.md", f"{text}\n"), ("step.json", json.dumps(result, indent=1) + "\n")):
-        with atomically(folder / name, advice="choose another out=FOLDER") as part:
-            part.write_text(content, encoding="utf-8")
-    print(f"written to {folder}", file=sys.stderr)
+    for suffix, content in ((".md", text), (".json", json.dumps(result, indent=1))):
+        with atomically(stem.with_name(stem.name + suffix), advice="choose another out=NAME") as part:
+            part.write_text(f"{content}\n", encoding="utf-8")
+    print(f"written to {stem}.md and {stem}.json", file=sys.stderr)
