@@ -228,10 +228,11 @@ def _detector(config: DictConfig, sizes: dict[str, Any]) -> Detector:
 def _narrow_stem(body: nn.Module, width: int) -> None:
     """timm's ResNets have a stem of 64 channels whatever their stages have; the bundles' have the first stage's."""
     first = body.layer1[0]
-    norm = type(body.bn1)
-    body.conv1, body.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width)
-    first.conv1 = nn.Conv2d(width, first.conv1.out_channels, 1, bias=False)
-    first.downsample[0] = nn.Conv2d(width, first.downsample[0].out_channels, 1, bias=False)
+    body.conv1.weight = nn.Parameter(body.conv1.weight[:width])
+    for name, buffer in body.bn1.named_buffers():
+        setattr(body.bn1, name, buffer[:width])
+    for conv in (first.conv1, first.downsample[0]):
+        conv.weight = nn.Parameter(conv.weight[:, :width])
     for module in (body.conv1, first):
         module.requires_grad_(False)
 

@@ -15,6 +15,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from codetr.errors import UserError
+from codetr.models.frozen_norm import fold_frozen_norms
 from codetr.types import NormKind
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # how the hub names them
@@ -136,7 +137,9 @@ class Backbone(nn.Module):
         body = feature_network(name, out_indices, pretrained, arguments)
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(body.feature_info.reduction())
-        body = freeze_batch_norm_2d(body) if norm == "frozen" else body
+        if norm == "frozen":
+            body = freeze_batch_norm_2d(body)
+            fold_frozen_norms(body)
         # Faster convolutions on CPUs and GPUs, and levels that flatten into tokens without a copy.
         self.body = body.to(memory_format=torch.channels_last)
         freeze_stages(self.body, frozen_stages)

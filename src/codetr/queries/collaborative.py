@@ -78,7 +78,7 @@ class CollaborativeQueries(nn.Module):
     def _embed(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
         inside = boxes.clamp(self.eps, 1 - self.eps)  # anchors may stick out of the image; only their embedding is cut
         sine = sine_reference(inside, self.width // 2, self.temperature, "xywh")
-        position, content = None, self.coordinates(sine.to(features.dtype))
+        position, content = None, self.coordinates(sine.to(next(self.coordinates.parameters()).dtype))
         if self.head_embedding is not None:
             position, content = content.chunk(2, -1)
             position = position + self.head_embedding
