@@ -93,10 +93,11 @@ links:
 	ln -s $(filter-out %/kernels %/__pycache__,$(wildcard $(CURDIR)/src/codetr/*)) $(CURDIR)/conf build/site/codetr
 	ln -s $(CURDIR)/src/codetr/kernels/__init__.py $(CURDIR)/kernels/* build/site/codetr/kernels
 
-gpu: ## On a CUDA machine: kernel tests, benchmarks (GPU_PYTHON=python3, CLASSIC=.../models/ops/src)
+gpu: ## On a CUDA machine: kernel tests, benchmarks, 200 steps (GPU_PYTHON=python3, CLASSIC=.../models/ops/src)
 	$(GPU_PYTHON) -m pytest -W default tests/kernels
 	$(GPU_PYTHON) -m benchmarks attention/gpu $(if $(CLASSIC),--classic $(CLASSIC))
 	$(GPU_PYTHON) -m codetr.benchmark step $(GPU_STEP) trainer=gpu against=[reference] out=benchmarks/results/gpu_step
+	$(GPU_PYTHON) -m codetr.train experiment=demo trainer=gpu trainer.max_steps=200 name=gpu
 
 tune: ## On a CUDA machine: the fastest launch constants into kernels/msda/launch.json
 	$(GPU_PYTHON) -m benchmarks attention/tune
