@@ -50,7 +50,11 @@ class Inputs:
 
 
 def build(model: str, heads: tuple[str, ...]) -> tuple[Detector, Criterion]:
-    """At toy size, without anything random in training but what a seed fixes."""
+    """At toy size, without anything random in training but what a seed fixes.
+
+    Deformable attention begins with offsets of whole cells: its samples lie on the borders between two cells, where
+    rounding decides which of two gradients there is. Here they lie elsewhere, as after the first step.
+    """
     config = compose(
         f"model={model}",
         f"model/auxiliary_head=[{','.join(heads)}]",
@@ -60,7 +64,11 @@ def build(model: str, heads: tuple[str, ...]) -> tuple[Detector, Criterion]:
         f"model.num_classes={CLASSES}",
     )
     torch.manual_seed(0)
-    return instantiate(config.model.detector, _convert_="all"), instantiate(config.criterion, _convert_="all")
+    detector = instantiate(config.model.detector, _convert_="all")
+    for name, parameter in detector.named_parameters():
+        if name.endswith("sampling_offsets.bias"):
+            parameter.data += torch.rand_like(parameter) / 2 + 0.25
+    return detector, instantiate(config.criterion, _convert_="all")
 
 
 def hostile() -> dict[str, Inputs]:
