@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         return _split(groups, Prediction(torch.stack(logits), torch.stack(boxes)))
 
     def _delta(self, index: int, output: Tensor) -> Tensor:
-        return self.box_heads[index % len(self.box_heads)](output).float()
+        return self.box_heads[index % len(self.box_heads)](output)
 
     def _positions(self, groups: dict[str, QueryGroup]) -> Tensor | None:
         positions = [group.position for group in groups.values() if group.position is not None]

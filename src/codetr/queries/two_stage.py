@@ -86,7 +86,7 @@ class TwoStageQueries(nn.Module):
         tokens = self.projection(memory.tokens.masked_fill(~legal[..., None], 0))
         logits = self.class_head(tokens)
         top = best_tokens(logits, self.class_agnostic, self.num_queries)
-        boxes = (self.box_head(take(tokens, top)) + take(anchors, top)).sigmoid()  # float32 under autocast: anchors are
+        boxes = (self.box_head(take(tokens, top)) + take(anchors, top)).sigmoid()
         selected = Prediction(take(logits, top), boxes)
         reference = selected.boxes.detach()
         position, content = self._embed(reference)
