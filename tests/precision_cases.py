@@ -71,9 +71,9 @@ def build(model: str, heads: tuple[str, ...]) -> tuple[Detector, Criterion]:
     return detector, instantiate(config.criterion, _convert_="all")
 
 
-def hostile() -> dict[str, Inputs]:
-    """Two images each, by what is wrong with them; "usual" is not."""
-    generator = torch.Generator().manual_seed(0)
+def hostile(seed: int = 0) -> dict[str, Inputs]:
+    """Two images each, by what is wrong with them; with "usual" nothing is."""
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     centres, sides = (torch.rand(2, CROWD, 2, generator=generator) for _ in range(2))
     boxes = torch.cat([centres * 0.6 + 0.2, sides * 0.3 + 0.1], -1)

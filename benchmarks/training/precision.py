@@ -34,7 +34,12 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from precision_cases import CASES, Decisions, Step, build, hostile, off, step
 
 MODELS = {"Co-Deformable-DETR": "co_deformable_tiny", "Co-DINO": "co_dino"}
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+# (dtype of autocast, seed of the draws; None: those that follow the weights'). The last shows what chance alone does.
+RUNS: dict[str, tuple[torch.dtype | None, int | None]] = {
+    "float32": (None, None),
+    "bf16": (torch.bfloat16, None),
+    "float32, other draws": (None, 1),
+}
 HALVES = {"bf16": (torch.bfloat16, 1.0), "fp16": (torch.float16, 2.0**16)}  # with the scale that a scaler begins with
 WINDOW = 50  # steps whose median is told and drawn
 SMALL = (
@@ -56,8 +61,8 @@ SMALL = (
 )
 
 
-def train(model: str, dtype: torch.dtype | None, steps: int, folder: Path) -> dict[str, Any]:
-    """The loss of every step, and the seconds of all. dtype: of autocast; None: float32."""
+def train(model: str, dtype: torch.dtype | None, draws: int | None, steps: int, folder: Path) -> dict[str, Any]:
+    """The loss of every step, and the seconds of all. dtype, draws: see `RUNS`."""
     config = compose("train", [f"model={model}", *SMALL, f"paths.data_dir={folder}"])
     data = instantiate(config.data)
     data.prepare_data()
@@ -67,6 +72,8 @@ def train(model: str, dtype: torch.dtype | None, steps: int, folder: Path) -> di
     detector = instantiate(config.model.detector, _convert_="all")
     criterion = instantiate(config.criterion, _convert_="all")
     optimizer = instantiate(config.optimizer)(detector, fused=True)
+    if draws is not None:
+        torch.manual_seed(draws)
     losses, begin = [], time.monotonic()
     for batch in itertools.islice(_batches(data), steps):
         loss = _loss(detector, criterion, batch, dtype)
@@ -74,7 +81,7 @@ def train(model: str, dtype: torch.dtype | None, steps: int, folder: Path) -> di
         loss.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), config.trainer.gradient_clip_val)
         optimizer.step()
-        losses.append(round(float(loss.detach()), 3))
+        losses.append(float(loss.detach()))
     return {"losses": losses, "seconds": time.monotonic() - begin}
 
 
@@ -92,9 +99,9 @@ def _loss(detector: nn.Module, criterion: nn.Module, batch: Batch, dtype: torch.
 def curves(steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         return {
-            f"{name}, {precision}": train(model, dtype, steps, Path(folder))
+            f"{name}, {run}": train(model, *how, steps, Path(folder))
             for name, model in MODELS.items()
-            for precision, dtype in PRECISIONS.items()
+            for run, how in RUNS.items()
         }
 
 
@@ -127,10 +134,10 @@ def _compared(found: Step, reference: Step) -> dict[str, Any]:
 def plot(record: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(MODELS), figsize=(9, 3), layout="constrained")
     for axis, name in zip(axes, MODELS, strict=True):
-        for precision in PRECISIONS:
-            losses = record[f"{name}, {precision}"]["losses"]
+        for run in RUNS:
+            losses = record[f"{name}, {run}"]["losses"]
             (line,) = axis.plot(losses, linewidth=0.4, alpha=0.4)
-            axis.plot(_smooth(losses), linewidth=1.5, color=line.get_color(), label=precision)
+            axis.plot(_smooth(losses), linewidth=1.5, color=line.get_color(), label=run)
         axis.set(title=name, xlabel="step", ylabel="loss")
         axis.legend()
     figure.savefig(path, dpi=100)
@@ -145,13 +152,13 @@ def curves_table(record: dict[str, Any]) -> str:
     rows = []
     for name in MODELS:
         base = record[f"{name}, float32"]["losses"]
-        for precision in PRECISIONS:
-            losses = record[f"{name}, {precision}"]["losses"]
+        for run in RUNS:
+            losses = record[f"{name}, {run}"]["losses"]
             medians = [statistics.median(part) for part in (losses[:WINDOW], losses[-WINDOW:])]
             away = medians[1] / statistics.median(base[-WINDOW:]) - 1
-            rows.append([name, precision, *(f"{m:.2f}" for m in medians), f"{losses[-1]:.2f}", f"{away:+.1%}"])
+            rows.append([name, run, *(f"{m:.2f}" for m in medians), f"{losses[-1]:.2f}", f"{away:+.1%}"])
     count = len(next(iter(record.values()))["losses"])
-    head = ["", "precision", f"loss, steps 1 to {WINDOW}", f"steps {count - WINDOW + 1} to {count}", "last step"]
+    head = ["", "run", f"loss, steps 1 to {WINDOW}", f"steps {count - WINDOW + 1} to {count}", "last step"]
     return report.table([*head, "to float32"], rows)
 
 
@@ -184,7 +191,16 @@ def main() -> None:
         found = studies[name]()
         path = report.folder / "precision.json"  # read last: the other study may have been written meanwhile
         record = json.loads(path.read_text()) if path.exists() else {}
-        write(record | {name: found})
+        write(_rounded(record | {name: found}))
+
+
+def _rounded(record: Any) -> Any:
+    """All floats in it to six digits."""
+    if isinstance(record, dict):
+        return {key: _rounded(value) for key, value in record.items()}
+    if isinstance(record, list):
+        return [_rounded(value) for value in record]
+    return float(f"{record:.6g}") if isinstance(record, float) else record
 
 
 def write(record: dict[str, Any]) -> None:
@@ -193,7 +209,10 @@ def write(record: dict[str, Any]) -> None:
     if "curves" in record:
         plot(record["curves"], report.folder / "precision.png")
         texts.append(curves_table(record["curves"]))
-        texts.append(f"Medians of {WINDOW} steps of two images, weights, images and seed alike.")
+        texts.append(
+            f"Medians of {WINDOW} steps of two images of sixteen, from the same weights; draws among boxes differ as soon as "
+            "rounding has changed one."
+        )
     if "gradients" in record:
         texts.append(gradients_table(record["gradients"]))
         inputs = ", ".join(next(iter(record["gradients"].values())))

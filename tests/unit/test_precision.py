@@ -1,5 +1,9 @@
 """Half precision: every detector stays finite on hostile inputs, its gradients follow float32, coordinates keep it."""
 
+import math
+from collections import defaultdict
+from statistics import median
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +17,8 @@ SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**12}  # where the search for a 
 half = pytest.mark.parametrize("dtype", ROUNDING, ids=["bf16", "fp16"])
 INPUTS = list(hostile())
 FEW = [("conditional_detr", ()), ("deformable_detr", ()), ("co_dino", HEADS)]
-STEPS_IN_A_ROW = 64  # roundings between an image and its gradient, at most: layers of toy size, there and back
+LAYERS = 16  # with a kink, between an image and its loss
+STEPS_IN_A_ROW = 4 * LAYERS  # roundings: of a product, a sum, a norm and an activation in each
 
 
 def named(case: tuple[str, tuple[str, ...]]) -> str:
@@ -39,31 +44,36 @@ def test_every_detector_is_finite_on_hostile_inputs(case: tuple[str, tuple[str, 
     stays_finite(case, INPUTS)
 
 
-def follows_float32(case: tuple[str, tuple[str, ...]], dtype: torch.dtype) -> None:
-    """Roundings that follow one another add up to at most so many. A sample that crosses the border of a cell, or a
-    side of a box that crosses its target's, changes a gradient by more; parts that all levels share have few such."""
+def follows_float32(case: tuple[str, tuple[str, ...]], dtype: torch.dtype, seeds: tuple[int, ...]) -> None:
+    """The loss is off by as many roundings as follow one another. Of a gradient, rounding also decides about every unit
+    at the kink of its ReLU and every sample on the border of a cell. Of the terms of a sum that is a share of about u,
+    the rounding, and exchanging a share u of random terms moves the sum by the root of u; of `LAYERS` in a row, by that
+    of LAYERS * u. One kink may be a large part of a toy, so the median of several images counts."""
     detector, criterion = build(*case)
-    decisions = Decisions()
-    with decisions.made():
-        expected = step(detector, criterion, hostile()["usual"], None)
-    with decisions.taken():
-        found = step(detector, criterion, hostile()["usual"], dtype, SCALE[dtype])
-    assert found.loss == pytest.approx(expected.loss, rel=STEPS_IN_A_ROW * ROUNDING[dtype])
-    apart = {name: off(found.gradients[name], expected.gradients[name]) for name in expected.gradients}
-    assert max(apart.values()) < STEPS_IN_A_ROW * ROUNDING[dtype], apart
+    apart: dict[str, list[float]] = defaultdict(list)
+    for seed in seeds:
+        decisions, inputs = Decisions(), hostile(seed)["usual"]
+        with decisions.made():
+            expected = step(detector, criterion, inputs, None)
+        with decisions.taken():
+            found = step(detector, criterion, inputs, dtype, SCALE[dtype])
+        assert found.loss == pytest.approx(expected.loss, rel=STEPS_IN_A_ROW * ROUNDING[dtype])
+        for name, gradient in expected.gradients.items():
+            apart[name].append(off(found.gradients[name], gradient))
+    assert max(map(median, apart.values())) < math.sqrt(LAYERS * ROUNDING[dtype]), apart
 
 
 @half
 @pytest.mark.parametrize("case", FEW, ids=named)
 def test_gradients_follow_float32(case: tuple[str, tuple[str, ...]], dtype: torch.dtype) -> None:
-    follows_float32(case, dtype)
+    follows_float32(case, dtype, (0,))
 
 
 @pytest.mark.slow
 @half
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_gradients_of_every_detector_follow_float32(case: tuple[str, tuple[str, ...]], dtype: torch.dtype) -> None:
-    follows_float32(case, dtype)
+    follows_float32(case, dtype, (0, 1, 2, 3, 4))
 
 
 def test_a_gradient_that_is_off_is_seen() -> None:
