@@ -34,7 +34,6 @@ class Case(NamedTuple):
 CASES = {
     "demo, 8 x 128 x 128": Case(("experiment=demo",), (128, 128), 8),
     "Deformable DETR, two stages": Case(("model=deformable_detr_two_stage",), (512, 512), 1),
-    "Deformable-DETR++": Case(("model=deformable_pp",), (512, 512), 1),
     "Co-Deformable-DETR, K = 2": Case(("model=co_deformable",), (512, 512), 1),
     "Co-DINO, K = 2": Case(("model=co_dino",), (512, 512), 1),
     "Conditional DETR": Case(("model=conditional_detr",), (512, 512), 1),
