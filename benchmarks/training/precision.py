@@ -210,8 +210,8 @@ def write(record: dict[str, Any]) -> None:
         plot(record["curves"], report.folder / "precision.png")
         texts.append(curves_table(record["curves"]))
         texts.append(
-            f"Medians of {WINDOW} steps of two images of sixteen, from the same weights; draws among boxes differ as soon as "
-            "rounding has changed one."
+            f"Medians of {WINDOW} steps of two images of sixteen, from the same weights; draws among boxes differ as "
+            "soon as rounding has changed one."
         )
     if "gradients" in record:
         texts.append(gradients_table(record["gradients"]))
