@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:10} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "Co-DETR and Group DETR: detection transformers, trained, evaluated and used.",
