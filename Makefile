@@ -74,8 +74,14 @@ ifdef NAME
 else
 	$(BIN)/python -m benchmarks attention/cpu
 	$(BIN)/python -m benchmarks training/matcher
+	$(BIN)/python -m benchmarks heads/roi_align
+	$(BIN)/python -m benchmarks data/loader
 	$(BIN)/python -m benchmarks training/step_cost groups
+	$(BIN)/python -m benchmarks training/step_cost groups --size 800 1333 --cases "K = 1" "K = 11"
 	$(BIN)/python -m benchmarks training/step_cost heads
+	$(BIN)/python -m benchmarks training/rivals
+	$(BIN)/python -m codetr.benchmark step experiment=demo size=[128,128] batch=8 objects=6 repeats=15 out=benchmarks/results/step_demo
+	$(BIN)/python -m codetr.benchmark step model=co_deformable repeats=5 out=benchmarks/results/step_co_deformable
 endif
 
 # Beside a Python that is not ours codetr lies as links, laid out as an installation would.

@@ -35,6 +35,7 @@ TRAINED = {
 
 # What other tests run, and in which module.
 ELSEWHERE = {
+    "benchmark": "test_benchmark_step.py",
     "eval": "test_eval.py",
     "predict": "test_predict.py",
     "check": "test_check.py",
