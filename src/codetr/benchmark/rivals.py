@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -67,7 +68,16 @@ def build(name: str, inputs: Inputs, classes: int, precision: torch.dtype | None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they start from random weights
         model, losses, predict = RIVALS[name](classes)
+    _train_as_ours(model)
     return Rival(model, losses, predict, inputs, precision)
+
+
+def _train_as_ours(model: nn.Module) -> None:
+    """Of a ResNet of transformers, which comes wholly frozen with some detectors and wholly trained with others, the
+    stem and the first stage are frozen, as in the papers."""
+    for name, parameter in model.named_parameters():
+        if re.search(r"backbone.*\.(embedder|stages)\.", name):
+            parameter.requires_grad_(re.search(r"\.stages\.[123]\.", name) is not None)
 
 
 def _pixels(inputs: Inputs) -> Tensor:
