@@ -6,11 +6,15 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+from codetr.benchmark.tables import table
+
+__all__ = ["alone", "folder", "machine", "peak", "table", "write"]
 
 P, T = ParamSpec("P"), TypeVar("T")
 folder = Path(__file__).parent / "results"  # `python -m benchmarks --out FOLDER` changes it
@@ -23,11 +27,6 @@ def write(name: str, text: str, record: Any = None) -> None:
         (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{name}.md").write_text(text.rstrip("\n") + "\n")
     print(text)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def machine() -> str:

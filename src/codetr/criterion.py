@@ -136,8 +136,8 @@ class Criterion(nn.Module):
         for members in _alike([(stage.num_classes, stage.class_agnostic) for stage in stages]):
             own = [stages[i] for i in members]
             logits = torch.cat([stage.prediction.logits.flatten(0, 2) for stage in own]).float()
-            labels, quality = (torch.cat([of[i] for i in members]) for of in (of_labels, of_quality))
-            losses = self.class_loss(logits, labels, quality)
+            own_labels, own_quality = (torch.cat([of[i] for i in members]) for of in (of_labels, of_quality))
+            losses = self.class_loss(logits, own_labels, own_quality)
             losses = (losses if drawn is None or own[0].class_agnostic else losses.where(drawn, 0)).sum(-1)
             if any(stage.valid is not None for stage in own):
                 losses = losses.where(torch.cat([_valid(stage) for stage in own]), 0)
