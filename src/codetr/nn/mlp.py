@@ -24,7 +24,8 @@ class CoordinateLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        halved = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if halved else nullcontext():
             return linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
