@@ -41,6 +41,7 @@ def evaluate(config: DictConfig) -> float:
         schedule=build(saved["schedule"]),
         settings={},
         normalise_over_step=False,
+        tiles=instantiate(config.tiles) if config.get("tiles") else model.tiles,
     )
     given = data_config(config, saved["data"], model.class_names)
     given.val_masks = model.detector.mask_head is not None

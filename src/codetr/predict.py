@@ -30,6 +30,10 @@ def predict(config: DictConfig) -> Path:
     application.one_of(config, on_error=("stop", "skip"))
     trust = application.as_names(config.trust)
     model = load(config.checkpoint, device=config.device, weights=config.weights, trust=trust)
+    if config.get("tiles"):
+        from hydra.utils import instantiate
+
+        model.tiles = instantiate(config.tiles)
     of_photos = config.annotations is None
     writer, sizes = _for_photos(config, model) if of_photos else _for_a_server(config, model)
     paths, threshold = writer.paths, config.score_threshold if of_photos else 0.0

@@ -22,8 +22,9 @@ from codetr.names import tags
 from codetr.ops.normaliser import measure, normalised_by
 from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
+from codetr.tiles import Tiles, refuse_masks
 from codetr.trainer import fused_optimizer
-from codetr.types import MAIN, Batch, Detections, Seen, Targets
+from codetr.types import MAIN, Batch, Detections, Memory, Seen, Targets
 
 
 class DetectionTask(LightningModule):
@@ -36,7 +37,8 @@ class DetectionTask(LightningModule):
     model: plain containers. normalise_over_step: where gradients of several batches are accumulated, losses are divided
     by what all of them hold together, for which each is first run without gradients; False: each by what it holds.
     compile: the backend of `torch.compile` for the losses of a step; None: as they are. Validation stays as it is.
-    Raises UserError where fewer detections of an image are kept than `metrics` counts.
+    tiles: how validation images are cut, see `codetr.tiles`; None: they are not.
+    Raises UserError where fewer detections of an image are kept than `metrics` counts, and for tiles with a mask head.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
 
@@ -52,16 +54,19 @@ class DetectionTask(LightningModule):
         settings: dict[str, Any],
         normalise_over_step: bool,
         compile: str | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         super().__init__()
+        refuse_masks(tiles, detector.mask_head)
         self.metrics = {"val": metrics()}
         if detector.mask_head is not None:
             self.metrics["val/segm"] = metrics(iou_type="segm")
         if evaluate_heads:
             self.metrics |= {f"val/branch/{name}": metrics() for name in detector.heads}
-        counted = self.metrics["val"].rules.limits[-1]
-        _require_enough(postprocess, counted, detector if evaluate_heads else None)
-        self.detector, self.criterion, self.postprocess = detector, criterion, postprocess
+        if tiles is None:  # of many tiles each may keep fewer
+            counted = self.metrics["val"].rules.limits[-1]
+            _require_enough(postprocess, counted, detector if evaluate_heads else None)
+        self.detector, self.criterion, self.postprocess, self.tiles = detector, criterion, postprocess, tiles
         self.evaluate_heads = evaluate_heads
         self.optimizer, self.schedule = optimizer, schedule
         self.settings, self.normalise_over_step = settings, normalise_over_step
@@ -178,18 +183,27 @@ class DetectionTask(LightningModule):
                 metric.frequency = self.trainer.datamodule.val_set.frequencies  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
-        output = self.detector(batch.images, batch.padding)
         frames = batch.frames
-        found = self.postprocess(output.predictions[MAIN].last, frames.sizes)
-        detections = frames.to_files(found)
+        if self.tiles is not None:
+            found = self.tiles(lambda *tiles: self._found(*tiles)[0], batch.images, frames.sizes)
+        else:
+            found, memory = self._found(batch.images, batch.padding, frames.sizes)
+        in_files = {name: frames.to_files(own) for name, own in found.items()}
         if "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth):
-            detections = with_masks(self.detector, output.memory, found, frames)
-            self._evaluate("val/segm", detections, batch)
-        self._evaluate("val", detections, batch)
+            in_files["val"] = with_masks(self.detector, memory, found["val"], frames)
+            self._evaluate("val/segm", in_files["val"], batch)
+        for name, own in in_files.items():
+            self._evaluate(name, own, batch)
+        return in_files["val"]
+
+    def _found(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple[dict[str, list[Detections]], Memory]:
+        """By the names of `metrics`, in network pixels."""
+        output = self.detector(images, padding)
+        found = {"val": self.postprocess(output.predictions[MAIN].last, sizes)}
         if self.evaluate_heads:
-            for name, own in self.detector.detect_with_heads(output.memory, frames.sizes).items():
-                self._evaluate(f"val/branch/{name}", frames.to_files(own), batch)
-        return detections
+            by_head = self.detector.detect_with_heads(output.memory, sizes)
+            found |= {f"val/branch/{name}": own for name, own in by_head.items()}
+        return found, output.memory
 
     def _evaluate(self, name: str, detections: list[Detections], batch: Batch) -> None:
         self.metrics[name].update(*inputs(batch.image_ids, detections, batch.truth, masks=name == "val/segm"))

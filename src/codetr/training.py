@@ -146,6 +146,7 @@ def _task(config: DictConfig, data: DetectionDataModule, settings: dict[str, Any
         settings=settings,
         normalise_over_step=config.normalise_over_step,
         compile=config.compile,
+        tiles=instantiate(config.tiles) if config.get("tiles") else None,
     )
     if task.criterion.fed_loss is not None:
         task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))

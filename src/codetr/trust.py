@@ -22,7 +22,8 @@ from codetr.names import shown
 CONFIG_MODULE = "codetr.conf"
 # Parts of a checkpoint's configuration that are built from it, and the folders of conf/ that they are made of.
 PARTS = ("model", "criterion", "postprocess", "optimizer", "schedule", "data")
-_OF_MODEL, _OF_DATA = PARTS[:-1], ("data", "augment")
+OPTIONAL = ("tiles",)  # null in most
+_OF_MODEL, _OF_DATA = (*PARTS[:-1], *OPTIONAL), ("data", "augment")
 # Makes files, where and as many as the file says; a checkpoint's data is read, not made.
 _PREPARE = "prepare"
 # Among `arguments` of a backbone those by which timm reads files or fetches weights.
@@ -75,7 +76,7 @@ def parts(config: Any, source: Path | str, trust: Sequence[str] = ()) -> dict[st
         raise UserError(f"{source}: its configuration is no mapping; give a checkpoint of codetr.train")
     if missing := [name for name in PARTS if type(config.get(name)) is not dict]:
         raise UserError(f"{source}: its configuration has no {missing[0]}; give a checkpoint of codetr.train")
-    found = {name: config[name] for name in PARTS}
+    found = {name: config[name] for name in (*PARTS, *OPTIONAL) if config.get(name) is not None}
     found["data"] = found["data"] | {_PREPARE: None, "cache": None}
     for name, part in found.items():
         allowed = _targets(_OF_DATA if name == "data" else _OF_MODEL)

@@ -91,6 +91,18 @@ def encode(masks: Tensor) -> list[dict[str, Any]]:
     return [{**rle, "counts": rle["counts"].decode()} for rle in coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
+def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """[H, W] uint8, 1 on the object, of one segmentation without `fault` in an image of (height, width) `size`."""
+    (packed,) = pack([segmentation], [size])
+    return coco_mask.decode(_rle(packed, size))
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """Compressed run lengths {size: [H, W], counts: str} of one mask [H, W]."""
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
 def fault(segmentation: Any, size: tuple[int, int]) -> str | None:
     """What is wrong with a segmentation of an image of (height, width) `size`; None if it can be decoded."""
     if segmentation is None or segmentation == []:

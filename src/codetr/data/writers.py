@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +30,13 @@ class Split:
     images: list[Record]
     annotations: list[Record]
     names: Mapping[int, str]
+
+    def by_image(self) -> Iterator[tuple[Record, list[Record]]]:
+        """Every image with its objects."""
+        objects: dict[int, list[Record]] = {i["id"]: [] for i in self.images}
+        for record in self.annotations:
+            objects[record["image_id"]].append(record)
+        return ((i, objects[i["id"]]) for i in self.images)
 
 
 Writer = Callable[[Path, Mapping[str, Split]], Counter[str]]
@@ -64,7 +71,7 @@ def write_voc(target: Path, splits: Mapping[str, Split]) -> Counter[str]:
     for name, split in splits.items():
         classes = {c["id"]: c["name"] for c in split.categories}
         stems = []
-        for image, objects in _by_image(split):
+        for image, objects in split.by_image():
             file = PurePosixPath(split.names[image["id"]])
             stems.append(file.with_suffix("").as_posix())
             path = target / "Annotations" / file.with_suffix(".xml")
@@ -84,7 +91,7 @@ def write_yolo(target: Path, splits: Mapping[str, Split]) -> Counter[str]:
     lost: Counter[str] = Counter()
     for name, split in splits.items():
         labels = {c["id"]: classes.index(c["name"]) for c in split.categories}
-        for image, objects in _by_image(split):
+        for image, objects in split.by_image():
             path = target / "labels" / name / PurePosixPath(split.names[image["id"]]).with_suffix(".txt")
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [o for o in objects if not o.get("iscrowd") and not o.get("ignore")]
@@ -94,13 +101,6 @@ def write_yolo(target: Path, splits: Mapping[str, Split]) -> Counter[str]:
     settings = {"path": ".", **{name: f"images/{name}" for name in splits}, "names": dict(enumerate(classes))}
     (target / "data.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return lost
-
-
-def _by_image(split: Split) -> list[tuple[Record, list[Record]]]:
-    objects: dict[int, list[Record]] = {i["id"]: [] for i in split.images}
-    for record in split.annotations:
-        objects[record["image_id"]].append(record)
-    return [(i, objects[i["id"]]) for i in split.images]
 
 
 def _without_place(record: Record) -> Record:

@@ -21,8 +21,9 @@ from codetr.inference.sources import MAX_PIXELS, Image, Images, Read, Source, Un
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.nn.half import halve
+from codetr.tiles import Tiles, refuse_masks
 from codetr.trust import build, parts
-from codetr.types import MAIN, Batch, Detections, Prediction
+from codetr.types import MAIN, Batch, Detections, Memory, Prediction
 
 Weights = Literal["ema", "raw"]
 _LARGEST_DIVISOR = 4096
@@ -42,6 +43,7 @@ class Model:
     config: what the file says of model, criterion, postprocess, optimizer, schedule and data, in plain containers; only
         what may be built (see `codetr.trust`).
     step: of the optimizer, when it was saved.
+    tiles: how images are cut, see `codetr.tiles`; None: they are not.
     dtype: of the weights, see `half`.
     """
 
@@ -54,6 +56,7 @@ class Model:
     postprocess: Callable[[Prediction, Tensor], list[Detections]]
     config: dict[str, Any]
     step: int
+    tiles: Tiles | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -138,12 +141,21 @@ class Model:
         detector has a mask head."""
         halved = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if halved else nullcontext():
-            output = self.detector(batch.images, batch.padding)
-            every = self.postprocess(output.predictions[MAIN].last, batch.frames.sizes)
+            if self.tiles is not None:
+                refuse_masks(self.tiles, self.detector.mask_head)
+                every = self.tiles(lambda *tiles: {MAIN: self._found(*tiles)[0]}, batch.images, batch.frames.sizes)[
+                    MAIN
+                ]
+            else:
+                every, memory = self._found(batch.images, batch.padding, batch.frames.sizes)
             found = [one.above(score_threshold) for one in every]
             if self.detector.mask_head is None:
                 return batch.frames.to_files(found)
-            return with_masks(self.detector, output.memory, found, batch.frames)
+            return with_masks(self.detector, memory, found, batch.frames)
+
+    def _found(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple[list[Detections], Memory]:
+        output = self.detector(images, padding)
+        return self.postprocess(output.predictions[MAIN].last, sizes), output.memory
 
 
 def load(
@@ -183,6 +195,7 @@ def load(
         postprocess=build(config["postprocess"], path),
         config=config,
         step=checkpoint.step,
+        tiles=build(config["tiles"], path) if "tiles" in config else None,
     )
     return model.to(device)
 
