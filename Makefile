@@ -40,7 +40,7 @@ parity: install ## Our models against the official code's recorded tensors, a li
 	$(BIN)/python tests/parity/check.py $(BUNDLES)
 
 test: install ## Everything that runs in minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not cuda" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not cuda"
 
 test-all: install ## The slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cuda" --cov --cov-report=term:skip-covered

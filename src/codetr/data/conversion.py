@@ -140,6 +140,14 @@ def place_images(split: Split, folder: Path, how: str, name: str) -> None:
             raise UserError(f"{source} cannot be put into {path.parent} ({error.strerror}){advice}") from error
 
 
+def is_written(target: Path, about: Mapping[str, Any]) -> bool:
+    """Whether `written` made it, with the same `about`."""
+    try:
+        return bool(json.loads((target / _STAMP).read_text()) == dict(about))
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def written(target: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to write into, which becomes `target` at the end. about: how it was made, for a file in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,20 @@ from codetr.models.frozen_norm import fold_frozen_norms
 from codetr.types import NormKind
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # how the hub names them
+Pretrained = bool | str | Mapping[str, Tensor]
 SECONDS = 5  # until the hub must have answered
 
 
-def pretrained_weights(name: str, pretrained: bool | str) -> dict[str, Any]:
+def pretrained_weights(name: str, pretrained: Pretrained) -> dict[str, Any]:
     """Keywords of `timm.create_model` for the weights of model `name`: none (False), those of a file in timm's names
-    (.safetensors, .pth, .bin), or timm's own (True), from the hub's cache if they lie there.
+    (.safetensors, .pth, .bin), tensors by these names, or timm's own (True), from the hub's cache if they lie there.
 
     Raises UserError for a file that is absent, and for weights that are not here when the hub does not answer.
     """
     if not pretrained:
         return {"pretrained": False}
+    if isinstance(pretrained, Mapping):
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(pretrained)}}
     cfg = timm.get_pretrained_cfg(name)
     path = pretrained if isinstance(pretrained, str) else _cached(cfg.hf_hub_id if cfg else None)
     if path is None:
@@ -78,7 +82,7 @@ class Normalize(nn.Module):
         return ((images.float() - self.mean) / self.std).masked_fill(padding[:, None], 0)
 
 
-def feature_network(name: str, out_indices: tuple[int, ...], pretrained: bool | str, arguments: dict[str, Any]) -> Any:
+def feature_network(name: str, out_indices: tuple[int, ...], pretrained: Pretrained, arguments: dict[str, Any]) -> Any:
     """timm's model `name` with feature maps, which its `feature_info` describes.
 
     out_indices: timm's feature levels.
@@ -124,7 +128,7 @@ class Backbone(nn.Module):
         self,
         name: str,
         out_indices: tuple[int, ...],
-        pretrained: bool | str,
+        pretrained: Pretrained,
         norm: NormKind,
         frozen_stages: int,
         mean: tuple[float, float, float],
