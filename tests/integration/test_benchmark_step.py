@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from codetr import application
@@ -126,10 +129,47 @@ def test_steps_of_transformers(name: str) -> None:
     """Their losses are finite, and a step changes their weights."""
     from codetr.benchmark import rivals
 
-    rival = rivals.build(f"transformers/{name}", draw(2, (64, 96), 4, 3, torch.device("cpu")), 3, None)
+    rival = rivals.build(f"transformers/{name}", draw(2, (64, 96), 4, 3, torch.device("cpu")), 3, None, 0.1)
     before = [parameter.clone() for parameter in rival.model.parameters() if parameter.requires_grad]
     assert rival.losses(rival.model, rival.inputs).isfinite()
     rival.train()
     rival.infer()
     after = [parameter for parameter in rival.model.parameters() if parameter.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class Dropped(TorchDispatchMode):
+    """Counts the random numbers that dropout draws."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("bernoulli", "native_dropout")):
+            self.numbers += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("conditional_detr", "conditional_detr"),
+        ("dab_detr", "dab_detr"),
+        ("deformable_detr_two_stage", "deformable_detr"),
+    ],
+)
+def test_the_same_detector_of_transformers_drops_as_much(model: str, name: str) -> None:
+    """As it comes it drops no attention weights, which are most of the numbers."""
+    from codetr.benchmark import rivals
+
+    config = application.compose("benchmark", [f"model={model}", "model.detector.backbone.pretrained=false"])
+    inputs = draw(1, (128, 128), 4, 3, torch.device("cpu"))
+    ours = Step(config, inputs, 3, torch.device("cpu"))
+    theirs = rivals.build(f"transformers/{name}", inputs, 3, None, config.model.dropout)
+    drawn = []
+    for losses in (ours.loss, partial(theirs.losses, theirs.model, inputs)):
+        with Dropped() as dropped:
+            losses()
+        drawn.append(dropped.numbers)
+    assert (drawn[0] > 0) == (config.model.dropout > 0)
+    assert drawn[1] == pytest.approx(drawn[0], rel=0.03)

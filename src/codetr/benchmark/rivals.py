@@ -56,8 +56,9 @@ class Rival:
         return torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None)
 
 
-def build(name: str, inputs: Inputs, classes: int, precision: torch.dtype | None) -> Rival:
-    """Raises UserError for a name that is none, and for a library that is not installed."""
+def build(name: str, inputs: Inputs, classes: int, precision: torch.dtype | None, dropout: float) -> Rival:
+    """dropout: of ours, for a detector that drops, too: as they come, those of transformers drop elsewhere than the
+    papers' code, not in attention weights, of which there are many. Raises UserError for a name that is none, and for a library that is not installed."""
     if name not in RIVALS:
         raise UserError(f"against={name}: give some of {', '.join(['reference', *RIVALS])}")
     library = name.partition("/")[0]
@@ -69,6 +70,7 @@ def build(name: str, inputs: Inputs, classes: int, precision: torch.dtype | None
         warnings.simplefilter("ignore")  # that they start from random weights
         model, losses, predict = RIVALS[name](classes)
     _train_as_ours(model)
+    _drop_as_ours(model, dropout)
     return Rival(model, losses, predict, inputs, precision)
 
 
@@ -78,6 +80,14 @@ def _train_as_ours(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if re.search(r"backbone.*\.(embedder|stages)\.", name):
             parameter.requires_grad_(re.search(r"\.stages\.[123]\.", name) is not None)
+
+
+def _drop_as_ours(model: nn.Module, dropout: float) -> None:
+    """In the layers of a DETR of transformers that name a probability."""
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, dropout)
 
 
 def _pixels(inputs: Inputs) -> Tensor:

@@ -71,8 +71,10 @@ def measure(config: DictConfig) -> dict[str, Any]:
     step = Step(config, inputs, classes, device)
     cases: dict[str, Measured] = {"ours": step}
     for name in config.against:
-        own = _WithReference(step) if name == REFERENCE else rivals.build(name, inputs, classes, step.precision)
-        cases[name] = own
+        if name == REFERENCE:
+            cases[name] = _WithReference(step)
+        else:
+            cases[name] = rivals.build(name, inputs, classes, step.precision, config.model.dropout)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step.train()
