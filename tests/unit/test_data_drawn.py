@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
 from codetr.data.dataset import DetectionDataset, Sample
-from codetr.data.geometry import PadTo, RandomSizeCrop, draw, is_geometric
-from codetr.data.transforms import TransformedDataset, fit_canvas, large_scale_jitter, multiscale, transformed
+from codetr.data.geometry import PadTo, RandomSizeCrop, RandomTurn, draw, is_geometric
+from codetr.data.transforms import TransformedDataset, aerial, fit_canvas, large_scale_jitter, multiscale, transformed
 
 SIZES = [(48, 64), (97, 61), (33, 33), (5, 700)]
 TRANSFORMS = {
@@ -29,6 +29,17 @@ TRANSFORMS = {
     # What is seen of the image is less than the canvas when it is cut and mirrored.
     "canvas first": v2.Compose(
         [fit_canvas(70, 9), RandomSizeCrop(20, 60), v2.RandomHorizontalFlip(0.5), v2.Resize((33, 44)), PadTo(50, 3)]
+    ),
+    "aerial": aerial(60, (0.5, 2.0), 0.5, 0.5, 0.75, 114),
+    "turn first": v2.Compose(
+        [
+            RandomTurn(),
+            RandomSizeCrop(20, 60),
+            v2.RandomVerticalFlip(0.5),
+            v2.Resize((33, 44)),
+            RandomTurn(),
+            PadTo(50, 3),
+        ]
     ),
     "nearest": v2.Compose([v2.ScaleJitter((60, 60), (0.3, 2.0), interpolation=v2.InterpolationMode.NEAREST)]),
 }

@@ -18,10 +18,12 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as TvImage
+from torchvision.tv_tensors import wrap
 
 from codetr.application import compose
 from codetr.data.dataset import DetectionDataset, Sample
-from codetr.data.geometry import PadTo, RandomSizeCrop
+from codetr.data.geometry import PadTo, RandomScaledCrop, RandomSizeCrop, RandomTurn
 from codetr.data.transforms import TransformedDataset, fit_canvas, large_scale_jitter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,9 @@ TRANSFORMS = {
     "crop": RandomSizeCrop(40, 90),
     "pad": PadTo(170, 114),
     "fit": fit_canvas(128, 114),
+    "upside down": v2.RandomVerticalFlip(1),
+    "turn": RandomTurn(),
+    "scaled crop": RandomScaledCrop(60, (0.5, 2.0)),
     "large scale jitter": large_scale_jitter(90, (0.3, 3.0), 0.5, 114),
 }
 IMAGES, OBJECTS = 6, 4
@@ -166,7 +171,7 @@ def test_transforms_to_the_pixel(coloured: DetectionDataset, name: str) -> None:
     for epoch in range(8):
         for index in range(IMAGES):
             gone += check_exact(dataset[epoch, index], 1, IMAGES * OBJECTS)
-    assert (gone > 0) == (name in ("crop", "large scale jitter"))
+    assert (gone > 0) == (name in ("crop", "scaled crop", "large scale jitter"))
 
 
 @pytest.mark.parametrize("kind", ["train", "val"])
@@ -231,3 +236,23 @@ def test_recipes_as_they_interpolate(by_channel: DetectionDataset, name: str, ki
                     assert min(x2 - x1, y2 - y1) < 2
             assert shown is None or not bright.any()
     assert worst <= 1
+
+
+def test_colour_is_changed_before_anything_but_a_window(coloured: DetectionDataset) -> None:
+    """Of a large picture only what is cut out of it. Boxes do not depend on it."""
+    seen = []
+
+    def inverted(image: TvImage) -> TvImage:
+        seen.append(tuple(image.shape[1:]))
+        return wrap(255 - image, like=image)
+
+    for name, whole in (("large scale jitter", True), ("flip", True), ("scaled crop", False), ("crop", False)):
+        transform = _exact(TRANSFORMS[name], interpolate=False)
+        plain = TransformedDataset(coloured, transform, 1, "stop")
+        changed = TransformedDataset(coloured, transform, 1, "stop", colour=inverted)
+        for index in range(IMAGES):
+            one, other = plain[0, index], changed[0, index]
+            beyond = (one.image == 114).all(0)  # the canvas
+            assert torch.equal(torch.where(beyond, one.image, 255 - one.image), other.image)
+            assert torch.equal(one.boxes, other.boxes)
+            assert (seen.pop() == tuple(coloured.sizes[index].tolist())) == whole

@@ -1,12 +1,14 @@
 """Where the pixels of an image go, drawn before there are any.
 
-A transform that is made of flips, resizes, windows and canvases alone becomes a few steps for an image of known size.
-It draws the numbers that it would draw itself, and images and masks get the same pixels; but boxes go through all steps
-at once, and of an image that is made much smaller the decoder need not make every pixel.
+A transform that is made of flips, turns, resizes, windows and canvases alone becomes a few steps for an image of known
+size. It draws the numbers that it would draw itself, and images and masks get the same pixels; but boxes go through all
+steps at once, and of an image that is made much smaller the decoder need not make every pixel.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import Image, wrap
+from torchvision.tv_tensors import BoundingBoxes, Image, wrap
 
 
 class RandomSizeCrop(v2.Transform):
@@ -46,6 +48,47 @@ def packed(image: Tensor) -> Tensor:
 def random_integer(low: int, high: int) -> int:
     """Of low..high, both included. Random numbers: torch's."""
     return int(torch.randint(low, high + 1, ()))
+
+
+class RandomScaledCrop(v2.Transform):
+    """Draw a factor of `scale_range`, cut out a window that fills `side` x `side` pixels at that scale, and resize it.
+
+    What is smaller than the window is taken whole, so that fewer pixels come out. Only the window is resized: of a
+    large picture this costs what it costs of a small one. Factors of doubling and of halving are as frequent.
+    """
+
+    interpolation = v2.InterpolationMode.BILINEAR
+    antialias = True
+
+    def __init__(self, side: int, scale_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.side, self.scale_range = side, scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        canvas = v2.query_size(flat_inputs)
+        low, high = map(math.log, self.scale_range)
+        factor = math.exp(low + (high - low) * float(torch.rand(())))
+        window = [min(max(round(self.side / factor), 1), side) for side in canvas]
+        top, left = (random_integer(0, side - part) for side, part in zip(canvas, window, strict=True))
+        size = [min(max(round(part * factor), 1), self.side) for part in window]
+        return {"top": top, "left": left, "height": window[0], "width": window[1], "size": size}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        how = {"interpolation": self.interpolation, "antialias": self.antialias}
+        return self._call_kernel(F.resized_crop, inpt, **params, **how)
+
+
+class RandomTurn(v2.Transform):
+    """Turn by 90, 180 or 270 degrees, each as often."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"quarters": random_integer(1, 3)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, BoundingBoxes) and not len(inpt) and params["quarters"] != 2:
+            # torchvision 0.30 leaves the canvas of no boxes as it was.
+            return BoundingBoxes(inpt, format=inpt.format, canvas_size=inpt.canvas_size[::-1])
+        return self._call_kernel(F.rotate, inpt, 90 * params["quarters"], expand=True)
 
 
 class PadTo(v2.Transform):
@@ -82,7 +125,13 @@ _THINNEST = 64
 
 
 class Flip(NamedTuple):
-    """Left becomes right."""
+    """Left becomes right (dimension -1), or top becomes bottom (-2)."""
+
+    dimension: int
+
+
+class Transpose(NamedTuple):
+    """Rows become columns."""
 
 
 class Resize(NamedTuple):
@@ -110,7 +159,8 @@ class Canvas(NamedTuple):
     fill: int
 
 
-Step = Flip | Resize | Window | Canvas
+Colour = Callable[[Image], Image]  # changes pixels where they are
+Step = Flip | Transpose | Resize | Window | Canvas
 
 
 class Axis(NamedTuple):
@@ -141,12 +191,16 @@ class Axis(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Steps that were drawn for an image, and where they put its rows and columns."""
+    """Steps that were drawn for an image, and where they put its rows and columns.
+
+    rows, columns: of the image; where it is `transposed`, of columns and rows of the file.
+    """
 
     file_size: tuple[int, int]
     rows: Axis
     columns: Axis
     steps: tuple[Step, ...] = ()
+    transposed: bool = False
 
     @classmethod
     def of_file(cls, size: tuple[int, int]) -> Geometry:
@@ -167,7 +221,7 @@ class Geometry(NamedTuple):
     @property
     def scale(self) -> tuple[float, float]:
         """(rows, columns) pixels per pixel of the file."""
-        return self.rows.scale, abs(self.columns.scale)
+        return abs(self.rows.scale), abs(self.columns.scale)
 
     @property
     def first_size(self) -> tuple[int, int] | None:
@@ -179,22 +233,30 @@ class Geometry(NamedTuple):
     def then(self, step: Step) -> Geometry:
         rows, columns = self.rows, self.columns
         match step:
-            case Flip():
+            case Flip(dimension=-1):
                 columns = columns.mirrored()
+            case Flip():
+                rows = rows.mirrored()
+            case Transpose():
+                rows, columns = columns, rows
             case Resize():
                 rows, columns = rows.resized(step.height), columns.resized(step.width)
             case Window():
                 rows, columns = rows.cut(step.top, step.height), columns.cut(step.left, step.width)
             case Canvas():
                 rows, columns = rows.extended(step.side), columns.extended(step.side)
-        return Geometry(self.file_size, rows, columns, (*self.steps, step))
+        transposed = self.transposed != isinstance(step, Transpose)
+        return Geometry(self.file_size, rows, columns, (*self.steps, step), transposed)
 
     def boxes(self, boxes: Tensor) -> Tensor:
         """xyxy [n, 4] in pixels of the file -> float32 in pixels of the image, of what is seen of them."""
         x, y = self.columns, self.rows
-        moved = boxes.numpy() * np.array([x.scale, y.scale] * 2) + np.array([x.shift, y.shift] * 2)
+        moved = boxes.numpy()[:, [1, 0, 3, 2]] if self.transposed else boxes.numpy()
+        moved = moved * np.array([x.scale, y.scale] * 2) + np.array([x.shift, y.shift] * 2)
         if x.scale < 0:
             moved = moved[:, [2, 1, 0, 3]]
+        if y.scale < 0:
+            moved = moved[:, [0, 3, 2, 1]]
         seen = np.minimum(np.maximum(moved, np.array([x.low, y.low] * 2)), np.array([x.high, y.high] * 2))
         return torch.from_numpy(seen.astype(np.float32))
 
@@ -203,7 +265,9 @@ class Geometry(NamedTuple):
         for step in self.steps:
             match step:
                 case Flip():
-                    masks = masks.flip(-1)
+                    masks = masks.flip(step.dimension)
+                case Transpose():
+                    masks = masks.transpose(1, 2)
                 case Resize():
                     masks = F.resize_mask(masks, [step.height, step.width], step.interpolation)
                 case Window():
@@ -212,12 +276,17 @@ class Geometry(NamedTuple):
                     masks = F.pad_mask(masks, [0, 0, step.side - masks.shape[2], step.side - masks.shape[1]])
         return masks
 
-    def image(self, image: Tensor, factor: int = 1) -> Tensor:
+    def image(self, image: Tensor, factor: int = 1, colour: Colour | None = None) -> Tensor:
         """[3, H, W] uint8 of the file -> of the image, channels last.
 
         factor: the image has a `factor`-th of the file's pixels per side, rounded up, which `first_size` must allow.
+        colour: applied to the image as in the file, but where a window of it is cut out first, to the window alone.
         """
         steps = list(self.steps)
+        if steps and isinstance(steps[0], Window):
+            image = _changed(image, steps.pop(0))
+        if colour is not None:
+            image = packed(colour(Image(image)).as_subclass(Tensor))
         if factor > 1:
             # Before all flips, which change nothing but the side on which the last pixel is partly beyond the file.
             resize = next(step for step in steps if isinstance(step, Resize))
@@ -231,7 +300,9 @@ class Geometry(NamedTuple):
 def _changed(image: Tensor, step: Step) -> Tensor:
     match step:
         case Flip():
-            return image.flip(-1)
+            return image.flip(step.dimension)
+        case Transpose():
+            return packed(image.transpose(1, 2))
         case Resize():
             size = [step.height, step.width]
             return F.resize_image(packed(image), size, step.interpolation, antialias=step.antialias)
@@ -254,7 +325,17 @@ def _resized_part(image: Tensor, step: Resize, part: tuple[float, float]) -> Ten
 
 
 _GROUPS = v2.Compose, v2.RandomApply
-_SINGLE = v2.Identity, v2.RandomHorizontalFlip, v2.RandomShortestSize, v2.ScaleJitter, v2.Resize, RandomSizeCrop, PadTo
+_FLIPS = {v2.RandomHorizontalFlip: Flip(-1), v2.RandomVerticalFlip: Flip(-2)}
+_SOMETIMES = v2.RandomApply, v2.RandomHorizontalFlip, v2.RandomVerticalFlip
+_TURNS: dict[int, tuple[Step, ...]] = {  # by the number of quarters, to the left
+    1: (Transpose(), Flip(-2)),
+    2: (Flip(-1), Flip(-2)),
+    3: (Transpose(), Flip(-1)),
+}
+_SINGLE = (
+    *(v2.Identity, *_FLIPS, v2.RandomShortestSize, v2.ScaleJitter, v2.Resize),
+    *(RandomSizeCrop, RandomScaledCrop, RandomTurn, PadTo),
+)
 
 
 def is_geometric(transform: Any) -> bool:
@@ -270,29 +351,34 @@ def draw(transform: Any, size: tuple[int, int]) -> Geometry:
 
 
 def _drawn(transform: Any, before: Geometry) -> Geometry:
-    if isinstance(transform, (v2.RandomApply, v2.RandomHorizontalFlip)) and torch.rand(1) >= transform.p:
+    if isinstance(transform, _SOMETIMES) and torch.rand(1) >= transform.p:
         return before
     if isinstance(transform, _GROUPS):
         for part in transform.transforms:
             before = _drawn(part, before)
         return before
-    step = _step(transform, before.size)
-    return before if step is None else before.then(step)
+    for step in _steps(transform, before.size):
+        before = before.then(step)
+    return before
 
 
-def _step(transform: Any, size: tuple[int, int]) -> Step | None:
+def _steps(transform: Any, size: tuple[int, int]) -> tuple[Step, ...]:
     """Of a single transform, on an image of (height, width) `size`."""
     empty = torch.empty(0, *size)  # no channel: what has a size costs nothing
-    if isinstance(transform, v2.RandomHorizontalFlip):
-        return Flip()
+    if type(transform) in _FLIPS:
+        return (_FLIPS[type(transform)],)
+    if isinstance(transform, RandomTurn):
+        return _TURNS[transform.make_params([empty])["quarters"]]
     if isinstance(transform, RandomSizeCrop):
-        return Window(**transform.make_params([empty]))
+        return (Window(**transform.make_params([empty])),)
     if isinstance(transform, PadTo):
-        return Canvas(transform.canvas, transform.fill)
+        return (Canvas(transform.canvas, transform.fill),)
     if isinstance(transform, v2.Identity):
-        return None
+        return ()
     if isinstance(transform, v2.Resize):
         height, width = F.resize(empty, transform.size, max_size=transform.max_size).shape[1:]
-    else:
-        height, width = transform.make_params([empty])["size"]
-    return Resize(height, width, transform.interpolation, transform.antialias)
+        return (Resize(height, width, transform.interpolation, transform.antialias),)
+    params = transform.make_params([empty])
+    height, width = params.pop("size")
+    resize = Resize(height, width, transform.interpolation, transform.antialias)
+    return (Window(**params), resize) if isinstance(transform, RandomScaledCrop) else (resize,)

@@ -20,7 +20,17 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, KeyP
 
 from codetr.data.copy_paste import CopyPaste
 from codetr.data.dataset import DetectionDataset, Sample
-from codetr.data.geometry import Geometry, PadTo, RandomSizeCrop, draw, is_geometric, packed, random_integer
+from codetr.data.geometry import (
+    Colour,
+    Geometry,
+    PadTo,
+    RandomScaledCrop,
+    RandomSizeCrop,
+    RandomTurn,
+    draw,
+    is_geometric,
+    random_integer,
+)
 from codetr.data.images import UnreadableImage
 from codetr.data.sampler import mix_seed
 from codetr.types import Truth
@@ -53,6 +63,25 @@ def large_scale_jitter(canvas: int, scale_range: tuple[float, float], flip: floa
     )
 
 
+def aerial(
+    crop: int, scale_range: tuple[float, float], flip: float, vertical_flip: float, turn: float, fill: int
+) -> v2.Transform:
+    """For pictures that have no up and down: a square of `crop` pixels somewhere, at a scale drawn from `scale_range`
+    (pixels per pixel of the file), flipped and turned by quarters.
+
+    flip, vertical_flip, turn: how often. fill: grey of the rest of the square, where the picture is smaller.
+    """
+    return v2.Compose(
+        [
+            RandomScaledCrop(crop, (scale_range[0], scale_range[1])),
+            PadTo(crop, fill),
+            v2.RandomHorizontalFlip(flip),
+            v2.RandomVerticalFlip(vertical_flip),
+            v2.RandomApply([RandomTurn()], turn),
+        ]
+    )
+
+
 def multiscale(
     short_sides: Sequence[int],
     long_side: int,
@@ -81,50 +110,53 @@ def multiscale(
     )
 
 
-def transformed(sample: Sample, transform: Transform) -> Sample:
+def transformed(sample: Sample, transform: Transform, colour: Colour | None = None) -> Sample:
     """`sample` behind `transform`; boxes are clipped to the image, and those that kept less than a pixel of height or
     width are removed with their labels and masks.
 
     scale tells how many pixels of the new image one pixel of the file became, whatever was cropped or padded.
+    colour: see `Geometry.image`; draws behind the geometry, where that is known before.
     """
     height, width = sample.image.shape[-2:]
     if is_geometric(transform):
-        return placed(sample, draw(transform, (height, width)))
-    return _through(sample, transform)
+        return placed(sample, draw(transform, (height, width)), colour)
+    return _through(sample, transform, colour)
 
 
-def placed(sample: Sample, geometry: Geometry) -> Sample:
+def placed(sample: Sample, geometry: Geometry, colour: Colour | None = None) -> Sample:
     """`sample`, as it is in its file, where `geometry` puts it; else as `transformed`.
 
-    The image may have been decoded smaller than its file: see `Sample.scale`.
+    The image may have been decoded smaller than its file: see `Sample.scale`. colour: see `Geometry.image`.
     """
-    sample, boxes = _moved(sample, geometry)
+    sample, boxes = _moved(sample, geometry, colour)
     return _without_slivers(sample, boxes)
 
 
-def _moved(sample: Sample, geometry: Geometry) -> tuple[Sample, Tensor]:
+def _moved(sample: Sample, geometry: Geometry, colour: Colour | None = None) -> tuple[Sample, Tensor]:
     """With the boxes [n, 4] of all objects apart."""
-    image = geometry.image(sample.image.as_subclass(Tensor), round(1 / sample.scale[0]))
+    image = geometry.image(sample.image.as_subclass(Tensor), round(1 / sample.scale[0]), colour)
     masks = sample.masks if sample.masks is None else Mask(geometry.masks(sample.masks.as_subclass(Tensor)))
     boxes = geometry.boxes(sample.boxes.as_subclass(Tensor))
     return replace(sample, image=Image(image), masks=masks, scale=geometry.scale), boxes
 
 
-def _through(sample: Sample, transform: Transform) -> Sample:
+def _through(sample: Sample, transform: Transform, colour: Colour | None) -> Sample:
     """As `transformed`, of a transform that may do anything."""
     height, width = sample.image.shape[-2:]
-    sample, boxes = _moved(sample, Geometry.of_file((height, width)))
+    sample, boxes = _moved(sample, Geometry.of_file((height, width)), colour)
     height, width = sample.image.shape[-2:]
     parts: dict[str, Any] = {"image": sample.image, "boxes": _boxes(boxes, (height, width)), "labels": sample.labels}
     if sample.masks is not None:
         parts["masks"] = sample.masks
     # They go through the transform with the image and tell how it was scaled. Nothing clips or drops points.
-    corners = torch.tensor([[0, 0], [width, height]], dtype=torch.float64)
+    corners = torch.tensor([[0, height], [0, 0], [width, 0]], dtype=torch.float64)
     parts["corners"] = KeyPoints(corners, canvas_size=(height, width))
     parts = transform(parts)
-    new_width, new_height = parts.pop("corners").diff(dim=0)[0].abs().tolist()
+    left, top = parts.pop("corners").diff(dim=0)  # of the file, (x, y) from end to end
     # A resize has the precision of float32.
-    scale = round(new_height, 3) / height * sample.scale[0], round(new_width, 3) / width * sample.scale[1]
+    rows = round(float(left.norm()), 3) / height * sample.scale[0]
+    columns = round(float(top.norm()), 3) / width * sample.scale[1]
+    scale = (columns, rows) if abs(top[1]) > abs(top[0]) else (rows, columns)  # the former where it was turned
     height, width = parts["image"].shape[-2:]
     boxes = parts.pop("boxes").as_subclass(Tensor)
     boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
@@ -154,7 +186,7 @@ class TransformedDataset(Dataset[Sample]):
     unreadable: what takes the place of an image that does not decode, or that the transform fails on; "next": the next
         readable one in the order of the data set; "blank": a black image, in which nothing of its truth can be found;
         "stop": nothing, UnreadableImage names the file.
-    colour: applied to the image as in the file, before `transform`.
+    colour: applied to the image before `transform`, or to the window that it cuts out first.
     copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
         needs masks.
     masks: whether samples keep them.
@@ -170,7 +202,7 @@ class TransformedDataset(Dataset[Sample]):
         unreadable: Unreadable,
         copy_paste: CopyPaste | None = None,
         masks: bool = True,
-        colour: Callable[[Image], Image] | None = None,
+        colour: Colour | None = None,
         scaled_decoding: bool = False,
     ) -> None:
         self.dataset, self.seed, self.unreadable = dataset, seed, unreadable
@@ -207,9 +239,9 @@ class TransformedDataset(Dataset[Sample]):
         geometry = self._drawn_before(index)
         sample = self.dataset.read(index, None if geometry is None else geometry.first_size)
         try:
-            if self.colour is not None:
-                sample = replace(sample, image=Image(packed(self.colour(sample.image).as_subclass(Tensor))))
-            return transformed(sample, self.transform) if geometry is None else placed(sample, geometry)
+            if geometry is None:
+                return transformed(sample, self.transform, self.colour)
+            return placed(sample, geometry, self.colour)
         except Exception as error:
             raise failed(self.dataset.path(index), sample.file_size, error) from error
 
