@@ -57,8 +57,11 @@ class Rival:
 
 
 def build(name: str, inputs: Inputs, classes: int, precision: torch.dtype | None, dropout: float) -> Rival:
-    """dropout: of ours, for a detector that drops, too: as they come, those of transformers drop elsewhere than the
-    papers' code, not in attention weights, of which there are many. Raises UserError for a name that is none, and for a library that is not installed."""
+    """dropout: of ours, for a DETR: as they come, those of transformers drop elsewhere than the papers' code does, and
+    no attention weights, which are the most.
+
+    Raises UserError for a name that is none, and for a library that is not installed.
+    """
     if name not in RIVALS:
         raise UserError(f"against={name}: give some of {', '.join(['reference', *RIVALS])}")
     library = name.partition("/")[0]
