@@ -8,22 +8,25 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format modes accumulation chaos soak bench gpu tune links measure readme wheel lock clean
+.PHONY: help install demo demo-shapes studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format modes accumulation chaos soak bench gpu tune links measure readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.complete ## Create .venv with the locked packages and codetr itself (once)
 
-.venv/.complete: pyproject.toml requirements.lock setup.py $(wildcard kernels/*/__init__.py)
+.venv/.complete: pyproject.toml requirements.lock requirements.demo setup.py $(wildcard kernels/*/__init__.py)
 	@echo "Setting up .venv with the locked packages (about a minute, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet "uv>=0.8"
 	@$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -r requirements.lock
-	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements.demo -e .
 	@touch $@
 
-demo: install ## Train a Co-DETR (K = 2) on the embedded data set: mAP, pictures, curves in outputs/demo/<date>
+demo: install ## Train a Co-DETR (K = 2) on photographs of trees: mAP, pictures, curves in outputs/trees/<date>
+	$(BIN)/python -m codetr.train experiment=trees
+
+demo-shapes: install ## The same from random weights on the embedded, drawn data set, in outputs/demo/<date>
 	$(BIN)/python -m codetr.train experiment=demo
 
 studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables of docs/results.md
