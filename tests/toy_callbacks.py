@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from codetr.types import Batch
@@ -20,6 +21,16 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KeepStart(Callback):
+    """The weights and statistics before the first step, in the file `path`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        torch.save(module.state_dict(), self.path)
 
 
 class NoObjects(Callback):

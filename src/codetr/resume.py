@@ -98,6 +98,7 @@ RULES = (
     Rule(("criterion.*",), Effect.TAKES, "losses"),
     Rule(("optimizer.lr", "optimizer.weight_decay", "optimizer.betas"), Effect.TAKES, "from the next step on"),
     Rule(("optimizer.*",), Effect.REFUSED, "the optimizer's state belongs to its groups of parameters"),
+    Rule(("freeze",), Effect.REFUSED, "the optimizer has a state of what was trained, and of nothing else"),
     Rule(("schedule.*",), Effect.TAKES, "a function of the position in the training, not of what was before"),
     Rule(
         ("trainer.strategy*",),
@@ -150,11 +151,11 @@ def rule_of(change: Change) -> Rule:
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every key whose value differs, by its dotted name, in the order of `now`."""
+    """Every key whose value differs, by its dotted name, in the order of `now`; not a new key with an empty list."""
     old, new = dict(_leaves(saved)), dict(_leaves(now))
     keys = [*new, *(key for key in old if key not in new)]
     found = [Change(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys]
-    return [change for change in found if change.old != change.new]
+    return [change for change in found if change.old != change.new and change[1:] != (_ABSENT, [])]
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -83,6 +83,8 @@ def fit(config: DictConfig) -> Run:
         raise UserError(f"compile={config.compile}: every other shape is compiled anew; set static_shapes=true, too")
     # Every process has the numbers of all: the metric gathers. (Averaging them costs a collective per class.)
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+    # What `freeze` names is meant to be.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
     # Nothing changes a prediction in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     checkpoint = run_directory.resume_from(config)
@@ -148,6 +150,7 @@ def _task(config: DictConfig, data: DetectionDataModule, settings: dict[str, Any
         compile=config.compile,
         tiles=instantiate(config.tiles) if config.get("tiles") else None,
     )
+    task.detector.freeze([config.freeze] if isinstance(config.freeze, str) else config.freeze)
     if task.criterion.fed_loss is not None:
         task.criterion.fed_loss.weigh(list(data.train_set.image_counts.values()))
     return task

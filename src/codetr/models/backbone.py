@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,21 @@ def feature_network(name: str, out_indices: tuple[int, ...], pretrained: Pretrai
     return timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **weights, **arguments)
 
 
+def stages(body: nn.Module) -> list[list[nn.Module]]:
+    """The children of timm's network by feature stage (`layer1`, `stages_0`, ...); stage 0 is whatever comes before the
+    first."""
+    found: list[list[nn.Module]] = [[]]
+    for name, child in body.named_children():
+        if name.startswith(("layer", "stages", "layers")):
+            found.append([])
+        found[-1].append(child)
+    return found
+
+
 def freeze_stages(body: nn.Module, count: int) -> None:
-    """The first `count` stages are not trained; stage 0 is whatever comes before the first feature stage (`layer1`,
-    `stages_0`, ...)."""
-    stage = 0
-    for child_name, child in body.named_children():
-        if child_name.startswith(("layer", "stages", "layers")):
-            stage += 1
-        if stage < count:
-            child.requires_grad_(False)
+    """The first `count` of `stages` are not trained."""
+    for child in chain(*stages(body)[:count]):
+        child.requires_grad_(False)
 
 
 class Backbone(nn.Module):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from codetr.errors import UserError
 from codetr.models.agreement import check_agreement, check_names
 from codetr.models.decoder import Decoder
+from codetr.models.freezing import named_parts
 from codetr.types import (
     MAIN,
     AuxiliaryHead,
@@ -63,6 +65,26 @@ class Detector(nn.Module):
         self.queries = nn.ModuleDict(cast("Mapping[str, nn.Module]", queries))
         self.decoder = decoder
         self.mask_head, self.mask_groups = mask_head, mask_groups
+        self._frozen: list[nn.Module] = []
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Let parts keep their weights and their running statistics, and drop nothing out, in training too.
+
+        names: see `codetr.models.freezing.named_parts`. Raises UserError for an unknown one, and where no weight is
+        left to train.
+        """
+        self._frozen += [part for name in names for part in named_parts(self, name)]
+        for part in self._frozen:
+            part.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UserError(f"freeze={list(names)}: nothing is left to train")
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Detector:
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def encode(self, images: Tensor, padding: Tensor) -> Memory:
         """images: [B, 3, H, W] uint8. padding: [B, H, W], True on padding."""
