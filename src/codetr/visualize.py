@@ -24,6 +24,7 @@ Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
 SMALLEST_SIDE = 512  # pictures with a shorter long side are enlarged until their labels are legible
+CROWD = 60  # objects
 OPACITY = np.uint8(115)  # of masks, of 255
 PAPER, INK, FAINT = (255, 255, 255), (33, 37, 41), (134, 142, 150)
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -56,7 +57,8 @@ def draw_boxes(
     """A picture of `image` with labelled boxes, and masks filled with their colour, enlarged if it is small.
 
     image: [3, H, W] uint8. boxes: [n, 4] xyxy in pixels of `image`. labels, scores: [n]. rle: n masks as compressed
-    COCO run lengths, of what `image` shows in any resolution. Where objects overlap, the first is on top.
+    COCO run lengths, of what `image` shows in any resolution. Where objects overlap, the first is on top. More than
+    `CROWD` objects would disappear behind their captions: they get thin frames alone, whose colour tells the class.
     """
     picture = to_pil_image(image.cpu())
     scale = max(1.0, SMALLEST_SIDE / max(picture.size))
@@ -69,10 +71,11 @@ def draw_boxes(
     for (_, label, _), mask in zip(reversed(entries), reversed(rle or []), strict=False):
         _fill(picture, mask, class_color(label))
     pen = ImageDraw.Draw(picture)
+    crowded = len(entries) > CROWD
     for box, label, _ in reversed(entries):
-        _draw_frame(pen, box, class_color(label), max(2, round(3 * unit)))
+        _draw_frame(pen, box, class_color(label), max(2, round((1 if crowded else 3) * unit)))
     taken: list[Box] = []
-    for box, label, caption in entries:
+    for box, label, caption in entries if not crowded else ():
         taken.append(_draw_label(pen, picture.size, box, class_color(label), caption, round(13 * unit), taken))
     return picture
 

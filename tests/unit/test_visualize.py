@@ -131,3 +131,18 @@ def test_masks_are_filled_with_a_colour_that_shines_through() -> None:
     assert np.abs(pixels[128, 340] - over(second, grey)).max() <= 1
     assert np.abs(pixels[128, 224] - over(first, over(second, grey))).max() <= 1  # the best is on top
     assert (pixels[220:, :] == 120).all()
+
+
+def test_a_crowd_is_not_hidden_behind_its_captions() -> None:
+    """Pixels away from all frames stay as they are."""
+    corners = torch.cartesian_prod(torch.arange(9), torch.arange(9)).float() * 50 + 20
+    boxes = torch.cat([corners, corners + 30], 1)
+    image = torch.full((3, 512, 512), 200, dtype=torch.uint8)
+    picture = np.asarray(draw_boxes(image, boxes, torch.zeros(81).long(), ["a rather long name"]))
+    away = np.ones((512, 512), bool)
+    for x0, y0, x1, y1 in boxes.int().tolist():
+        away[y0 - 4 : y1 + 5, x0 - 4 : x1 + 5] = False
+    assert (picture[away] == 200).all()
+    assert (picture != 200).any()
+    few = np.asarray(draw_boxes(image, boxes[:5], torch.zeros(5).long(), ["a rather long name"]))
+    assert (few[away] != 200).any()

@@ -48,7 +48,7 @@ class Pictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures:
             with atomically(Path(trainer.default_root_dir) / FILE) as part:
-                grid(self._pictures).save(part)
+                (grid(self._pictures) if len(self._pictures) > 1 else self._pictures[0]).save(part)
             for logger in trainer.loggers:
                 send(logger, self._pictures, trainer.global_step)
             self._pictures = []
