@@ -57,6 +57,24 @@ def test_their_arithmetic_adds_up_to_that_of_the_step(step: Step, found: parts.P
     assert found.parts["matching"].flops == found.parts["optimizer"].flops == 0
 
 
+@pytest.mark.parametrize("groups", [1, 4, 32])
+def test_the_gradients_of_a_convolution_cost_twice_its_forward_pass(groups: int) -> None:
+    """Counted by hand: every output takes `32 / groups` channels of 3 x 3 cells, twice as a product and a sum."""
+    x, convolution = torch.randn(2, 32, 16, 16, requires_grad=True), torch.nn.Conv2d(32, 64, 3, 1, 1, groups=groups)
+
+    class Counted(TorchDispatchMode):
+        numbers = 0.0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.numbers += parts.flops(func._overloadpacket, args, kwargs or {}, result)
+            return result
+
+    with Counted() as counted:
+        convolution(x).sum().backward()
+    assert counted.numbers == 3 * 2 * (2 * 64 * 16 * 16) * (32 // groups * 9)
+
+
 def test_a_part_that_is_not_trained_has_no_backward_pass(step: Step, found: parts.Profile) -> None:
     """Its operators and its arithmetic in the forward pass remain, and nothing of it is kept."""
     backbone = step.detector.get_submodule("backbone")

@@ -6,6 +6,7 @@ pass, and the backward pass carries the same numbers, so both are told by the pa
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -133,10 +134,22 @@ class _Calls(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         part = self.parts[self.marks.current if node is None else self.marks.of(node._sequence_nr())]
         part.calls += 1
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            part.flops += count(*args, **kwargs, out_val=result)
+        part.flops += flops(func._overloadpacket, args, kwargs, result)
         return result
+
+
+def flops(operator: Any, args: tuple, kwargs: dict, result: Any) -> float:
+    """Of one call; 0 for what is no product. As PyTorch's counter has it, but for the gradient of the weight of a
+    convolution in groups, which that counts as if all channels met: both gradients cost what the forward pass does."""
+    count = flop_registry.get(operator)
+    if count is None:
+        return 0.0
+    if operator is torch.ops.aten.convolution_backward and args[-2] > 1:
+        grad, x, weight, *_, transposed, _padding, _groups, wanted = args
+        output = x.shape if transposed else grad.shape
+        each = 2 * output[0] * math.prod(output[2:]) * math.prod(weight.shape)
+        return each * (wanted[0] + wanted[1])
+    return count(*args, **kwargs, out_val=result)
 
 
 def _count(step: Step, marks: Marks, parts: dict[str, Part]) -> None:
