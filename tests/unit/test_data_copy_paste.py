@@ -42,7 +42,7 @@ OTHER = sample([[4, 0, 10, 10], [12, 12, 14, 30], [20, 2, 24, 6]], 10, 100)
 
 def pasted(onto: Sample, other: Sample, seed: int, most: int = 99, moved: float = 3, visible: int = 50) -> Sample:
     torch.manual_seed(seed)
-    return CopyPaste(most, moved, visible)(onto, other)
+    return CopyPaste(most, moved, visible)(onto, lambda: other)
 
 
 def test_pixels_boxes_and_masks() -> None:
@@ -119,7 +119,7 @@ def test_a_data_set_that_pastes(tmp_path: Path) -> None:
     reader = DetectionDataset(*write(tmp_path, doc), masks=True)
 
     def dataset(masks: bool) -> TransformedDataset:
-        return TransformedDataset(reader, fit_canvas(48, 114), 3, "stop", CopyPaste(99, 10, 20), masks)
+        return TransformedDataset(reader, fit_canvas(48, 114), 3, "stop", [CopyPaste(99, 10, 20)], masks)
 
     plain = TransformedDataset(reader, fit_canvas(48, 114), 3, "stop")
     keys = [(epoch, index) for epoch in range(6) for index in range(len(reader))]

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_files import write
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from PIL import Image
+from painted import IMAGES, OBJECTS, check_consistent, colour, draw, draw_coloured, extent
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as TvImage
@@ -27,7 +26,8 @@ from codetr.data.geometry import PadTo, RandomScaledCrop, RandomSizeCrop, Random
 from codetr.data.transforms import TransformedDataset, fit_canvas, large_scale_jitter
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(path.stem for path in (ROOT / "conf/augment").glob("*.yaml"))
+# All but albumentations': test_data_albumentations.py
+RECIPES = sorted(path.stem for path in (ROOT / "conf/augment").glob("*.yaml") if path.stem != "albumentations")
 TRANSFORMS = {
     "flip": v2.RandomHorizontalFlip(1),
     "shortest": v2.RandomShortestSize([50, 61, 200, 333], max_size=350),
@@ -42,47 +42,11 @@ TRANSFORMS = {
     "scaled crop": RandomScaledCrop(60, (0.5, 2.0)),
     "large scale jitter": large_scale_jitter(90, (0.3, 3.0), 0.5, 114),
 }
-IMAGES, OBJECTS = 6, 4
-CELLS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # each object has a quarter of the image
-
-
-def colour(label: int) -> list[int]:
-    """Green alone tells it from all others, from black and from the grey of a canvas."""
-    return [20 + 7 * label, 250 - 6 * label, 5 * label]
-
-
-def draw(folder: Path, paint: Any) -> DetectionDataset:
-    """Images with a rectangle in every quarter, some up to the border, painted by `paint(pixels, label, box)`."""
-    rng = np.random.default_rng(7)
-    categories = [{"id": i + 1, "name": str(i)} for i in range(IMAGES * OBJECTS)]
-    doc: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-    canvases = []
-    for i in range(IMAGES):
-        height, width = (2 * n for n in rng.integers(45, 80, 2).tolist())
-        pixels = np.zeros((height, width, 3), np.uint8)
-        for j, (row, column) in enumerate(CELLS):
-            w, h = int(rng.integers(8, width // 2 + 1)), int(rng.integers(8, height // 2 + 1))
-            x = column * width // 2 + int(rng.integers(0, width // 2 - w + 1))
-            y = row * height // 2 + int(rng.integers(0, height // 2 - h + 1))
-            label = OBJECTS * i + j
-            paint(pixels, label, (x, y, x + w, y + h))
-            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            record = {"image_id": i, "category_id": label + 1, "bbox": [x, y, w, h], "segmentation": outline}
-            doc["annotations"].append({"id": label + 1, **record})
-        doc["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-        canvases.append(pixels)
-    root, source = write(folder, doc, "painted")
-    for i, pixels in enumerate(canvases):
-        Image.fromarray(pixels).save(root / f"{i}.png")
-    return DetectionDataset(root, source, masks=True, cache=None)
 
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
-    def paint(pixels: np.ndarray, label: int, box: tuple[int, int, int, int]) -> None:
-        pixels[box[1] : box[3], box[0] : box[2]] = colour(label)
-
-    return draw(tmp_path_factory.mktemp("coloured"), paint)
+    return draw_coloured(tmp_path_factory.mktemp("coloured"))
 
 
 @pytest.fixture(scope="module")
@@ -123,25 +87,6 @@ def _exact(transform: Any, interpolate: bool) -> Any:
     return transform
 
 
-def extent(where: Tensor) -> np.ndarray | None:
-    """xyxy of the true pixels of [H, W], or None."""
-    rows, columns = where.nonzero(as_tuple=True)
-    if not len(rows):
-        return None
-    return np.array([int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1])
-
-
-def check_consistent(sample: Sample) -> None:
-    height, width = sample.image.shape[-2:]
-    assert len(sample.boxes) == len(sample.labels) == len(sample.masks)
-    assert sample.boxes.canvas_size == (height, width)
-    assert sample.masks.shape[1:] == (height, width)
-    boxes = sample.boxes.as_subclass(Tensor)
-    assert (boxes >= 0).all()
-    assert (boxes <= torch.tensor([width, height, width, height])).all()
-    assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
-
-
 def check_exact(sample: Sample, tolerance: float, sources: int) -> int:
     """Masks are the pixels of their colours, boxes their extent; colours that are left without a label are slivers.
     Returns how many objects of the image are gone."""
@@ -180,7 +125,7 @@ def test_recipes_to_the_pixel(coloured: DetectionDataset, name: str, kind: str) 
     """Behind two resizes the first one's rounding is enlarged by the second, at most from 384 to 1536 pixels."""
     transform, copy_paste = recipe(name, kind, interpolate=False)
     tolerance = {"multiscale": 1 + 800 / 384, "multiscale_1536": 5, "multiscale_1536_long": 5}.get(name, 1)
-    dataset = TransformedDataset(coloured, transform, 1, "stop", copy_paste)
+    dataset = TransformedDataset(coloured, transform, 1, "stop", [copy_paste] if copy_paste else [])
     plain = TransformedDataset(coloured, transform, 1, "stop")
     pasted = 0
     for index in range(IMAGES):

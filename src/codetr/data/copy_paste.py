@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,15 +17,18 @@ from codetr.data.dataset import Sample
 class CopyPaste:
     """Pastes 0..`most` random objects of another image of the same size, each number as often, in front of all others.
 
+    A `codetr.data.mixing.Mixer`.
     Boxes are then those of the visible parts. An object is kept where no side of its box moved by more than `moved`
     pixels, or where more than `visible` pixels of it are left. Random numbers: torch's.
     """
 
+    needs_masks = True
     most: int
     moved: float
     visible: int
 
-    def __call__(self, onto: Sample, other: Sample) -> Sample:
+    def __call__(self, onto: Sample, another: Callable[[], Sample]) -> Sample:
+        other = another()
         assert onto.masks is not None
         assert other.masks is not None
         count = int(torch.randint(min(len(other.labels), self.most) + 1, ()))
@@ -50,6 +54,9 @@ class CopyPaste:
             labels=torch.cat([onto.labels, other.labels[chosen]])[stays],
             masks=wrap(masks if stays.all() else masks[stays], like=onto.masks),
         )
+
+    def most_objects(self, own: int, other: int) -> int:
+        return own + min(other, self.most)
 
 
 def tight_boxes(masks: Tensor) -> Tensor:

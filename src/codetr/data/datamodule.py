@@ -13,10 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torchvision.tv_tensors import Image
 
 from codetr.data.checks import Verify, check_trainable, check_val_classes
-from codetr.data.copy_paste import CopyPaste
 from codetr.data.dataset import DetectionDataset
 from codetr.data.findings import OnError
 from codetr.data.loader import BatchLoader, TrainLoader
+from codetr.data.mixing import Mixer
 from codetr.data.readers import Reader, locate
 from codetr.data.sampler import EvalSampler, TrainSampler
 from codetr.data.sampling import Order, orientations
@@ -43,7 +43,8 @@ class DetectionDataModule(LightningDataModule):
     masks: samples of the training set have the objects' masks.
     val_masks: the truth of the validation set has masks, as run lengths.
     prepare: called once per node before anything is read, to make or fetch the data.
-    copy_paste: applied to training images; reads masks.
+    mosaic, copy_paste, mixup: applied to training images behind `train_transform`, in this order (see
+        `codetr.data.mixing`); copy-paste reads masks and wants images of one size.
     colour: applied to training images before `train_transform`.
     max_pixels: of an image; larger ones are not decoded.
     scaled_decoding: of training images (see `codetr.data.transforms.TransformedDataset`).
@@ -84,7 +85,9 @@ class DetectionDataModule(LightningDataModule):
         masks: bool | None,
         val_masks: bool | None,
         prepare: Callable[[], Any] | None,
-        copy_paste: CopyPaste | None = None,
+        mosaic: Mixer | None = None,
+        copy_paste: Mixer | None = None,
+        mixup: Mixer | None = None,
         colour: Callable[[Image], Image] | None = None,
         max_pixels: int | None = None,
         scaled_decoding: bool = False,
@@ -108,7 +111,8 @@ class DetectionDataModule(LightningDataModule):
         self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
         self.classes, self.on_error = classes, on_error
         self.masks, self.val_masks = bool(masks), bool(val_masks)
-        self.prepare, self.copy_paste, self.colour = prepare, copy_paste, colour
+        self.prepare, self.colour = prepare, colour
+        self.mixers = [mixer for mixer in (mosaic, copy_paste, mixup) if mixer is not None]
         self.scaled_decoding = scaled_decoding
         self.pad_objects = pad_objects
         self.train_set: DetectionDataset | None = None
@@ -129,7 +133,7 @@ class DetectionDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_set is None:
-            masks = self.masks or self.copy_paste is not None
+            masks = self.masks or any(mixer.needs_masks for mixer in self.mixers)
             self.train_set = self._read(*self.train_paths, classes=self.classes, masks=masks)
             check_trainable(self.train_set.label_counts, self.train_set.report.source)
             self.val_set = None
@@ -152,7 +156,7 @@ class DetectionDataModule(LightningDataModule):
             self.train_transform,
             self.seed,
             unreadable="next" if self.on_error == "skip" else "stop",
-            copy_paste=self.copy_paste,
+            mixers=self.mixers,
             masks=self.masks,
             colour=self.colour,
             scaled_decoding=self.scaled_decoding,
@@ -179,9 +183,11 @@ class DetectionDataModule(LightningDataModule):
                 _log.warning("%d of %d %s images could not be decoded: %s", len(files), len(dataset), split, named)
 
     def _most_objects(self, dataset: DetectionDataset) -> int:
-        """Of a training image, with those that are pasted onto it. Augmentation removes objects and adds none."""
-        most = int(np.diff(dataset.objects().offsets).max())
-        return most + (min(most, self.copy_paste.most) if self.copy_paste is not None else 0)
+        """Of a training image, with those of others that are mixed in. Transforms remove objects and add none."""
+        most = of_file = int(np.diff(dataset.objects().offsets).max())
+        for mixer in self.mixers:
+            most = mixer.most_objects(most, of_file)
+        return most
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,22 @@ class Sample:
     file_size: tuple[int, int]
     truth: Truth
     masks: Mask | None = None
+
+
+def without_slivers(sample: Sample, boxes: Tensor) -> Sample:
+    """`sample` with `boxes`, [n, 4] xyxy, without the objects that kept less than a pixel of width or height."""
+    kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+    labels, masks = sample.labels, sample.masks
+    if not kept.all():
+        boxes, labels = boxes[kept], labels[kept]
+        masks = masks if masks is None else Mask(masks.as_subclass(Tensor)[kept])
+    height, width = sample.image.shape[-2:]
+    return replace(sample, boxes=xyxy_boxes(boxes, (height, width)), labels=labels, masks=masks)
+
+
+def xyxy_boxes(boxes: Tensor, size: tuple[int, int]) -> BoundingBoxes:
+    """[n, 4] in pixels of an image of (height, width) `size`."""
+    return BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=size)
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -257,7 +273,7 @@ class DetectionDataset(Dataset[Sample]):
         share = 1 / decoded_factor((height, width), (image.shape[1], image.shape[2]))
         return Sample(
             image=Image(image),
-            boxes=BoundingBoxes(torch.from_numpy(boxes), format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
+            boxes=xyxy_boxes(torch.from_numpy(boxes), (height, width)),
             labels=truth["labels"][torch.from_numpy(objects)],
             image_id=int(self._table.image_ids[row]),
             scale=(share, share),

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, KeyPoints, Mask
+from torchvision.tv_tensors import Image, KeyPoints, Mask
 
-from codetr.data.copy_paste import CopyPaste
-from codetr.data.dataset import DetectionDataset, Sample
+from codetr.data.dataset import DetectionDataset, Sample, without_slivers, xyxy_boxes
 from codetr.data.geometry import (
     Colour,
     Geometry,
@@ -32,6 +31,7 @@ from codetr.data.geometry import (
     random_integer,
 )
 from codetr.data.images import UnreadableImage
+from codetr.data.mixing import Mixer
 from codetr.data.sampler import mix_seed
 from codetr.types import Truth
 
@@ -129,7 +129,7 @@ def placed(sample: Sample, geometry: Geometry, colour: Colour | None = None) -> 
     The image may have been decoded smaller than its file: see `Sample.scale`. colour: see `Geometry.image`.
     """
     sample, boxes = _moved(sample, geometry, colour)
-    return _without_slivers(sample, boxes)
+    return without_slivers(sample, boxes)
 
 
 def _moved(sample: Sample, geometry: Geometry, colour: Colour | None = None) -> tuple[Sample, Tensor]:
@@ -145,7 +145,11 @@ def _through(sample: Sample, transform: Transform, colour: Colour | None) -> Sam
     height, width = sample.image.shape[-2:]
     sample, boxes = _moved(sample, Geometry.of_file((height, width)), colour)
     height, width = sample.image.shape[-2:]
-    parts: dict[str, Any] = {"image": sample.image, "boxes": _boxes(boxes, (height, width)), "labels": sample.labels}
+    parts: dict[str, Any] = {
+        "image": sample.image,
+        "boxes": xyxy_boxes(boxes, (height, width)),
+        "labels": sample.labels,
+    }
     if sample.masks is not None:
         parts["masks"] = sample.masks
     # They go through the transform with the image and tell how it was scaled. Nothing clips or drops points.
@@ -160,22 +164,7 @@ def _through(sample: Sample, transform: Transform, colour: Colour | None) -> Sam
     height, width = parts["image"].shape[-2:]
     boxes = parts.pop("boxes").as_subclass(Tensor)
     boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
-    return _without_slivers(replace(sample, **parts, scale=scale), boxes)
-
-
-def _without_slivers(sample: Sample, boxes: Tensor) -> Sample:
-    """`sample` with `boxes`, without the objects that kept less than a pixel of width or height."""
-    kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-    labels, masks = sample.labels, sample.masks
-    if not kept.all():
-        boxes, labels = boxes[kept], labels[kept]
-        masks = masks if masks is None else Mask(masks.as_subclass(Tensor)[kept])
-    height, width = sample.image.shape[-2:]
-    return replace(sample, boxes=_boxes(boxes, (height, width)), labels=labels, masks=masks)
-
-
-def _boxes(xyxy: Tensor, size: tuple[int, int]) -> BoundingBoxes:
-    return BoundingBoxes(xyxy, format=BoundingBoxFormat.XYXY, canvas_size=size)
+    return without_slivers(replace(sample, **parts, scale=scale), boxes)
 
 
 class TransformedDataset(Dataset[Sample]):
@@ -187,8 +176,7 @@ class TransformedDataset(Dataset[Sample]):
         readable one in the order of the data set; "blank": a black image, in which nothing of its truth can be found;
         "stop": nothing, UnreadableImage names the file.
     colour: applied to the image before `transform`, or to the window that it cuts out first.
-    copy_paste: with another image of the data set behind the same transform, which must make all images of one size;
-        needs masks.
+    mixers: applied one after the other behind the transform.
     masks: whether samples keep them.
     scaled_decoding: JPEGs which the transform makes much smaller are decoded at a fraction of their size (see
         `codetr.data.images.read_image`); of a transform that `codetr.data.geometry` knows.
@@ -200,13 +188,13 @@ class TransformedDataset(Dataset[Sample]):
         transform: Transform,
         seed: int,
         unreadable: Unreadable,
-        copy_paste: CopyPaste | None = None,
+        mixers: Sequence[Mixer] = (),
         masks: bool = True,
         colour: Colour | None = None,
         scaled_decoding: bool = False,
     ) -> None:
         self.dataset, self.seed, self.unreadable = dataset, seed, unreadable
-        self.transform, self.copy_paste, self.masks, self.colour = transform, copy_paste, masks, colour
+        self.transform, self.mixers, self.masks, self.colour = transform, mixers, masks, colour
         self.scaled_decoding = scaled_decoding
         # Workers set what the process of the loader reads.
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -226,8 +214,8 @@ class TransformedDataset(Dataset[Sample]):
         generator.manual_seed(mix_seed(self.seed, epoch, index))
         try:
             sample = self._sample(index)
-            if self.copy_paste is not None:
-                sample = self.copy_paste(sample, self._sample(random_integer(0, len(self) - 1)))
+            for mixer in self.mixers:
+                sample = mixer(sample, lambda: self._sample(random_integer(0, len(self) - 1)))
         except Exception as error:
             error.add_note(f"while reading and augmenting {self.dataset.path(index)}")
             raise
@@ -282,7 +270,7 @@ class TransformedDataset(Dataset[Sample]):
 def without_objects(image: Tensor, image_id: int, truth: Truth | None = None) -> Sample:
     """`image`, [3, H, W] uint8, as a sample without an object to train on. truth: None where nothing is known."""
     height, width = image.shape[-2:]
-    no_boxes = BoundingBoxes(torch.zeros(0, 4), format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
+    no_boxes = xyxy_boxes(torch.zeros(0, 4), (height, width))
     no_labels = torch.zeros(0, dtype=torch.int64)
     if truth is None:
         nothing = torch.zeros(0)
