@@ -154,15 +154,18 @@ def _with_sweep_directory(argv: list[str], args: Namespace, config_name: str, ov
             f"a sweep (-m) runs on one device, and trainer.devices is {trainer.devices}: each process would start "
             "the sweep anew. Run the jobs one by one, or set trainer.devices=1"
         )
-    if _value(overrides, "hydra.sweep.dir") is not None:
-        return argv
-    directory = make_unique(Path(compose(config_name, plain, args.config_dir, hydra_too=True).hydra.sweep.dir))
-    return _with_override(argv, args, f"hydra.sweep.dir={_quoted(directory)}")
+    hydra_own = compose(config_name, plain, args.config_dir, hydra_too=True).hydra
+    decided = []
+    if hydra_own.sweeper.get("direction") is not None and _value(overrides, "hydra.sweeper.direction") is None:
+        decided.append("hydra.sweeper.direction=maximize")  # of Optuna, which minimises; see `optimized_metric`
+    if _value(overrides, "hydra.sweep.dir") is None:
+        decided.append(f"hydra.sweep.dir={_quoted(make_unique(Path(hydra_own.sweep.dir)))}")
+    return _with_override(argv, args, *decided)
 
 
-def _with_override(argv: list[str], args: Namespace, override: str) -> list[str]:
+def _with_override(argv: list[str], args: Namespace, *decided: str) -> list[str]:
     end = argv.index(args.overrides[-1]) + 1 if args.overrides else len(argv)  # argparse wants overrides in a row
-    return [*argv[:end], override, *argv[end:]]
+    return [*argv[:end], *decided, *argv[end:]]
 
 
 def _with_saved_config(directory: Path, overrides: list[str], trust: tuple[str, ...]) -> list[str]:
