@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from codetr import application
+from codetr.errors import UserError
+
+if TYPE_CHECKING:
+    from codetr.inference import Exported, Model
+    from codetr.validation import Validation
 
 
 def evaluate(config: DictConfig) -> float:
@@ -17,21 +22,41 @@ def evaluate(config: DictConfig) -> float:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
-    from codetr.inference import load
+    from codetr.inference import Exported, load
     from codetr.ops.distributed import meet_anew
-    from codetr.task import DetectionTask
     from codetr.trainer import build_trainer
-    from codetr.trust import build as build_part
+    from codetr.trust import build
 
     meet_anew()
     application.require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt")
     application.one_of(config, split=("val", "train"))
     trust = application.as_names(config.trust)
     model = load(config.checkpoint, device="cpu", weights=config.weights, trust=trust)  # the trainer moves it
+    seed_everything(config.seed, workers=True, verbose=False)
+    task = _of_exported(config, model) if isinstance(model, Exported) else _of_checkpoint(config, model)
+    given = data_config(config, model.config["data"], model.class_names)
+    given.val_masks = model.finds_masks
+    data = build(given, model.path)
+    trainer = build_trainer(
+        config.trainer,
+        callbacks=list(instantiate(callbacks_config(config, model.step)).values()),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.validate(task, datamodule=data, verbose=False)
+    return task.metrics["val"].evaluations["bbox"].numbers["map"]
+
+
+def _of_checkpoint(config: DictConfig, model: Model) -> Validation:
+    from hydra.utils import instantiate
+
+    from codetr.task import DetectionTask
+    from codetr.trust import build as build_part
+
     saved, build = model.config, partial(build_part, source=model.path)
     kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
-    seed_everything(config.seed, workers=True, verbose=False)
-    task = DetectionTask(
+    return DetectionTask(
         detector=model.detector,
         criterion=build(saved["criterion"]),
         postprocess=instantiate(config.postprocess) if config.get("postprocess") else build(kept),
@@ -43,18 +68,25 @@ def evaluate(config: DictConfig) -> float:
         normalise_over_step=False,
         tiles=instantiate(config.tiles) if config.get("tiles") else model.tiles,
     )
-    given = data_config(config, saved["data"], model.class_names)
-    given.val_masks = model.detector.mask_head is not None
-    data = build(given)
-    trainer = build_trainer(
-        config.trainer,
-        callbacks=list(instantiate(callbacks_config(config, model.step)).values()),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.validate(task, datamodule=data, verbose=False)
-    return task.metrics["val"].evaluations["bbox"].numbers["map"]
+
+
+def _of_exported(config: DictConfig, model: Exported) -> Validation:
+    from hydra.utils import instantiate
+
+    from codetr.validation import Validated
+
+    for key in ("postprocess", "evaluate_heads"):
+        if config.get(key):
+            raise UserError(f"{key}: {model.path} is an exported file, whose graph is what it is; give its checkpoint")
+    counted, kept = config.metrics.max_detections, model.about.max_detections
+    if kept < counted:
+        raise UserError(
+            f"metrics.max_detections={counted} counts more detections of an image than the {kept} that {model.path} "
+            f"finds: evaluate with metrics.max_detections={kept}, or export with max_detections={counted}"
+        )
+    if config.get("tiles"):
+        model.tiles = instantiate(config.tiles)
+    return Validated(partial(model.detect, score_threshold=0.0), instantiate(config.metrics, model.class_names)())
 
 
 def _with_enough(postprocess: dict[str, Any], counted: int) -> dict[str, Any]:

@@ -82,8 +82,15 @@ class PostProcess:
 
         prediction: one layer, [B, N, ...]. sizes: [B, 2] (height, width); those of `Frames` make them network pixels.
         """
+        return self.thinned(*self.pairs(prediction, sizes))
+
+    def pairs(self, prediction: Prediction, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half, which a graph can hold: scores, labels [B, n] and boxes [B, n, 4], best first."""
         count = self.max_detections if self.suppression is None else prediction.logits.shape[-2]
-        scores, labels, boxes = best_pairs(prediction, sizes, count)
+        return best_pairs(prediction, sizes, count)
+
+    def thinned(self, scores: Tensor, labels: Tensor, boxes: Tensor) -> list[Detections]:
+        """The second half: what suppression leaves of the pairs."""
         if self.suppression is None:
             return [Detections(*one) for one in zip(scores, labels, boxes, strict=True)]
         scores, index, kept = self.suppression(boxes, scores, labels, self.max_detections)

@@ -13,7 +13,7 @@ from codetr.errors import UserError
 from codetr.names import shown_lines
 
 if TYPE_CHECKING:
-    from codetr.inference import Model, Result
+    from codetr.inference import Exported, Model, Result
     from codetr.inference.outputs import Writer
     from codetr.inference.sources import Unreadable
 
@@ -53,7 +53,7 @@ Sizes = dict[Path, tuple[int, int]]
 """(height, width) of files."""
 
 
-def _for_photos(config: DictConfig, model: Model) -> tuple[Writer, Sizes]:
+def _for_photos(config: DictConfig, model: Model | Exported) -> tuple[Writer, Sizes]:
     """With running numbers for images, and the model's own category ids."""
     from codetr.data.readers.folder import find_images
     from codetr.inference.outputs import Writer
@@ -67,7 +67,7 @@ def _for_photos(config: DictConfig, model: Model) -> tuple[Writer, Sizes]:
     return Writer(Path(config.out), paths, config.pictures, [model.path], drawn_from=config.score_threshold), {}
 
 
-def _for_a_server(config: DictConfig, model: Model) -> tuple[Writer, Sizes]:
+def _for_a_server(config: DictConfig, model: Model | Exported) -> tuple[Writer, Sizes]:
     """With the images and all ids of `annotations`; the model takes over those of the categories."""
     from codetr.data import numbering
     from codetr.inference.outputs import Writer
@@ -83,7 +83,7 @@ def _for_a_server(config: DictConfig, model: Model) -> tuple[Writer, Sizes]:
         config.pictures,
         [model.path, file],
         image_ids=[one.id for one in listed.values()],
-        masks=model.detector.mask_head is not None,
+        masks=model.finds_masks,
         drawn_from=config.score_threshold,
     )
     return writer, {path: one.size for path, one in listed.items()}

@@ -8,26 +8,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from codetr import resume
 from codetr.criterion import Criterion
 from codetr.errors import UserError
-from codetr.evaluation.inputs import inputs
 from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
-from codetr.names import tags
 from codetr.ops.normaliser import measure, normalised_by
 from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
 from codetr.tiles import Tiles, refuse_masks
 from codetr.trainer import fused_optimizer
 from codetr.types import MAIN, Batch, Detections, Memory, Seen, Targets
+from codetr.validation import Validation
 
 
-class DetectionTask(LightningModule):
+class DetectionTask(Validation):
     """Trains and evaluates `detector`.
 
     metrics: (iou_type="bbox" or "segm") -> metric. The task's `metrics` are a dict of them, by the names under which
@@ -56,16 +54,14 @@ class DetectionTask(LightningModule):
         compile: str | None = None,
         tiles: Tiles | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__({"val": metrics()})
         refuse_masks(tiles, detector.mask_head)
-        self.metrics = {"val": metrics()}
         if detector.mask_head is not None:
             self.metrics["val/segm"] = metrics(iou_type="segm")
         if evaluate_heads:
             self.metrics |= {f"val/branch/{name}": metrics() for name in detector.heads}
         if tiles is None:  # of many tiles each may keep fewer
-            counted = self.metrics["val"].rules.limits[-1]
-            _require_enough(postprocess, counted, detector if evaluate_heads else None)
+            require_enough(postprocess, self.counted, detector if evaluate_heads else None)
         self.detector, self.criterion, self.postprocess, self.tiles = detector, criterion, postprocess, tiles
         self.evaluate_heads = evaluate_heads
         self.optimizer, self.schedule = optimizer, schedule
@@ -175,13 +171,6 @@ class DetectionTask(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(numbers, step)
 
-    def on_validation_epoch_start(self) -> None:
-        for metric in self.metrics.values():
-            metric.reset()
-            metric.update([], [])  # a data set may have no masks: torchmetrics warns of a metric that saw no batch
-            if metric.rules.federated:
-                metric.frequency = self.trainer.datamodule.val_set.frequencies  # type: ignore[attr-defined]
-
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         frames = batch.frames
         if self.tiles is not None:
@@ -191,9 +180,9 @@ class DetectionTask(LightningModule):
         in_files = {name: frames.to_files(own) for name, own in found.items()}
         if "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth):
             in_files["val"] = with_masks(self.detector, memory, found["val"], frames)
-            self._evaluate("val/segm", in_files["val"], batch)
+            self.evaluate("val/segm", in_files["val"], batch)
         for name, own in in_files.items():
-            self._evaluate(name, own, batch)
+            self.evaluate(name, own, batch)
         return in_files["val"]
 
     def _found(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple[dict[str, list[Detections]], Memory]:
@@ -204,24 +193,6 @@ class DetectionTask(LightningModule):
             by_head = self.detector.detect_with_heads(output.memory, sizes)
             found |= {f"val/branch/{name}": own for name, own in by_head.items()}
         return found, output.memory
-
-    def _evaluate(self, name: str, detections: list[Detections], batch: Batch) -> None:
-        self.metrics[name].update(*inputs(batch.image_ids, detections, batch.truth, masks=name == "val/segm"))
-
-    def on_validation_epoch_end(self) -> None:
-        numbers: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            metric.compute()
-            (evaluation,) = metric.evaluations.values()
-            if name == "val" or evaluation.images:
-                numbers |= {f"{name}/{key}": value for key, value in evaluation.numbers.items()}
-        classes = self.metrics["val"].evaluations["bbox"].map_per_class
-        called = tags(classes)
-        numbers |= {f"val/ap/{called[name]}": value for name, value in classes.items()}
-        # The evaluation after a fit is no point of its curves.
-        fitting = self.trainer.state.fn == "fit"
-        self.log("val/map", numbers.pop("val/map"), prog_bar=True, logger=fitting)
-        self.log_dict(numbers, logger=fitting)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["codetr"] = self.settings
@@ -240,7 +211,7 @@ def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return torch.compile(function, backend=backend, options=options)
 
 
-def _require_enough(postprocess: PostProcess, counted: int, evaluated: Detector | None) -> None:
+def require_enough(postprocess: PostProcess, counted: int, evaluated: Detector | None) -> None:
     """counted: detections of an image that metrics count. evaluated: the detector whose heads are, too. What a part of
     another package keeps, it may not tell."""
     kept = {"postprocess": getattr(postprocess, "max_detections", None)}

@@ -37,11 +37,11 @@ class Run:
 
     def model(self) -> Model:
         """The best checkpoint, opened. Raises UserError where there is none."""
-        from codetr.inference import load
+        from codetr.inference.model import load_checkpoint
 
         if self.best is None:
             raise UserError(f"{self.folder}: no best checkpoint was written; train for at least one validation")
-        return load(self.best)
+        return load_checkpoint(self.best)
 
 
 def train(*overrides: str, config_dir: str | None = None) -> Run:

@@ -66,17 +66,18 @@ _RESOLVER = re.compile(r"\$\{[\w.]+:[^{}]*\}")
 _AWAY = re.compile(r"^[/~\\]|^[A-Za-z]:\\|://|(^|/)\.\.(/|$)")  # a path or an address outside of the run
 
 
-def parts(config: Any, source: Path | str, trust: Sequence[str] = ()) -> dict[str, Any]:
+def parts(config: Any, source: Path | str, trust: Sequence[str] = (), names: Sequence[str] = PARTS) -> dict[str, Any]:
     """Of a checkpoint's configuration what may be built, as a copy: a backbone fetches no weights, data is not made.
 
-    trust: further targets by name, or packages whose classes and functions are allowed. Raises UserError for anything
-    else that would be called, for values that are resolved only when they are used, and for what is no configuration.
+    names: of the parts, `data` among them. trust: further targets by name, or packages whose classes and functions are
+    allowed. Raises UserError for anything else that would be called, for values that are resolved only when they are
+    used, and for what is no configuration.
     """
     if type(config) is not dict:
         raise UserError(f"{source}: its configuration is no mapping; give a checkpoint of codetr.train")
-    if missing := [name for name in PARTS if type(config.get(name)) is not dict]:
+    if missing := [name for name in names if type(config.get(name)) is not dict]:
         raise UserError(f"{source}: its configuration has no {missing[0]}; give a checkpoint of codetr.train")
-    found = {name: config[name] for name in (*PARTS, *OPTIONAL) if config.get(name) is not None}
+    found = {name: config[name] for name in (*names, *OPTIONAL) if config.get(name) is not None}
     found["data"] = found["data"] | {_PREPARE: None, "cache": None}
     for name, part in found.items():
         allowed = _targets(_OF_DATA if name == "data" else _OF_MODEL)

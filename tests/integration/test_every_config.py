@@ -38,6 +38,7 @@ ELSEWHERE = {
     "benchmark": "test_benchmark_step.py",
     "eval": "test_eval.py",
     "predict": "test_predict.py",
+    "export": "test_export.py",
     "check": "test_check.py",
     "show": "test_readme.py",
     "convert": "test_convert_command.py",

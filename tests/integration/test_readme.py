@@ -18,7 +18,7 @@ from toy import data_overrides, environment, make_coco, overrides
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
 DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
-KNOWN = {"train", "eval", "predict", "data", "convert", "papers", "benchmark", "doctor"}
+KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "doctor"}
 OWN_DATA = r"## Train on your own data\n.*?```bash\n(.*?)```"
 # What a command says about machines, data and files, which are others here.
 ELSEWHERE = re.compile(r"(trainer(\.(devices|num_nodes|accelerator))?|data(\.\w+)?|run_dir|resume|initialise\.\w+)=")
@@ -70,7 +70,15 @@ TRAINED = [words for words in COMPOSED if words[0] == "codetr.train" and "offici
 def test_the_documents_hold_commands() -> None:
     assert len(PAPERS) >= 5
     assert len(COMPOSED) >= 25
-    assert {settings(words)[0] for words in COMPOSED} >= {"train", "eval", "predict", "convert", "check", "benchmark"}
+    assert {settings(words)[0] for words in COMPOSED} >= {
+        "train",
+        "eval",
+        "predict",
+        "export",
+        "convert",
+        "check",
+        "benchmark",
+    }
     assert {words[0].removeprefix("codetr.") for words in COMMANDS} <= KNOWN
 
 

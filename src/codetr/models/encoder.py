@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codetr.nn.deformable_attention import DeformableAttention
@@ -54,15 +53,21 @@ class _FirstPixels:
 @once
 def _first_pixels(shapes: Shapes, size: tuple[int, int], device: torch.device) -> _FirstPixels:
     """size: (height, width) of the padding."""
-    numbers = torch.arange(size[0] * size[1], device=device, dtype=torch.float64).view(1, 1, *size)
-    levels = [F.interpolate(numbers, size=shape)[0, 0].long() for shape in shapes]
+    rows = [_firsts(height, size[0], device) for height, _ in shapes]
+    columns = [_firsts(width, size[1], device) for _, width in shapes]
     ends = [torch.arange(n + 1, device=device)[:, None] for n in size]
     return _FirstPixels(
-        index=torch.cat([level.flatten() for level in levels]),
-        rows=torch.stack([(level[:, 0] // size[1] < ends[0]).sum(1) for level in levels], 1).int(),
-        columns=torch.stack([(level[0] < ends[1]).sum(1) for level in levels], 1).int(),
+        index=torch.cat([(y[:, None] * size[1] + x).flatten() for y, x in zip(rows, columns, strict=True)]),
+        rows=torch.stack([(y < ends[0]).sum(1) for y in rows], 1).int(),
+        columns=torch.stack([(x < ends[1]).sum(1) for x in columns], 1).int(),
         shapes=torch.tensor(shapes).to(device, non_blocking=True),
     )
+
+
+def _firsts(cells: int, pixels: int, device: torch.device) -> Tensor:
+    """The first pixel of each cell along an axis, by float32 as in `torch.nn.functional.interpolate`: [cells]."""
+    starts = torch.arange(cells, device=device, dtype=torch.float32) * (pixels / cells)
+    return starts.long().clamp(max=pixels - 1)
 
 
 def _valid_sizes(padding: Tensor, first: _FirstPixels) -> Tensor:

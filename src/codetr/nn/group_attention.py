@@ -100,7 +100,7 @@ class GroupSelfAttention(nn.Module):
             values = _with_seen(values, [value[i] for i in bucket.sees], bucket.blocks)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, values, attn_mask=bucket.mask, dropout_p=dropout)
-        out = out.transpose(1, 2).reshape(len(value[0]), -1, self.output.in_features)
+        out = out.transpose(1, 2).reshape(value[0].shape[0], -1, self.output.in_features)
         return out.split([sizes[i] for i in bucket.members], 1)
 
 

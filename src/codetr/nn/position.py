@@ -40,7 +40,7 @@ def cells(shapes: Shapes, device: torch.device) -> Cells:
         places.append(torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1))
         x, y = (columns + 0.5) / width, (rows + 0.5) / height
         centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1))
-    level = [torch.full((len(place),), index, device=device) for index, place in enumerate(places)]
+    level = [torch.full((place.shape[0],), index, device=device) for index, place in enumerate(places)]
     return Cells(torch.cat(level), torch.cat(places), torch.cat(centres))
 
 

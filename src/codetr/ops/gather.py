@@ -14,11 +14,16 @@ def largest(values: Tensor, count: int) -> Tensor:
 
     Of equal ones those that come first, where `topk` chooses by the tensor's shape, and so by an image's batch mates.
     Equal is what float32 does not tell apart, except for float64, which takes longer; NaN is larger than all.
+
+    An exported graph takes `count` of them: its shapes do not follow from the image's, which must have so many.
     """
-    count = min(count, values.shape[-1])
+    if not torch.compiler.is_exporting():
+        count = min(count, values.shape[-1])
     if values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     numbers = values.detach().float().nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0  # -0.0 becomes 0.0
+    if torch.onnx.is_in_onnx_export():  # whose TopK takes the first of equal ones, and which knows no bits of numbers
+        return numbers.topk(count).indices
     bits = numbers.contiguous().view(torch.int32).long()  # in the order of the numbers, backwards if negative
     ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     places = torch.arange(values.shape[-1], device=values.device)

@@ -52,7 +52,7 @@ class LearnedQueries(nn.Module):
         self.brings_reference = not embed_position
 
     def forward(self, context: QueryContext) -> QueryGroup:
-        batch = len(context.memory.tokens)
+        batch = context.memory.tokens.shape[0]
         return QueryGroup(
             content=self._content(context.memory.tokens).expand(batch, self.num_queries, -1),
             reference=None if self.anchors is None else self._at_places(self.anchors.weight.sigmoid(), batch),

@@ -104,7 +104,7 @@ class TwoStageQueries(nn.Module):
         """Positions, or None, and contents of queries at `reference` [B, N, 4]."""
         position, content = (None, None) if self.embedding is None else self.embedding(reference)
         if self.content is not None:
-            content = self.content.weight[: reference.shape[1]].expand(len(reference), -1, -1)
+            content = self.content.weight[: reference.shape[1]].expand(reference.shape[0], -1, -1)
         assert content is not None  # promised by __init__
         return position, content
 

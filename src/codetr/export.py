@@ -1,0 +1,108 @@
+"""A checkpoint as one file for other runtimes: `codetr export checkpoint=FILE format=onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from codetr import application
+from codetr.errors import UserError
+
+if TYPE_CHECKING:
+    from codetr.exporting.graph import Canvas
+    from codetr.inference import Model
+    from codetr.inference.about import About
+
+FORMATS = ("torch", "onnx", "openvino", "tensorrt")
+PRECISIONS = ("fp32", "fp16")
+
+
+def export(config: DictConfig) -> Path:
+    """Returns the path of the file. Raises UserError for bad keys, and for what cannot be exported."""
+    # Imported here, so that --help and --cfg answer at once.
+    from codetr.exporting import formats
+    from codetr.exporting.graph import Canvas, graph_of
+    from codetr.inference.model import load_checkpoint
+
+    application.require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt")
+    application.one_of(config, format=FORMATS, precision=PRECISIONS, weights=("ema", "raw"))
+    form = formats.FORMATS[config.format]
+    form.check(config.format)
+    if config.format != "torch":
+        formats.check_opset(config.opset)
+    out = _target(config, form.suffix)
+    trust = application.as_names(config.trust)
+    model = load_checkpoint(config.checkpoint, device="cpu", weights=config.weights, trust=trust)
+    canvas = Canvas.of(model, _size(config.size))
+    graph = graph_of(model, config.max_detections, config.precision)
+    about = _about(config, model, canvas, graph.postprocess.max_detections)
+    form.write(graph, canvas, about, config.opset, out)
+    print(_summary(config, about, out))
+    return out
+
+
+def _target(config: DictConfig, suffix: str) -> Path:
+    checkpoint = Path(config.checkpoint)
+    out = Path(config.out) if config.out is not None else Path(checkpoint.with_suffix(suffix).name)
+    if out.suffix != suffix:
+        raise UserError(f"out={out}: a file of format={config.format} ends in {suffix}")
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out} is there already; overwrite=true writes over it")
+    return out
+
+
+def _size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise UserError(f"size={list(size)}: give height and width in pixels, size=[800,1344]")
+    return size[0], size[1]
+
+
+def _about(config: DictConfig, model: Model, canvas: Canvas, max_detections: int) -> About:
+    from codetr.inference.about import FORM, About
+
+    return About(
+        form=FORM,
+        class_names=model.class_names,
+        category_ids=model.category_ids,
+        size_divisor=canvas.divisor,
+        least_side=canvas.least,
+        size=canvas.size,
+        precision=config.precision,
+        max_detections=max_detections,
+        score_threshold=config.score_threshold,
+        step=model.step,
+        config={name: model.config[name] for name in ("postprocess", "data", "tiles") if name in model.config},
+    )
+
+
+def _summary(config: DictConfig, about: About, out: Path) -> str:
+    sides = "x".join(map(str, about.size)) if about.size else f"any multiple of {about.size_divisor}"
+    from_ = f", from {about.least_side} pixels on" if not about.size else ""
+    lines = [f"{out}: {out.stat().st_size / 1e6:.1f} MB, {config.precision}; height and width {sides}{from_}"]
+    if config.format == "tensorrt":
+        lines.append(_trtexec(out, about))
+    return "\n".join(lines)
+
+
+def _trtexec(out: Path, about: About) -> str:
+    """The command that builds a plan on a machine with TensorRT."""
+
+    def shapes(batch: int, side: int) -> str:
+        height, width = about.size or (side, side)
+        return f"images:{batch}x3x{height}x{width},sizes:{batch}x2"
+
+    side = -(-1344 // about.size_divisor) * about.size_divisor
+    given = f"--minShapes={shapes(1, about.least_side)} --optShapes={shapes(1, side)} --maxShapes={shapes(8, side)}"
+    return f"trtexec --onnx={out} --saveEngine={out.with_suffix('.plan')} --stronglyTyped {given}"
+
+
+def main() -> None:
+    application.run(export, config_name="export")
+
+
+if __name__ == "__main__":
+    main()

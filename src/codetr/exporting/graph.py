@@ -1,0 +1,148 @@
+"""The one graph of an exported detector: from the pixels of a padded batch to the best pairs of queries and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from codetr.errors import UserError
+from codetr.inference import Model
+from codetr.models.detector import Detector
+from codetr.postprocess import PostProcess
+from codetr.queries.two_stage import TwoStageQueries
+from codetr.types import MAIN
+
+INPUTS, OUTPUTS = ("images", "sizes"), ("boxes", "scores", "labels")
+_TRACED = 512, 640  # height and width of the images, at least, of which the graph is made; their values do not matter
+_LARGEST = 8192  # side in pixels
+
+
+class Graph(nn.Module):
+    """What `Model.detect` does between the batch and suppression, of the main group alone.
+
+    postprocess: whose first half is inside: the best pairs, with boxes in pixels of the network.
+    narrow: the dtype of the weights, to which operations that can are cast; None: float32 throughout.
+    """
+
+    def __init__(self, detector: Detector, postprocess: PostProcess, narrow: torch.dtype | None) -> None:
+        super().__init__()
+        self.detector, self.postprocess, self.narrow = inference_part(detector), postprocess, narrow
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images: [B, 3, H, W] uint8, padded right and below. sizes: [B, 2] int64 (height, width) without the padding.
+
+        Returns boxes [B, n, 4] xyxy in network pixels, scores [B, n], best first, and labels [B, n].
+        """
+        padding = padding_of(sizes, images.shape[2], images.shape[3])
+        with nullcontext() if self.narrow is None else torch.autocast(images.device.type, self.narrow):
+            prediction = self.detector.detect(images, padding)
+        scores, labels, boxes = self.postprocess.pairs(prediction, sizes)
+        return boxes, scores, labels
+
+
+def inference_part(detector: Detector) -> Detector:
+    """`detector` without what only trains; the parts that are left are shared."""
+    part = Detector(
+        backbone=detector.backbone,
+        neck=detector.neck,
+        encoder=detector.encoder,
+        adapter=None,
+        heads={},
+        queries={MAIN: cast(Any, detector.queries[MAIN])},
+        decoder=detector.decoder,
+        mask_head=None,
+        mask_groups=(),
+    )
+    return part.eval()
+
+
+def padding_of(sizes: Tensor, height: int, width: int) -> Tensor:
+    """[B, H, W] bool, True beside and below images of (height, width) `sizes`, [B, 2]."""
+    below = torch.arange(height, device=sizes.device)[:, None] >= sizes[:, 0, None, None]
+    beside = torch.arange(width, device=sizes.device) >= sizes[:, 1, None, None]
+    return below | beside
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Which heights and widths a graph takes.
+
+    size: (height, width) where they are fixed; None: multiples of `divisor`, from `least` pixels on.
+    """
+
+    size: tuple[int, int] | None
+    divisor: int
+    least: int
+
+    @classmethod
+    def of(cls, model: Model, size: tuple[int, int] | None) -> Canvas:
+        """Raises UserError for a size that the detector cannot take."""
+        divisor, least = model.size_divisor, least_side(model.detector, model.size_divisor)
+        for side in size or ():
+            if side % divisor or side < least:
+                raise UserError(f"size={list(size or ())}: give multiples of {divisor}, of at least {least} pixels")
+        return cls(size, divisor, least)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """A batch of two that the graph takes."""
+        height, width = self.size or (max(self.least, -(-n // self.divisor) * self.divisor) for n in _TRACED)
+        sizes = torch.tensor([[height, width], [height - self.divisor // 2, width // 2]])
+        return torch.zeros(2, 3, height, width, dtype=torch.uint8), sizes
+
+    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        """The batch is symbolic, and so are height and width unless they are fixed."""
+        batch = Dim("batch", min=1, max=_LARGEST)
+        shapes: dict[str, dict[int, Any]] = {"images": {0: batch}, "sizes": {0: batch}}
+        if self.size is None:
+            for axis, name in ((2, "rows"), (3, "columns")):
+                units = Dim(name, min=self.least // self.divisor, max=_LARGEST // self.divisor)
+                shapes["images"][axis] = units * self.divisor if self.divisor > 1 else units
+        return shapes
+
+
+def least_side(detector: Detector, divisor: int) -> int:
+    """The side of the smallest square, a multiple of `divisor`, with two cells on the coarsest level and as many cells
+    as the first stage selects."""
+    main = detector.queries[MAIN]
+    needed = main.num_queries if isinstance(main, TwoStageQueries) else 1
+    strides = detector.neck.strides(detector.backbone.strides)
+    side = -(-(strides[-1] + 1) // divisor) * divisor
+    while sum((-(-side // stride)) ** 2 for stride in strides) < needed:
+        side += divisor
+    return side
+
+
+def graph_of(model: Model, max_detections: int | None, precision: str) -> Graph:
+    """Raises UserError for what cannot be part of a graph."""
+    if model.detector.mask_head is not None:
+        raise UserError(
+            f"{model.path}: detectors with a mask head cannot be exported: masks are made of the boxes that are left "
+            "after suppression, a number that no graph knows. Use codetr predict"
+        )
+    postprocess = model.postprocess
+    if not isinstance(postprocess, PostProcess):
+        raise UserError(f"{model.path}: its postprocess is a {type(postprocess).__name__}, which is no part of a graph")
+    most = postprocess.max_detections if max_detections is None else max_detections
+    if precision == "fp16":
+        model.half()
+    return Graph(
+        model.detector, PostProcess(most, postprocess.suppression), torch.float16 if precision == "fp16" else None
+    ).eval()
+
+
+@contextmanager
+def traceable() -> Iterator[None]:
+    """In which PyTorch's fused encoder layers, which no other runtime has, are written out."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
