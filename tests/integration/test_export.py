@@ -20,6 +20,7 @@ from codetr.export import export
 from codetr.inference import Exported, Model
 from codetr.inference.about import KEY, About
 from codetr.predict import predict
+from codetr.tiles import Tiles
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -72,6 +73,13 @@ def test_an_onnx_file_finds_what_the_checkpoint_finds(
     assert (model.class_names, model.category_ids) == (eager.class_names, eager.category_ids)
     assert_same(model, eager, images, batch)
     assert_same(model, eager, images[::3], batch)
+
+
+def test_tiles_are_cut_for_the_file_too(onnx_file: Path, trained: Trained, images: list[np.ndarray]) -> None:
+    model, eager = codetr.load(onnx_file), codetr.load(trained.checkpoint, device="cpu")
+    assert isinstance(eager, Model)
+    model.tiles = eager.tiles = Tiles(size=64, overlap=0.25, iou=0.5, batch_size=2)
+    assert_same(model, eager, images[:2], batch=1)
 
 
 def test_nothing_of_training_is_in_the_file(onnx_file: Path, eager: Model) -> None:
