@@ -111,7 +111,7 @@ gpu: ## On a CUDA machine: kernel tests, benchmarks, 200 steps (GPU_PYTHON=pytho
 tune: ## On a CUDA machine: the fastest launch constants into kernels/msda/launch.json
 	$(GPU_PYTHON) -m benchmarks attention/tune
 
-measure: install ## `make demo` from a fresh clone, twice: time, mAP, the same digits
+measure: install ## `make demo-shapes` from a fresh clone, twice: time, mAP, the same digits
 	$(BIN)/python -m benchmarks training/demo --repeat 2
 
 readme: install ## Put the measured tables into README and docs, and write docs/reproduction.md

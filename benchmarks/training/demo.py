@@ -1,4 +1,4 @@
-"""From `git clone` to the picture: clones this repository, runs `make demo` there, and writes what came out.
+"""From `git clone` to the picture: clones this repository, runs `make demo-shapes` there, and writes what came out.
 
 --repeat N runs the training N times in the clone and says whether all numbers are the same to the last digit.
 """
@@ -22,9 +22,9 @@ NUMBERS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "m
 
 
 def run(clone: Path) -> tuple[dict, float]:
-    """metrics.json and the seconds that `make demo` took."""
+    """metrics.json and the seconds that `make demo-shapes` took."""
     start = time.monotonic()
-    subprocess.run(["make", "demo"], cwd=clone, check=True)
+    subprocess.run(["make", "demo-shapes"], cwd=clone, check=True)
     return json.loads((newest(clone) / "metrics.json").read_text()), time.monotonic() - start
 
 

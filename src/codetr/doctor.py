@@ -15,6 +15,10 @@ from packaging.requirements import Requirement
 FEATURES = {
     "loggers": "logger=wandb, logger=mlflow, logger=many",
     "supervision": "Result.to_supervision",
+    "albumentations": "augment@data=albumentations",
+    "sweeps": "hydra/sweeper=optuna, hydra/launcher=submitit_local",
+    "onnx": "codetr export format=onnx, and running its files",
+    "openvino": "codetr export format=openvino, and running its files",
     "dev": "make check, make test",
 }
 _VARIABLES = (

@@ -11,6 +11,7 @@ import pytest
 
 from codetr import application
 from codetr.data.commands.convert import main as convert
+from codetr.data.commands.tile import main as tile
 from codetr.papers import main as papers
 from codetr.training import fit
 from toy import data_overrides, environment, make_coco, overrides
@@ -62,7 +63,8 @@ def settings(words: list[str]) -> tuple[str, list[str]]:
 COMMANDS = commands()
 PAPERS = [words for words in COMMANDS if words[0] == "codetr.papers"]
 CONVERTED = [words for words in COMMANDS if words[:2] == ["codetr.data", "convert"]]
-OTHERS = [*PAPERS, *CONVERTED, ["codetr.doctor"]]  # which compose no configuration
+TILED = [words for words in COMMANDS if words[:2] == ["codetr.data", "tile"]]
+OTHERS = [*PAPERS, *CONVERTED, *TILED, ["codetr.doctor"]]  # which compose no configuration
 COMPOSED = [words for words in COMMANDS if words not in OTHERS and not {"-m", "--config-dir"} & set(words)]
 TRAINED = [words for words in COMPOSED if words[0] == "codetr.train" and "official" not in " ".join(words)]
 
@@ -110,10 +112,25 @@ def test_every_data_set_is_converted(words: list[str], tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     make_coco(tmp_path / "coco", train=2, val=1)
     given = dict(word.split("=") for word in words[2:])
-    data = [o for o in data_overrides(Path("coco")) if o.startswith(("data.train_", "data.val_"))]
-    convert(["from=custom", f"to={given['from']}", "source=coco", f"target={given['source']}", *data])
+    made_of_coco(given)
     assert convert(words[2:]) == 0
     assert any(path.is_file() for path in (tmp_path / given["target"]).rglob("*"))
+
+
+@pytest.mark.parametrize("words", TILED, ids=" ".join)
+def test_every_data_set_is_tiled(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_coco(tmp_path / "coco", train=2, val=1)
+    given = dict(word.split("=") for word in words[2:])
+    made_of_coco(given)
+    assert tile(words[2:]) == 0
+    assert len(list((tmp_path / given["target"] / "train").iterdir())) == 2
+
+
+def made_of_coco(given: dict[str, str]) -> None:
+    """The set in `coco` in the form and place that a command reads."""
+    data = [o for o in data_overrides(Path("coco")) if o.startswith(("data.train_", "data.val_"))]
+    convert(["from=custom", f"to={given['from']}", "source=coco", f"target={given['source']}", *data])
 
 
 @pytest.mark.slow
