@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 FEATURES = {
     "loggers": "logger=wandb, logger=mlflow, logger=many",
     "supervision": "Result.to_supervision",
+    "onnx": "codetr export format=onnx, and what it made",
+    "openvino": "codetr export format=openvino, and what it made",
     "dev": "make check, make test",
 }
 _VARIABLES = (
