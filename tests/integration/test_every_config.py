@@ -120,6 +120,7 @@ def test_every_file_is_run_or_built() -> None:
 # Of keys whose values are other tests' matter.
 OTHER = {
     "precision",
+    "format",
     "device",
     "on_error",
     "weights",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import codetr
 from codetr.application import compose
@@ -147,6 +150,17 @@ def test_openvino_finds_what_the_checkpoint_finds(
         assert_near(model, eager, images)
 
 
+@pytest.mark.slow
+def test_half_precision_finds_the_same_to_its_rounding(
+    trained: Trained, eager: Model, images: list[np.ndarray], tmp_path: Path
+) -> None:
+    path = exported(trained, tmp_path / "model.onnx", "precision=fp16")
+    kinds = {one.data_type for one in onnx.load(path).graph.initializer if len(one.dims) > 1}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert path.stat().st_size < 4e6
+    assert_near(codetr.load(path), eager, images)
+
+
 def assert_near(model: Model | Exported, eager: Model, images: list[np.ndarray]) -> None:
     """As half precision rounds: the ten best of an image, whatever their order."""
     for one, true in zip(*(m.predict(images, score_threshold=0) for m in (model, eager)), strict=True):
@@ -273,3 +287,35 @@ def test_metadata_are_read_with_distrust(onnx_file: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=words):
             codetr.load(changed(onnx_file, tmp_path / "a.onnx", text))
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_without_torch"
+
+
+def test_the_example_runs_without_torch(trained: Trained, onnx_file: Path, eager: Model, tmp_path: Path) -> None:
+    """On images that are resized, and on one that is as the network takes it."""
+    photo = tmp_path / "large.png"
+    Image.open(trained.images / "0.png").resize((400, 300), Image.Resampling.BICUBIC).save(photo)
+    files = [trained.images / "1.png", photo]
+    code = f"import sys, runpy; sys.modules['torch'] = None; sys.path.insert(0, {str(EXAMPLE)!r}); import detect\n"
+    code += f"model = detect.Model({str(onnx_file)!r}); import json\n"
+    code += f"print(json.dumps([model(path, 0.0) for path in {[str(f) for f in files]!r}]))\n"
+    code += "assert not [name for name in sys.modules if name.startswith(('torch', 'codetr')) and sys.modules[name]]\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for found, file, pixels in zip(json.loads(done.stdout), files, (1e-3, 1.0), strict=True):
+        (true,) = eager.predict(file, score_threshold=0)
+        boxes = np.array([one["box"] for one in found])
+        assert np.abs(boxes[:5] - true.boxes_xyxy[:5].numpy()).max() < pixels
+        assert [one["name"] for one in found[:5]] == true.names[:5]
+
+
+def test_its_sizes_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    from detect import resized
+
+    rng = np.random.default_rng(0)
+    for short, long in ((800, 1333), (None, 128), (96, 128), (640, None)):
+        for width, height in rng.integers(30, 3000, (200, 2)).tolist():
+            expected = v2.functional.resize(torch.empty(0, height, width), [short] if short else None, max_size=long)
+            assert resized((width, height), short, long) == (expected.shape[2], expected.shape[1])

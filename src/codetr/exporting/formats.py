@@ -105,7 +105,7 @@ def _tidy(model: Any) -> None:
     from onnxscript import optimizer
 
     for _ in range(2):  # shapes that the first makes known
-        optimizer.fold_constants(model)
+        optimizer.fold_constants(model, onnx_shape_inference=True)
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
