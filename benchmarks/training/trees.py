@@ -119,13 +119,14 @@ def endless(data: Any) -> Iterator[Batch]:
 
 
 def trained(folder: Path, given: list[str]) -> dict[str, Any]:
-    """metrics.json of a finished run, which is kept."""
-    start = time.monotonic()
-    if not (folder / "metrics.json").exists():
-        command = [sys.executable, "-m", "codetr.train", "experiment=trees", f"run_dir={folder}", "resume=auto", *given]
-        folder.mkdir(parents=True, exist_ok=True)
+    """metrics.json, with the minutes that the run took unless it had been begun before."""
+    begun, start = folder.exists(), time.monotonic()
+    command = [sys.executable, "-m", "codetr.train", "experiment=trees", f"run_dir={folder}", "resume=auto", *given]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "curves.png").exists():  # written last
         subprocess.run(command, check=True, env=dict(os.environ))
-    return {**json.loads((folder / "metrics.json").read_text()), "minutes": (time.monotonic() - start) / 60}
+    minutes = None if begun else (time.monotonic() - start) / 60
+    return {**json.loads((folder / "metrics.json").read_text()), "minutes": minutes}
 
 
 # -- Faster R-CNN
@@ -235,7 +236,10 @@ def see(model: FasterRCNN, images: Tensor, padding: Tensor, sizes: Tensor) -> Fo
 
 
 def write(rows: dict[str, dict[str, Any]], folder: Path) -> None:
-    cells = [[name, *(f"{row[n]:.3f}" for n in NUMBERS), f"{row['minutes']:.0f}"] for name, row in rows.items()]
+    cells = [
+        [name, *(f"{row[n]:.3f}" for n in NUMBERS), f"{row['minutes']:.0f}" if row["minutes"] else "not timed"]
+        for name, row in rows.items()
+    ]
     about = (
         "One photograph with 279 trees, of a place that no training saw, one seed; minutes of training, of ours with "
         f"its validations. `make bench NAME=training/trees`, {date.today()}, {report.machine()}."
