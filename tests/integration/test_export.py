@@ -80,9 +80,11 @@ def test_an_onnx_file_finds_what_the_checkpoint_finds(
 
 def test_tiles_are_cut_for_the_file_too(onnx_file: Path, trained: Trained, images: list[np.ndarray]) -> None:
     model, eager = codetr.load(onnx_file), codetr.load(trained.checkpoint, device="cpu")
+    assert isinstance(model, Exported)
     assert isinstance(eager, Model)
-    model.tiles = eager.tiles = Tiles(size=64, overlap=0.25, iou=0.5, batch_size=2)
-    assert_same(model, eager, images[:2], batch=1)
+    model.tiles = eager.tiles = Tiles(size=model.about.least_side, overlap=0.25, iou=0.5, batch_size=2)
+    wide = [np.tile(image, (1, 3, 1)) for image in images[:2]]
+    assert_same(model, eager, wide, batch=1)
 
 
 def test_nothing_of_training_is_in_the_file(onnx_file: Path, eager: Model) -> None:
