@@ -33,6 +33,7 @@ def test_losses_and_weights_are_those_of_the_run_without(tmp_path: Path) -> None
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shapes_that_change_are_not_compiled(tmp_path: Path) -> None:
     make_coco(tmp_path / "data", train=2, val=2)
     done = train(tmp_path / "data", tmp_path, "compile=inductor")

@@ -304,6 +304,7 @@ def test_refuses_what_does_not_fit() -> None:
         pool(roi_align, levels, given._replace(images=images.int()))
 
 
+@pytest.mark.slow
 def test_the_next_process_loads_from_the_cache(tmp_path: Path) -> None:
     code = "from codetr.kernels.roi_align.numba_kernels import kernels;"
     code += "print([sum(kernel.stats.cache_hits.values()) for kernel in kernels()])"
