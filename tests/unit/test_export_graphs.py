@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -60,7 +61,8 @@ def graph(name: str, *more: str) -> tuple[Graph, Canvas]:
     with torch.no_grad():  # heads that start at zero would hide most of the graph
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    return Graph(model, PostProcess(DETECTIONS, None), None).eval(), Canvas(None, 32, least_side(model, 32))
+    size = (192, 224) if name == "swin" else None
+    return Graph(model, PostProcess(DETECTIONS, None), None).eval(), Canvas(size, 32, least_side(model, 32))
 
 
 def batch(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -72,20 +74,29 @@ def batch(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return images, sizes
 
 
-def check(run, graph: Graph) -> None:  # type: ignore[no-untyped-def]
-    """Boxes within 1e-3 pixel, scores within 1e-5, in the same order; and batch mates change nothing."""
-    for case in CASES:
-        images, sizes = batch(*case)
+def check(run, graph: Graph, canvas: Canvas) -> None:  # type: ignore[no-untyped-def]
+    """On every case; and batch mates change nothing."""
+    for count, *canvas_of_case in CASES:
+        images, sizes = batch(count, *(canvas.size or canvas_of_case))
         with torch.no_grad():
             expected = graph(images, sizes)
-        boxes, scores, labels = run(images, sizes)
-        assert boxes.shape == (len(images), DETECTIONS, 4)
-        torch.testing.assert_close(scores, expected[1], rtol=0, atol=1e-5)
-        torch.testing.assert_close(boxes, expected[0], rtol=0, atol=1e-3)
-        assert torch.equal(labels, expected[2])
-        assert boxes.std(1).min() > 1e-3
+        found = run(images, sizes)
+        assert found[0].shape == (len(images), DETECTIONS, 4)
+        assert found[0].std(1).min() > 1e-3
+        for own, true in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
+            assert_same(own, true)
         alone = run(images[-1:], sizes[-1:])
-        torch.testing.assert_close(alone[0][0], boxes[-1], rtol=0, atol=1e-3)
+        assert_same([one[0] for one in alone], [one[-1] for one in found])
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Of one image: boxes within 1e-3 pixel, scores within 1e-5, in the same order, except that scores which are
+    equal to that precision may have changed places."""
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
+    near = (found[1][:, None] - expected[1]).abs() <= 1e-5
+    same = near & (found[2][:, None] == expected[2]) & ((found[0][:, None] - expected[0]).abs().amax(-1) <= 1e-3)
+    assert same.any(1).all()
+    assert same.any(0).all()
 
 
 def by_onnx_runtime(graph: Graph, canvas: Canvas, path: Path):  # type: ignore[no-untyped-def]
@@ -104,7 +115,7 @@ def by_onnx_runtime(graph: Graph, canvas: Canvas, path: Path):  # type: ignore[n
 @pytest.mark.parametrize("name", DETECTORS)
 def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path) -> None:
     own, canvas = graph(name)
-    check(by_onnx_runtime(own, canvas, tmp_path / "model.onnx"), own)
+    check(by_onnx_runtime(own, canvas, tmp_path / "model.onnx"), own, canvas)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +129,4 @@ def test_torch_export_computes_the_same(name: str) -> None:
     own, canvas = graph(name)
     with traceable():
         program = torch.export.export(own, canvas.example(), dynamic_shapes=canvas.dynamic_shapes())
-    check(program.module(), own)
+    check(program.module(), own, canvas)

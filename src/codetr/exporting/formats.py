@@ -41,7 +41,8 @@ class Format:
 def _torch(graph: Graph, canvas: Canvas, about: About, opset: int, path: Path) -> None:
     with traceable():
         program = torch.export.export(graph, canvas.example(), dynamic_shapes=canvas.dynamic_shapes())
-    with atomically(path) as part:
+    with atomically(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor")  # weights in channels-last order, which it copies
         torch.export.save(program, part, extra_files={f"{KEY}.json": about.to_json()})
 
 

@@ -14,6 +14,7 @@ from torch.export import Dim
 from codetr.errors import UserError
 from codetr.inference import Model
 from codetr.models.detector import Detector
+from codetr.models.swin import Swin
 from codetr.postprocess import PostProcess
 from codetr.queries.two_stage import TwoStageQueries
 from codetr.types import MAIN
@@ -82,7 +83,12 @@ class Canvas:
 
     @classmethod
     def of(cls, model: Model, size: tuple[int, int] | None) -> Canvas:
-        """Raises UserError for a size that the detector cannot take."""
+        """Raises UserError for a size that the detector cannot take, and for none where it needs one."""
+        if size is None and isinstance(model.detector.backbone, Swin):
+            raise UserError(
+                "size=null: PyTorch does not come to an end with Swin's windows on images of any size: give height and "
+                "width of all batches, size=[800,1344]"
+            )
         divisor, least = model.size_divisor, least_side(model.detector, model.size_divisor)
         for side in size or ():
             if side % divisor or side < least:
