@@ -35,7 +35,7 @@ def export(config: DictConfig) -> Path:
     out = _target(config, form.suffix)
     trust = application.as_names(config.trust)
     model = load_checkpoint(config.checkpoint, device="cpu", weights=config.weights, trust=trust)
-    canvas = Canvas.of(model, _size(config.size))
+    canvas = Canvas.of(model, _size(config.size), config.format)
     graph = graph_of(model, config.max_detections, config.precision)
     about = _about(config, model, canvas, graph.postprocess.max_detections)
     form.write(graph, canvas, about, config.opset, out)

@@ -26,6 +26,7 @@ from codetr.export import export
 from codetr.exporting.graph import Canvas
 from codetr.inference import Exported, Model
 from codetr.inference.about import KEY, About
+from codetr.inference.model import load_checkpoint
 from codetr.predict import predict
 from codetr.tiles import Tiles
 from codetr.types import Detections
@@ -160,19 +161,20 @@ def test_openvino_finds_what_the_checkpoint_finds(
 
 @pytest.mark.slow
 def test_half_precision_finds_the_same_to_its_rounding(
-    trained: Trained, eager: Model, images: list[np.ndarray], tmp_path: Path
+    trained: Trained, images: list[np.ndarray], tmp_path: Path
 ) -> None:
+    """As the checkpoint does with weights of half precision, which selects other proposals than float32."""
     path = exported(trained, tmp_path / "model.onnx", "precision=fp16")
     kinds = {one.data_type for one in onnx.load(path).graph.initializer if len(one.dims) > 1}
     assert onnx.TensorProto.FLOAT16 in kinds
     assert path.stat().st_size < 4e6
-    assert_near(codetr.load(path), eager, images)
+    assert_near(codetr.load(path), load_checkpoint(trained.checkpoint, device="cpu").half(), images)
 
 
-def assert_near(model: Model | Exported, eager: Model, images: list[np.ndarray]) -> None:
-    """As half precision rounds, by which proposals of nearly equal scores change places, and so their queries."""
-    for one, true in zip(*(m.predict(images, score_threshold=0) for m in (model, eager)), strict=True):
-        torch.testing.assert_close(one.scores[:10], true.scores[:10], rtol=0, atol=1e-2)
+def assert_near(model: Model | Exported, other: Model, images: list[np.ndarray]) -> None:
+    """As half precision rounds: for each of the ten best one of its class, half a pixel beside it at the most."""
+    for one, true in zip(*(m.predict(images, score_threshold=0) for m in (model, other)), strict=True):
+        torch.testing.assert_close(one.scores[:10], true.scores[:10], rtol=0, atol=2e-2)
         for box, label in zip(true.boxes_xyxy[:10], true.labels, strict=False):
             assert (one.boxes_xyxy[one.labels == label] - box).abs().amax(1).min() < 0.5
 
@@ -263,8 +265,8 @@ def test_swin_needs_a_size(eager: Model) -> None:
     chosen = ["model=deformable_pp", "model/backbone=swin_tiny", f"+model.detector.backbone.arguments={arguments}"]
     model = replace(eager, detector=detector(eager.class_names, *chosen))
     with pytest.raises(UserError, match=r"size=null: .*Swin"):
-        Canvas.of(model, None)
-    assert Canvas.of(model, (192, 224)).size == (192, 224)
+        Canvas.of(model, None, "onnx")
+    assert Canvas.of(model, (192, 224), "onnx").size == (192, 224)
 
 
 def test_masks_are_refused(segmenting: Trained, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from codetr.errors import UserError
 from codetr.inference import Model
 from codetr.models.detector import Detector
 from codetr.models.swin import Swin
+from codetr.models.vit import ViT
 from codetr.postprocess import PostProcess
 from codetr.queries.two_stage import TwoStageQueries
 from codetr.types import MAIN
@@ -82,11 +83,12 @@ class Canvas:
     least: int
 
     @classmethod
-    def of(cls, model: Model, size: tuple[int, int] | None) -> Canvas:
-        """Raises UserError for a size that the detector cannot take, and for none where it needs one."""
-        if size is None and isinstance(model.detector.backbone, Swin):
+    def of(cls, model: Model, size: tuple[int, int] | None, form: str) -> Canvas:
+        """Raises UserError for a size that the detector cannot take, and for none where the format needs one."""
+        if size is None and not takes_any_size(model.detector, form):
             raise UserError(
-                "size=null: PyTorch does not come to an end with Swin's windows on images of any size: give height and "
+                f"size=null: PyTorch does not understand the windows of this detector's "
+                f"{type(model.detector.backbone).__name__} on images of any size, with format={form}: give height and "
                 "width of all batches, size=[800,1344]"
             )
         divisor, least = model.size_divisor, least_side(model.detector, model.size_divisor)
@@ -110,6 +112,16 @@ class Canvas:
                 units = Dim(name, min=self.least // self.divisor, max=_LARGEST // self.divisor)
                 shapes["images"][axis] = units * self.divisor if self.divisor > 1 else units
         return shapes
+
+
+def takes_any_size(detector: Detector, form: str) -> bool:
+    """Whether height and width can be symbolic.
+
+    Tracing Swin's windows takes longer than anybody waits. Those of ViT are traced, but `torch.export` guards what it
+    learned from the example: one image in a batch, or another width, is then refused.
+    """
+    windowed = Swin if form != "torch" else (Swin, ViT)
+    return not isinstance(detector.backbone, windowed)
 
 
 def least_side(detector: Detector, divisor: int) -> int:
