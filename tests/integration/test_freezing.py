@@ -69,7 +69,8 @@ def test_exactly_what_is_frozen_stays(data: Path, start: dict[str, Tensor], tmp_
         fit(application.compose("train", [*run, "resume=auto", "freeze=[neck]", "trainer.max_steps=3"]))
 
 
-@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_two_processes(data: Path, start: dict[str, Tensor], tmp_path: Path, trainer: str) -> None:
     (freeze, frozen) = list(CASES.items())[1]
     mode = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.precision=32-true", "data.batch_size=1"]
