@@ -48,6 +48,20 @@ def make_coco(
         (folder / f"{split}.json").write_text(json.dumps(content))
 
 
+def as_lvis(path: Path) -> None:
+    """Red is rare and annotated in every other image only, blue is not exhaustively annotated in some."""
+    content = json.loads(path.read_text())
+    for category, letter in zip(content["categories"], "rcf", strict=True):
+        category["frequency"] = letter
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 1 or a["image_id"] % 2]
+    for image in content["images"]:
+        present = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
+        searched = {2, 3} | ({1} if image["id"] % 2 else set())
+        image["neg_category_ids"] = sorted(searched - present)
+        image["not_exhaustive_category_ids"] = [3] if image["id"] % 3 == 0 else []
+    path.write_text(json.dumps(content))
+
+
 def data_overrides(data: Path) -> list[str]:
     """What reads the folder that `make_coco` made."""
     return [

@@ -13,23 +13,9 @@ import torch
 import codetr
 from codetr import application
 from lvis_api import LVIS, LVISEval, LVISResults
-from toy import make_coco, overrides, train
+from toy import as_lvis, make_coco, overrides, train
 
 KEYS = {"AP": "map", "AP50": "map_50", "APr": "map_rare", "APc": "map_common", "APf": "map_frequent", "AR@20": "mar_20"}
-
-
-def as_lvis(path: Path) -> None:
-    """Red is rare and annotated in every other image only, blue is not exhaustively annotated in some."""
-    content = json.loads(path.read_text())
-    for category, letter in zip(content["categories"], "rcf", strict=True):
-        category["frequency"] = letter
-    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 1 or a["image_id"] % 2]
-    for image in content["images"]:
-        present = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
-        searched = {2, 3} | ({1} if image["id"] % 2 else set())
-        image["neg_category_ids"] = sorted(searched - present)
-        image["not_exhaustive_category_ids"] = [3] if image["id"] % 3 == 0 else []
-    path.write_text(json.dumps(content))
 
 
 @pytest.mark.filterwarnings("ignore:The 'warn' method:DeprecationWarning")

@@ -14,7 +14,7 @@ from codetr.data.commands.convert import main as convert
 from codetr.data.commands.tile import main as tile
 from codetr.papers import main as papers
 from codetr.training import fit
-from toy import data_overrides, environment, make_coco, overrides
+from toy import as_lvis, data_overrides, environment, make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
@@ -138,12 +138,16 @@ def made_of_coco(given: dict[str, str]) -> None:
 def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model, queries, heads, losses and optimizer that it says, in toy size, on a small set."""
     make_coco(tmp_path / "data", train=2, val=1)
+    if "metrics=lvis" in words:
+        for split in ("train", "val"):
+            as_lvis(tmp_path / "data" / f"{split}.json")
     given = [word for word in words[1:] if not ELSEWHERE.match(word)]
     left = ("model=", "name=", "~", "schedule", "optim", "callbacks.ema")  # of the command, or of the toy alone
     small = [o for o in overrides(tmp_path / "data") if not o.startswith(left)]
     if any("num_queries" in word for word in given):
         small = [o for o in small if "num_queries" not in o]
-    small += ["model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
+    trees = "experiment=trees" in words  # whose backbone is small as it is, and whose tiles are its augmentation's
+    small += ["tiles.size=64" if trees else "model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
     small += ["~callbacks.progress", "trainer.max_epochs=1", "trainer.max_steps=1", "run_dir=run"]
     monkeypatch.chdir(tmp_path)
     fit(application.compose("train", [*given, *small]))
