@@ -120,7 +120,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loggers = [TensorBoardLogger(folder, name="", version="tb"), CSVLogger(folder, name="", version="csv")]
     callbacks = [
         Pictures(count=3, score_threshold=0.3),
-        Report(["train/loss"], ["val/map"], about={}),
+        Report(["train/loss"], ["val/map"], about={}, images=5000),
         LineProgress(1e9),
     ]
     fit = trainer(folder, callbacks, logger=loggers)
@@ -191,9 +191,9 @@ def test_the_bar_runs_and_reads_the_logged_values_at_most_once_a_second(tmp_path
 
 
 def test_validation_alone_reports_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, [Report([], [], about={"step": 7, "checkpoint": "best.ckpt"}), LineProgress(1e9)]).validate(
-        Oracle(), Loader(batch(10)), verbose=False
-    )
+    trainer(
+        tmp_path, [Report([], [], about={"step": 7, "checkpoint": "best.ckpt"}, images=5000), LineProgress(1e9)]
+    ).validate(Oracle(), Loader(batch(10)), verbose=False)
     shown = capsys.readouterr().out
     assert "AP per class" in shown
     result = json.loads((tmp_path / "metrics.json").read_text())

@@ -69,7 +69,9 @@ class Objects:
     def of(self, kept: np.ndarray) -> Objects:
         """kept: [n] bool."""
         arrays = (None if own is None else own[kept] for own in (self.scores, self.crowd, self.area))
-        return Objects(self.image[kept], self.label[kept], self.boxes[kept], *arrays, _some(self.rle, kept.nonzero()[0]))
+        return Objects(
+            self.image[kept], self.label[kept], self.boxes[kept], *arrays, _some(self.rle, kept.nonzero()[0])
+        )
 
 
 @dataclass

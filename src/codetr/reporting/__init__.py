@@ -1,1 +1,1 @@
-"""What a run's directory says about the run, as pages that stand alone and as text: nothing here trains or evaluates."""
+"""What a directory says about its run, as pages that stand alone and as text: nothing here trains or evaluates."""

@@ -74,11 +74,14 @@ def _falling(precision: np.ndarray, label: np.ndarray) -> np.ndarray:
 class Operating:
     """What each of K classes does at S scores, and where its F1 is best.
 
-    scores: [S]. precision, recall, f1: [S, K] of the detections with at least that score; a precision of nothing is 1.
+    scores: [S]. hits, false: [S, K] the detections with at least that score, right and wrong ones. precision, recall,
+    f1: [S, K] of them; a precision of nothing is 1.
     best, best_precision, best_recall, best_f1: [K] the score with the highest F1, and what it gives; NaN without.
     """
 
     scores: np.ndarray
+    hits: np.ndarray
+    false: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
@@ -109,7 +112,7 @@ def operating(matches: Matches, classes: int, points: int = 101) -> Operating:
         precision = np.where(found > 0, hits / found, 1.0)
         recall = hits / objects
         f1 = 2 * hits / (found + objects)
-    return Operating(scores, precision, recall, np.where(objects > 0, f1, np.nan), *best)
+    return Operating(scores, hits, found - hits, precision, recall, np.where(objects > 0, f1, np.nan), *best)
 
 
 def _best(score: np.ndarray, so_far: np.ndarray, objects: int) -> tuple[float, float, float, float]:

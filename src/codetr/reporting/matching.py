@@ -65,7 +65,15 @@ def match(scene: Scene, outside: float, thresholds: Sequence[float] = (0.5,)) ->
     loose = _not_exhaustive(scene, found)[order]
     ignored = np.where(chosen == NONE, loose, ~counted[chosen] if len(counted) else False)
     return Matches(
-        order, found.image[order], found.label[order], found.scores[order], chosen, ignored, truth.image, truth.label, counted
+        order,
+        found.image[order],
+        found.label[order],
+        found.scores[order],
+        chosen,
+        ignored,
+        truth.image,
+        truth.label,
+        counted,
     )
 
 

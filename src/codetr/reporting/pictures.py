@@ -81,7 +81,9 @@ def _marks(analysis: Analysis, image: int) -> Iterator[Mark]:
     outlines = _outlines(analysis, image, matches.rows[mine], truth)
     for i in truth.tolist():
         kind = "found" if i in hit else "missed"
-        yield Mark(kind, f"{names[matches.true_label[i]]} ({kind})", *scene.truth.boxes[i].tolist(), outlines[0].get(i, ""))
+        yield Mark(
+            kind, f"{names[matches.true_label[i]]} ({kind})", *scene.truth.boxes[i].tolist(), outlines[0].get(i, "")
+        )
     for i in mine.tolist():
         kind = "wrong" if matches.object[0][i] == NONE else "right"
         row = int(matches.rows[i])
@@ -111,7 +113,9 @@ def outline(rle: dict[str, Any]) -> str:
     if not mask.any():
         return ""
     lines = contour_generator(z=mask.astype(float)).lines(0.5)
-    return "".join("M" + "L".join(f"{(x - 0.5) * step:.0f} {(y - 0.5) * step:.0f}" for x, y in line) + "Z" for line in lines)
+    return "".join(
+        "M" + "L".join(f"{(x - 0.5) * step:.0f} {(y - 0.5) * step:.0f}" for x, y in line) + "Z" for line in lines
+    )
 
 
 def doubtful(analysis: Analysis, doubts: Sequence[Doubt]) -> list[Picture]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,11 @@ def slices(scene: Scene, matches: Matches, classes: int, sizes: np.ndarray | Non
     number = np.bincount(counted, minlength=images)
     overlap = _crowding(truth[matches.counted], counted, images)
     for by, names, bins in (
-        ("objects in the image", ("1 or none", "2 to 4", "5 to 9", "10 to 19", "20 and more"), _binned(number, NUMBERS, True)),
+        (
+            "objects in the image",
+            ("1 or none", "2 to 4", "5 to 9", "10 to 19", "20 and more"),
+            _binned(number, NUMBERS, True),
+        ),
         ("crowding", ("apart", "IoU to 0.2", "IoU to 0.5", "IoU above 0.5"), _binned(overlap, OVERLAPS, True)),
     ):
         whole.append(_by(by, names, matches, classes, bins[matches.image], bins[matches.true_image]))
@@ -65,8 +70,7 @@ def _by(
     for i, name in enumerate(names):
         counted = matches.counted & (truth == i)
         part = matches._replace(object=one, ignored=matches.ignored[:1] | (own != i), counted=counted)
-        objects = np.count_nonzero(counted)
-        hit = np.count_nonzero(part.right)
+        objects, hit = int(np.count_nonzero(counted)), int(np.count_nonzero(part.right))
         ap = mean_ap(Ranking(part, classes).average_precision())
         parts.append(Slice(by, name, objects, ap, hit / objects if objects else -1.0))
     return parts
@@ -78,13 +82,17 @@ def _binned(values: np.ndarray, edges: Sequence[float], inclusive: bool = False)
 
 
 def _sizes(edges: Sequence[float]) -> list[str]:
-    between = [f"{a} to {b} px" for a, b in zip(edges, edges[1:], strict=False)]
+    between = [f"{a} to {b} px" for a, b in pairwise(edges)]
     return [f"below {edges[0]} px", *between, f"{edges[-1]} px and more"]
 
 
 def _named(names: Sequence[str], edges: Sequence[float]) -> list[str]:
     shown = [f"{e:.2g}" for e in edges]
-    ranges = [f"below {shown[0]}", *(f"{a} to {b}" for a, b in zip(shown, shown[1:], strict=False)), f"{shown[-1]} and more"]
+    ranges = [
+        f"below {shown[0]}",
+        *(f"{a} to {b}" for a, b in pairwise(shown)),
+        f"{shown[-1]} and more",
+    ]
     return [f"{name}, {of}" for name, of in zip(names, ranges, strict=True)]
 
 

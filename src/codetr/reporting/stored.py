@@ -124,7 +124,9 @@ def _among_the_best(image: np.ndarray, label: np.ndarray, scores: np.ndarray, li
     return kept
 
 
-def of_columns(columns: Columns, most: int, about: About, ids: Sequence[int], sizes: np.ndarray, files: Sequence[str]) -> Stored:
+def of_columns(
+    columns: Columns, most: int, about: About, ids: Sequence[int], sizes: np.ndarray, files: Sequence[str]
+) -> Stored:
     """What is stored of an evaluation: at most `most` of its images, with what is known of them.
 
     ids, sizes, files: of the images of the data set; empty where there is none.
