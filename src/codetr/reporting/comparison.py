@@ -89,14 +89,25 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         found.setdefault(tuple((key, run.config.get(key, settings.ABSENT)) for key in keys), []).append(i)
     if not any(len(members) > 1 for members in found.values()) or not all(run.config for run in runs):
         return []
-    return [_group(own, members, runs) for own, members in found.items()]
+    labels = _labels(list(found), [runs[members[0]] for members in found.values()])
+    return [_group(label, members, runs) for label, members in zip(labels, found.values(), strict=True)]
 
 
-def _group(own: Sequence[tuple[str, str]], members: list[int], runs: Sequence[Run]) -> Group:
+def _labels(configs: Sequence[Sequence[tuple[str, str]]], runs: Sequence[Run]) -> list[str]:
+    """Of groups: in which overrides they differ; where that does not tell them apart, in which settings."""
+    given = settings.differences([dict(run.overrides) for run in runs])
+    rows = [[(key, values[i]) for key, values in given.items() if key != _SEED] for i in range(len(runs))]
+    own = [", ".join(f"{key}={value}" for key, value in row if value != settings.ABSENT) for row in rows]
+    if len(set(own)) < len(own):
+        own = [", ".join(f"{key}={value}" for key, value in config) for config in configs]
+    return [label or "nothing given" for label in own] if len(own) > 1 else ["all runs"]
+
+
+def _group(label: str, members: list[int], runs: Sequence[Run]) -> Group:
     values = side_by_side([runs[i].numbers("bbox") for i in members])
     several = len(members) > 1
     return Group(
-        ", ".join(f"{key}={value}" for key, value in own) or "all runs",
+        label,
         members,
         {name: float(np.mean(v)) for name, v in values.items()},
         {name: float(np.std(v, ddof=1)) if several else None for name, v in values.items()},
