@@ -1,7 +1,8 @@
 """Claims of the papers in small: the same budget of steps for every variant, several seeds.
 
 Runs one experiment for every variant and seed, two at a time with one thread each, and writes the table, the numbers
-and the learning curves to benchmarks/results/, and a page on all runs beside them (see docs/dashboards.md). Finished runs are kept: an interrupted comparison goes on where it was.
+and the learning curves to benchmarks/results/, and a page on all runs beside them (see docs/dashboards.md). Finished
+runs are kept: an interrupted comparison goes on where it was.
 """
 
 import argparse

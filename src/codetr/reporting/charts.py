@@ -104,13 +104,13 @@ def _curves(analysis: Analysis) -> Chart:
     every = [(ALL, there)] + [(shown(names[k]), [k]) for k in there]
     variants: dict[str, list[Trace]] = {}
     for name, classes in every:
-        precision = analysis.precision[:, classes].mean(1)
+        precision = _mean(analysis.precision[:, classes])
         over_score = (own.precision, own.recall, own.f1)
         traces = [
             {"x": rounded(_RECALL), "y": rounded(precision), "name": "precision over recall", "showlegend": False}
         ]
         for label, values in zip(("precision", "recall", "F1"), over_score, strict=True):
-            y = rounded(values[:, classes].mean(1))
+            y = rounded(_mean(values[:, classes]))
             traces.append({"x": rounded(own.scores), "y": y, "name": label, "xaxis": "x2", "yaxis": "y2"})
         variants[name if name not in variants else f"{name} ({len(variants)})"] = traces
     layout = {
@@ -121,6 +121,13 @@ def _curves(analysis: Analysis) -> Chart:
         "yaxis2": {"range": [0, 1.02]},
     }
     return Chart("Precision and recall at IoU 0.5", variants, layout)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """[S] of [S, K], over the classes that have a number; NaN where none has."""
+    there = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, values, 0.0).sum(1) / there.sum(1)
 
 
 def _mistakes(analysis: Analysis) -> Chart:
@@ -166,7 +173,7 @@ def _confusion(analysis: Analysis) -> Chart:
     rows = np.append(chosen, k)
     part = counts[np.ix_(rows, rows)]
     share = part / np.maximum(1, counts[rows].sum(1, keepdims=True))
-    labels = [shown(names[i])[:40] for i in chosen.tolist()]
+    labels = [shown(names[i])[:24] for i in chosen.tolist()]
     unlike = [f"{name} " if name in labels[:i] else name for i, name in enumerate(labels)]
     heat = {
         "type": "heatmap",
@@ -175,7 +182,7 @@ def _confusion(analysis: Analysis) -> Chart:
         "x": [*unlike, "missed"],
         "y": [*unlike, "nothing"],
         "hovertemplate": "%{y} found as %{x}: %{text} (%{z:.1%})<extra></extra>",
-        "colorscale": "Blues",
+        "colorscale": [[0, "#ffffff"], [1, "#1b4f8a"]],
         "zmin": 0,
         "zmax": 1,
         "showscale": False,

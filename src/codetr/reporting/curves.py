@@ -75,7 +75,7 @@ class Operating:
     """What each of K classes does at S scores, and where its F1 is best.
 
     scores: [S]. hits, false: [S, K] the detections with at least that score, right and wrong ones. precision, recall,
-    f1: [S, K] of them; a precision of nothing is 1.
+    f1: [S, K] of them, NaN of nothing.
     best, best_precision, best_recall, best_f1: [K] the score with the highest F1, and what it gives; NaN without.
     """
 
@@ -109,7 +109,7 @@ def operating(matches: Matches, classes: int, points: int = 101) -> Operating:
         if objects[k] and so_far[-1]:
             best[:, k] = _best(score[own], so_far[1:], objects[k])
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.where(found > 0, hits / found, 1.0)
+        precision = hits / found
         recall = hits / objects
         f1 = 2 * hits / (found + objects)
     return Operating(scores, hits, found - hits, precision, recall, np.where(objects > 0, f1, np.nan), *best)

@@ -36,6 +36,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"shown": shown, "decimals": decimals, "signed": signed}
     environment.globals["plotly"] = plotly
+    environment.policies["json.dumps_kwargs"] = {}  # keys stay in their order
     return environment
 
 
