@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from codetr.callbacks.results import of_decoder
+from codetr.errors import UserError
 from codetr.evaluation.engines import ABSENT
 from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.evaluation.summary import Evaluation
@@ -27,6 +29,7 @@ from codetr.reporting import page, stored
 from codetr.reporting.machine import machine
 from codetr.visualize import save_learning_curves, save_precision_recall
 
+_log = logging.getLogger(__name__)
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
 BAR_WIDTH = 24
 BRANCH = "val/branch/"  # before the name of a head
@@ -65,7 +68,12 @@ class Report(Callback):
         write_metrics(folder / "metrics.json", evaluation, where | self.about)
         save_precision_recall(evaluation.precision, evaluation.map_per_class, folder / "pr_curves.png")
         if self.images:
-            self._write_page(trainer, pl_module)
+            try:
+                self._write_page(trainer, pl_module)
+            except UserError:
+                raise
+            except Exception:  # a page is no reason to lose a training
+                _log.exception("report.html could not be written; please report this fault. The run goes on")
         if trainer.state.fn != "fit":
             get_console().print(tables(evaluation, masks))
             if branches:
