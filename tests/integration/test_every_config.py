@@ -131,9 +131,9 @@ def in_their_own_parts(folder: Path) -> None:
         events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     ).experiment
     assert "final/map" in {info.name.tag for info in experiment.metric_infos}
-    (table,) = list((folder / "run/wandb").glob("offline-run-*/files/media/table/val/classes*"))[:1]
+    (table,) = list((folder / "run/wandb").glob("offline-run-*/files/media/table/val/classes*.json"))[:1]
     assert [row[0] for row in json.loads(table.read_text())["data"]] == ["red", "green", "blue"]
-    (boxes,) = list((folder / "run/wandb").glob("offline-run-*/files/media/metadata/boxes2D/*"))[:1]
+    (boxes,) = list((folder / "run/wandb").glob("offline-run-*/files/media/metadata/**/*.json"))[:1]
     assert json.loads(boxes.read_text())["box_data"]
     assert list((folder / "outputs/mlruns").glob("*/*/artifacts/report.html"))
     (number,) = (folder / "outputs/mlruns").glob("*/*/metrics/final/map")

@@ -236,7 +236,7 @@ def test_one_run_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({}, "is no run"),
         ({"metrics.json": "{"}, "metrics.json is no JSON"),
         ({"metrics.json": "{}", ".hydra/config.yaml": "a: [1"}, "config.yaml is no YAML"),
-        ({"metrics.json": "{}", "evaluation_bbox.npz": "x"}, "no evaluation that codetr stored"),
+        ({"metrics.json": '{"map": 0.5}', "evaluation_bbox.npz": "x"}, "no evaluation that codetr stored"),
     ],
 )
 def test_mistakes_are_explained(

@@ -67,11 +67,10 @@ class Objects:
     rle: list[Any] | None = None
 
     def of(self, kept: np.ndarray) -> Objects:
-        """kept: [n] bool."""
-        arrays = (None if own is None else own[kept] for own in (self.scores, self.crowd, self.area))
-        return Objects(
-            self.image[kept], self.label[kept], self.boxes[kept], *arrays, _some(self.rle, kept.nonzero()[0])
-        )
+        """kept: rows, or [n] bool."""
+        rows = np.flatnonzero(kept) if kept.dtype == bool else kept
+        scores, crowd, area = (None if own is None else own[rows] for own in (self.scores, self.crowd, self.area))
+        return Objects(self.image[rows], self.label[rows], self.boxes[rows], scores, crowd, area, _some(self.rle, rows))
 
 
 @dataclass

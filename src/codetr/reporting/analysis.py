@@ -14,6 +14,7 @@ from codetr.reporting.matching import Matches, match
 from codetr.reporting.mistakes import Calibration, Mistakes, calibration, mistakes
 from codetr.reporting.slices import Slice, slices
 from codetr.reporting.stored import Stored
+from codetr.reporting.tide import Error, tide
 
 DOUBTS = 24
 
@@ -36,6 +37,7 @@ class Analysis:
     precision: np.ndarray
     operating: Operating
     score: float
+    tide: dict[str, Error]
     mistakes: Mistakes
     calibration: Calibration
     slices: list[Slice]
@@ -62,6 +64,7 @@ def analyse(stored: Stored) -> Analysis:
         precision=precision_at_recalls(matches, classes),
         operating=operating(matches, classes),
         score=_or_half(operating(_by_score(together), 1).best[0]),
+        tide=tide(scene, matches, classes),
         mistakes=mistakes(scene, matches, stored.rules, DOUBTS),
         calibration=calibration(matches),
         slices=slices(scene, matches, classes, sizes),
@@ -74,8 +77,13 @@ def analyse(stored: Stored) -> Analysis:
 
 def _by_score(matches: Matches) -> Matches:
     order = np.argsort(-matches.score, kind="stable")
-    own = (getattr(matches, name)[order] for name in ("rows", "image", "label", "score"))
-    return Matches(*own, matches.object[:, order], matches.ignored[:, order], *matches[6:])
+    return matches._replace(
+        rows=matches.rows[order],
+        image=matches.image[order],
+        score=matches.score[order],
+        object=matches.object[:, order],
+        ignored=matches.ignored[:, order],
+    )
 
 
 def _or_half(score: float) -> float:

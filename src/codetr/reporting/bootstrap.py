@@ -77,5 +77,5 @@ def compare(first: Ranking, second: Ranking, images: int, rounds: int, seed: int
     difference = drawn[:, 1] - drawn[:, 0]
     low, high = np.percentile(difference, _OUTER)
     better = np.mean(difference > 0) + np.mean(difference == 0) / 2
-    own = (mean_ap(one.average_precision()) for one in (first, second))
-    return Difference(*own, float(low), float(high), float(better), images, rounds)
+    a, b = (mean_ap(one.average_precision()) for one in (first, second))
+    return Difference(a, b, float(low), float(high), float(better), images, rounds)

@@ -11,7 +11,7 @@ import numpy as np
 from codetr.names import shown
 from codetr.reporting.analysis import Analysis
 from codetr.reporting.history import POINTS, History, losses, summed, thinned
-from codetr.reporting.mistakes import KINDS
+from codetr.reporting.tide import KINDS
 
 CONFUSED = 50  # classes of the confusion matrix: those that are confused most
 ALL = "all classes"
@@ -131,7 +131,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _mistakes(analysis: Analysis) -> Chart:
-    tide = analysis.mistakes.tide
+    tide = analysis.tide
     if all(np.isnan(lost) for lost, _ in tide.values()):
         return Chart("", {})
     kinds = list(KINDS)[::-1]
@@ -153,7 +153,7 @@ def _calibration(analysis: Analysis) -> Chart:
         "type": "bar",
         "x": rounded((own.edges[1:] + own.edges[:-1]) / 2),
         "y": rounded(own.right),
-        "hovertext": [f"{n:,} detections" for n in own.count.tolist()],
+        "hovertext": [f"{n:,} detections" for n in own.number.tolist()],
         "name": "part that is right",
         "marker": {"color": "#2f6fb3"},
     }

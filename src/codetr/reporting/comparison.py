@@ -117,7 +117,7 @@ def _group(label: str, members: list[int], runs: Sequence[Run]) -> Group:
 def _noise(runs: Sequence[Run], kind: str, rounds: int, progress: Progress) -> list[Difference | str]:
     every = [stored.load(run.folder, kind) for run in runs]
     found: list[Difference | str] = []
-    first = every[0] and bootstrap.rankings(every[0])
+    first = None if every[0] is None else bootstrap.rankings(every[0])
     for own in every[1:]:
         if every[0] is None or own is None or first is None:
             found.append("what was detected is not stored; evaluate it again: codetr eval")

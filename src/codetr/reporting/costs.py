@@ -33,7 +33,7 @@ class Costs(NamedTuple):
 
 def costs(matches: Matches, classes: int) -> Costs:
     objects = np.bincount(matches.true_label[matches.counted], minlength=classes)
-    there = max(1, np.count_nonzero(objects))
+    there = max(1, int(np.count_nonzero(objects)))
     share = np.divide(1.0, objects * there, out=np.zeros(classes), where=objects > 0)
     truth = np.where(matches.counted, share[matches.true_label], 0.0)
     found = np.zeros(len(matches.label))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def match(scene: Scene, outside: float, thresholds: Sequence[float] = (0.5,)) ->
     counted = ~truth.crowd & (truth.area < outside)
     at = np.empty(len(order), np.int64)
     at[order] = np.arange(len(order))
-    which, objects, iou = _pairs(scene, min(thresholds))
+    which, objects, iou = pairs(found, truth, min(thresholds))
     which = at[which]
     first = np.lexsort((-objects, -iou, ~counted[objects], which))
     which, objects, iou = which[first], objects[first], iou[first]
@@ -100,21 +100,28 @@ def _key(image: np.ndarray, label: np.ndarray) -> np.ndarray:
     return (image.astype(np.int64) << 32) + label.astype(np.int64)
 
 
-def _pairs(scene: Scene, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Detections and objects of one image and class, with IoUs of `least` and more: two rows, and the IoU."""
-    found, truth = scene.found, scene.truth
-    key, true_key = _key(found.image, found.label), _key(truth.image, truth.label)
+def pairs(
+    found: Objects, truth: Objects, least: float, by_class: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Detections and objects of one image, with IoUs of `least` and more: two rows, and the IoU; of a crowd, the part
+    of the detection that lies in it.
+
+    by_class: only those of one class.
+    """
+    same = (found.label, truth.label) if by_class else (0 * found.label, 0 * truth.label)
+    key, true_key = _key(found.image, same[0]), _key(truth.image, same[1])
     order = np.argsort(true_key, kind="stable")
     start = np.searchsorted(true_key[order], key)
     count = np.searchsorted(true_key[order], key, side="right") - start
-    parts = list(_compared(scene, start, count, order, least))
-    whole = (np.concatenate(own) for own in zip(*parts, strict=True))
-    which, objects, iou = whole if parts else (np.empty(0, int), np.empty(0, int), np.empty(0))
+    parts = list(_compared(found, truth, start, count, order, least))
+    if not parts:
+        return np.empty(0, int), np.empty(0, int), np.empty(0)
+    which, objects, iou = (np.concatenate(own) for own in zip(*parts, strict=True))
     return which, objects, iou
 
 
 def _compared(
-    scene: Scene, start: np.ndarray, count: np.ndarray, order: np.ndarray, least: float
+    found: Objects, truth: Objects, start: np.ndarray, count: np.ndarray, order: np.ndarray, least: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """start, count: [n] of each detection's objects in `order`."""
     for first, last in ranges_of(np.cumsum([0, *count]), _PAIRS):
@@ -122,17 +129,14 @@ def _compared(
         which = np.repeat(np.arange(first, last), own)
         within = np.arange(len(which)) - np.repeat(np.cumsum(own) - own, own)
         objects = order[np.repeat(start[first:last], own) + within]
-        iou = _iou(scene, which, objects)
+        iou = (_mask_iou if found.rle else _box_iou)(found, truth, which, objects)
         enough = iou >= least
         yield which[enough], objects[enough], iou[enough]
 
 
-def _iou(scene: Scene, which: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """[p]. Of a crowd: the part of the detection that lies in it."""
-    found, truth = scene.found, scene.truth
+def _box_iou(found: Objects, truth: Objects, which: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """[p]."""
     assert truth.crowd is not None
-    if found.rle:
-        return _mask_iou(found.rle, truth.rle or [], truth.crowd, which, objects)
     a, b = found.boxes[which], truth.boxes[objects]
     sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
     shared = sides.clip(0).prod(1)
@@ -141,19 +145,19 @@ def _iou(scene: Scene, which: np.ndarray, objects: np.ndarray) -> np.ndarray:
     return np.divide(shared, union, out=np.zeros(len(union)), where=union > 0)
 
 
-def _mask_iou(
-    found: list[Any], truth: list[Any], crowd: np.ndarray, which: np.ndarray, objects: np.ndarray
-) -> np.ndarray:
-    """Only of pairs whose boxes around the masks overlap."""
+def _mask_iou(found: Objects, truth: Objects, which: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """[p], an image at a time."""
     from hotcoco import mask
 
+    assert found.rle is not None
+    assert truth.rle is not None
+    assert truth.crowd is not None
     iou = np.zeros(len(which))
-    if not len(which):
-        return iou
-    boxes, true_boxes = (np.asarray(mask.to_bbox(rle)).reshape(-1, 4) for rle in (found, truth))
-    a, b = boxes[which], true_boxes[objects]
-    near = (np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) > np.maximum(a[:, :2], b[:, :2])).all(1)
-    for pair in near.nonzero()[0].tolist():
-        d, o = which[pair], objects[pair]
-        iou[pair] = mask.iou([found[d]], [truth[o]], [bool(crowd[o])])[0, 0]
+    order = np.argsort(found.image[which], kind="stable")
+    ends = np.flatnonzero(np.diff(found.image[which[order]])) + 1
+    for own in np.split(order, ends) if len(order) else ():
+        rows, row = np.unique(which[own], return_inverse=True)
+        columns, column = np.unique(objects[own], return_inverse=True)
+        detections, masks = [found.rle[i] for i in rows.tolist()], [truth.rle[i] for i in columns.tolist()]
+        iou[own] = np.asarray(mask.iou(detections, masks, truth.crowd[columns].tolist()))[row, column]
     return iou

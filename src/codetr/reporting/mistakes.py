@@ -1,4 +1,4 @@
-"""Kinds of mistakes: TIDE's errors, confusions, calibration, and labels that are probably wrong. hotcoco finds them."""
+"""Confusions and labels that are probably wrong, which hotcoco finds, and calibration."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import numpy as np
 from codetr.evaluation.engines import CONFUSION_IOU, CONFUSION_SCORE, Rules, Scene, hotcoco_evaluation
 from codetr.reporting.matching import Matches
 
-# TIDE (ECCV 2020), table 1, in its order: what the AP at IoU 0.5 would gain if no mistake of a kind were made.
-KINDS = {
-    "Cls": ("class", "found, and called something else"),
-    "Loc": ("location", "found, with a box that is off"),
-    "Both": ("both", "off, and called something else"),
-    "Dupe": ("duplicate", "found once more"),
-    "Bkg": ("background", "there is nothing"),
-    "Miss": ("missed", "not found, nor nearly"),
-    "FP": ("all false alarms", "of whichever of these kinds"),
-    "FN": ("all that was not found", "whether missed or nearly found"),
-}
 BINS = 20
 LABEL_SCORE = 0.5  # a detection has to be that sure before it is believed more than a label
 
@@ -34,12 +23,11 @@ class Doubt(NamedTuple):
 
 
 class Mistakes(NamedTuple):
-    """tide: kind -> AP that is lost, and how often; NaN where no object is there. doubts: the surest first.
+    """doubts: the surest first.
 
     confusion: [K + 1, K + 1] as that of `codetr.evaluation.summary.Evaluation`.
     """
 
-    tide: dict[str, tuple[float, int]]
     doubts: list[Doubt]
     confusion: np.ndarray
 
@@ -49,14 +37,9 @@ def mistakes(scene: Scene, matches: Matches, rules: Rules, most: int) -> Mistake
     classes = len(scene.classes)
     true_rows = matches.counted.nonzero()[0]
     if not len(true_rows):
-        nothing = {kind: (float("nan"), 0) for kind in KINDS}
-        return Mistakes(nothing, [], np.zeros((classes + 1, classes + 1), np.int64))
+        return Mistakes([], np.zeros((classes + 1, classes + 1), np.int64))
     kept = np.zeros(len(scene.found.image), bool)
     kept[matches.rows[~matches.ignored[0]]] = True
-    every = _evaluation(scene, kept, matches.counted, rules)
-    every.evaluate()
-    every.accumulate()
-    tide = every.tide_errors()
     assert scene.found.scores is not None
     kept &= scene.found.scores >= min(CONFUSION_SCORE, LABEL_SCORE)  # the rest would not change what follows
     sure, found_rows = _evaluation(scene, kept, matches.counted, rules), kept.nonzero()[0]
@@ -65,7 +48,6 @@ def mistakes(scene: Scene, matches: Matches, rules: Rules, most: int) -> Mistake
     errors = sure.image_diagnostics(CONFUSION_IOU, LABEL_SCORE)["label_errors"]
     confusion = sure.confusion_matrix(CONFUSION_IOU, rules.limits[-1], CONFUSION_SCORE)["matrix"]
     return Mistakes(
-        {kind: (float(tide["delta_ap"][kind]), int(tide["counts"].get(kind, 0))) for kind in KINDS},
         [_doubt(error, found_rows, true_rows) for error in errors[:most]],
         np.asarray(confusion).astype(np.int64),
     )
@@ -86,11 +68,11 @@ def _doubt(error: dict[str, Any], found: np.ndarray, truth: np.ndarray) -> Doubt
 
 
 class Calibration(NamedTuple):
-    """Of detections by their scores: bins [B + 1], how many are in each [B], their mean score, and the part of them
+    """Of detections by their scores: edges [B + 1], the number in each [B], their mean score, and the part of them
     that is right, NaN without any; and the expected calibration error, the mean of the difference over detections."""
 
     edges: np.ndarray
-    count: np.ndarray
+    number: np.ndarray
     score: np.ndarray
     right: np.ndarray
     error: float

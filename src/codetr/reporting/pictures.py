@@ -37,6 +37,12 @@ class Mark:
     height: float
     outline: str = ""
 
+    @staticmethod
+    def of(kind: str, text: str, box: np.ndarray, outline: str = "") -> Mark:
+        """box: xywh."""
+        x, y, width, height = box.tolist()
+        return Mark(kind, text, x, y, width, height, outline)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -81,27 +87,21 @@ def _marks(analysis: Analysis, image: int) -> Iterator[Mark]:
     outlines = _outlines(analysis, image, matches.rows[mine], truth)
     for i in truth.tolist():
         kind = "found" if i in hit else "missed"
-        yield Mark(
-            kind, f"{names[matches.true_label[i]]} ({kind})", *scene.truth.boxes[i].tolist(), outlines[0].get(i, "")
-        )
+        yield Mark.of(kind, f"{names[matches.true_label[i]]} ({kind})", scene.truth.boxes[i], outlines[0].get(i, ""))
     for i in mine.tolist():
         kind = "wrong" if matches.object[0][i] == NONE else "right"
         row = int(matches.rows[i])
         text = f"{names[matches.label[i]]} {matches.score[i]:.2f} ({'false alarm' if kind == 'wrong' else kind})"
-        yield Mark(kind, text, *scene.found.boxes[row].tolist(), outlines[1].get(row, ""))
+        yield Mark.of(kind, text, scene.found.boxes[row], outlines[1].get(row, ""))
 
 
 def _outlines(
     analysis: Analysis, image: int, found: np.ndarray, truth: np.ndarray
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Of the scene's rows of the truth, and of what was found; none for boxes."""
-    scene = analysis.scene
-    if not scene.found.rle and not scene.truth.rle:
-        return {}, {}
-    return (
-        {i: outline((scene.truth.rle or [])[i]) for i in truth.tolist()},
-        {i: outline((scene.found.rle or [])[i]) for i in found.tolist()},
-    )
+    both = ((analysis.scene.truth.rle, truth), (analysis.scene.found.rle, found))
+    of_truth, of_found = ({i: outline(rle[i]) for i in rows.tolist()} if rle else {} for rle, rows in both)
+    return of_truth, of_found
 
 
 def outline(rle: dict[str, Any]) -> str:
@@ -126,11 +126,11 @@ def doubtful(analysis: Analysis, doubts: Sequence[Doubt]) -> list[Picture]:
     for doubt in doubts:
         image, box = int(scene.found.image[doubt.found]), scene.found.boxes[doubt.found]
         found = f"{names[scene.found.label[doubt.found]]} {scene.found.scores[doubt.found]:.2f}"
-        marks = [Mark("right", found, *box.tolist())]
+        marks = [Mark.of("right", found, box)]
         caption = f"no label: {found}?"
         if doubt.truth is not None:
             label = names[scene.truth.label[doubt.truth]]
-            marks.append(Mark("missed", label, *scene.truth.boxes[doubt.truth].tolist()))
+            marks.append(Mark.of("missed", label, scene.truth.boxes[doubt.truth]))
             caption = f"labelled {label}: {found}?"
         window = _around(box, _size(analysis, image, marks))
         data = _jpeg(_path(analysis, image), window)

@@ -12,7 +12,7 @@ import orjson
 
 from codetr.errors import UserError
 from codetr.evaluation.columns import Columns, Ragged
-from codetr.evaluation.engines import Rules, Scene, scenes
+from codetr.evaluation.engines import Objects, Rules, Scene, scenes
 from codetr.files import atomically
 
 FILES = {"bbox": "evaluation_bbox.npz", "segm": "evaluation_segm.npz"}
@@ -57,17 +57,18 @@ class Stored:
         return Rules((self.about.limit,), masks=self.about.masks, federated=self.about.federated)
 
     def scene(self) -> Scene:
-        """Everything that counts, in 64 bits; its images are numbered as the rows of `columns`."""
+        """Everything that counts, in 64 bits; its images are numbered as the rows of `columns`. Of masks, the boxes are
+        those around them."""
         rules, columns = self.rules, self.columns.with_areas(self.about.masks)
         (whole,) = scenes(columns, rules, [(0, len(self.about.class_names))])
         found = whole.found
         assert found.scores is not None
         kept = _among_the_best(found.image, found.label, found.scores, self.about.limit)
-        return replace(whole, found=found.of(kept))
+        return replace(whole, found=_with_boxes(found.of(kept)), truth=_with_boxes(whole.truth))
 
     def save(self, folder: Path) -> None:
         """Raises UserError where that cannot be written."""
-        columns, arrays = self.columns, {}
+        columns, arrays = self.columns, dict[str, np.ndarray]()
         for name in _RAGGED:
             ragged: Ragged = getattr(columns, name)
             arrays |= {f"{name}_rows": ragged.rows, f"{name}_counts": ragged.counts}
@@ -75,6 +76,12 @@ class Stored:
         path = folder / FILES["segm" if self.about.masks else "bbox"]
         with atomically(path) as part, part.open("wb") as file:
             np.savez(file, about=about, ids=columns.ids, sizes=columns.sizes, **arrays)
+
+
+def _with_boxes(objects: Objects) -> Objects:
+    from hotcoco import mask
+
+    return replace(objects, boxes=np.asarray(mask.to_bbox(objects.rle)).reshape(-1, 4)) if objects.rle else objects
 
 
 def load(folder: Path, kind: str) -> Stored | None:

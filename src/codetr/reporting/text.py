@@ -14,8 +14,8 @@ from codetr.reporting import history, stored
 from codetr.reporting.analysis import Analysis, analyse
 from codetr.reporting.comparison import Comparison
 from codetr.reporting.html import decimals, signed
-from codetr.reporting.mistakes import KINDS as ERRORS
 from codetr.reporting.page import KINDS, Run
+from codetr.reporting.tide import KINDS as ERRORS
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDE = 40  # columns of a curve
@@ -65,7 +65,7 @@ def curve(values: np.ndarray) -> str:
 
 def _mistakes(analysis: Analysis, title: str) -> Table:
     table = Table(title=f"AP50 lost, {title}", title_justify="left", title_style="bold", show_header=False)
-    for kind, (lost, count) in analysis.mistakes.tide.items():
+    for kind, (lost, count) in analysis.tide.items():
         table.add_row(ERRORS[kind][0], decimals(lost), f"{count:,} times" if kind not in ("FP", "FN") else "")
     return table
 
