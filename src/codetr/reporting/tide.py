@@ -78,8 +78,8 @@ def _ap(matches: Matches, classes: int, there: np.ndarray) -> float:
 
 
 def _kinds(scene: Scene, matches: Matches, hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] the kind of each mistake in _ORDER, of which the first that fits counts, NONE of what is right or ignored; [n]
-    the object of a Loc or Cls one, 0 for others.
+    """[n] the kind of each mistake, as its place in _ORDER, where the first that fits counts; NONE of what is no mistake.
+    [n] the object of a Loc or Cls one, 0 for others.
 
     hit: [m], objects that were found.
     """
