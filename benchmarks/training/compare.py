@@ -1,7 +1,8 @@
 """Claims of the papers in small: the same budget of steps for every variant, several seeds.
 
 Runs one experiment for every variant and seed, two at a time with one thread each, and writes the table, the numbers
-and the learning curves to benchmarks/results/. Finished runs are kept: an interrupted comparison goes on where it was.
+and the learning curves to benchmarks/results/, and a page on all runs beside them (see docs/dashboards.md). Finished
+runs are kept: an interrupted comparison goes on where it was.
 """
 
 import argparse
@@ -172,6 +173,16 @@ def curves(out: Path, study: Study, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def page(out: Path, study: Study, seeds: int, path: Path) -> None:
+    """All runs beside each other: convergence, mean and spread over seeds, what is noise."""
+    from codetr.reporting import bootstrap, comparison
+    from codetr.reporting.page import read
+
+    runs = [read(out / run_name(overrides, seed)) for overrides in study.rows.values() for seed in range(seeds)]
+    comparison.write(path, comparison.compare(runs, bootstrap.ROUNDS, lambda rounds: rounds))
+    print(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=STUDIES, help="; ".join(f"{k}: {s.claim}" for k, s in STUDIES.items()))
@@ -202,6 +213,7 @@ def main() -> None:
     for row in rows:
         table.add_row(row["variant"], *(f"{row[m]:.3f} ± {row[f'{m}_sd']:.3f}" for m in METRICS))
     Console().print(table)
+    page(out, study, options.seeds, out / f"compare_{options.study}.html")
     if options.overrides:
         return  # a variation: the committed figures are those of the plain command
     name = f"compare_{options.study}"

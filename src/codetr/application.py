@@ -99,6 +99,8 @@ def start(overrides: Sequence[str], config_name: str, config_dir: str | None = N
     if first_process():
         with atomically(directory / SAVED_CONFIG) as part:
             OmegaConf.save(config, part)
+        with atomically(directory / SAVED_CONFIG.with_name("overrides.yaml")) as part:
+            OmegaConf.save(OmegaConf.create(args.overrides), part)
     config.run_dir = str(directory)
     return config
 

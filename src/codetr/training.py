@@ -72,6 +72,7 @@ def fit(config: DictConfig) -> Run:
     from hydra.utils import instantiate
     from lightning import seed_everything
 
+    from codetr.callbacks.dashboards import log_configuration
     from codetr.callbacks.resume import AtomicCheckpointIO, Checkpoints
     from codetr.checkpoint import load_weights, newest_whole
     from codetr.ops.distributed import meet_anew
@@ -117,7 +118,7 @@ def fit(config: DictConfig) -> Run:
     if checkpoint is None:
         _initialise(config, task.detector, data.class_names)
     for logger in trainer.loggers:
-        logger.log_hyperparams(settings["config"])
+        log_configuration(logger, settings["config"])
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     saved, folder = trainer.checkpoint_callback, Path(config.run_dir)
     best = saved.best_model_path if isinstance(saved, Checkpoints) else ""

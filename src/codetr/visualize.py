@@ -238,6 +238,23 @@ def save_precision_recall(precision: np.ndarray, map_per_class: Mapping[str, flo
         figure.savefig(part)
 
 
+def confusion_figure(counts: np.ndarray, class_names: Sequence[str]) -> Any:
+    """A matplotlib figure of the part of each class' objects (rows) that were found as each class (columns).
+
+    counts: [K + 1, K + 1] of `Evaluation`; classes are named where there are not more than 40.
+    """
+    figure, (axis,) = _figure(1)
+    share = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.grid(False)
+    axis.set(title="confusions", xlabel="found as", ylabel="object")
+    if len(class_names) <= 40:
+        names = [plotted(name)[:24] for name in class_names]
+        axis.set_xticks(range(len(counts)), [*names, "missed"], rotation=90, fontsize=7)
+        axis.set_yticks(range(len(counts)), [*names, "nothing"], fontsize=7)
+    return figure
+
+
 def _figure(columns: int) -> tuple[Any, Any]:
     """A figure that belongs to no window and no global state, with quiet axes."""
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from codetr import application
 from codetr.training import fit
@@ -25,7 +29,8 @@ TRAINED = {
     "+criterion/fed_loss=sampled metrics.backend=pycocotools optimizer=adamw_deformable trainer.detect_anomaly=true "
     "data.verify=decode trainer.deterministic=warn data.on_error=skip postprocess=nms model/auxiliary_head=[retinanet] "
     "model.detector.heads.retinanet.box_loss=l1",
-    "overfit": "debug=overfit trainer.max_epochs=1 trainer.check_val_every_n_epoch=1 data/sampling=class_balanced "
+    "overfit": "debug=overfit callbacks=[default,early_stopping] "
+    "trainer.max_epochs=1 trainer.check_val_every_n_epoch=1 data/sampling=class_balanced "
     "augment/colour@data.colour=photometric criterion=quality_focal metrics.backend=faster_coco_eval "
     "trainer.profiler=advanced data.verify=exists logger=csv data.on_error=stop",
     "profiler": "debug=profiler trainer.profiler=pytorch trainer.limit_train_batches=1 trainer.limit_val_batches=1 "
@@ -104,6 +109,35 @@ def seen_by_every_logger(folder: Path) -> None:
     assert list((folder / "run/wandb").glob("offline-run-*/files/media/images/**/*.png"))
     assert list((folder / "run/tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "run/csv/metrics.csv").is_file()
+    in_their_own_parts(folder)
+
+
+def in_their_own_parts(folder: Path) -> None:
+    """Beyond numbers: TensorBoard's plugins, W&B's tables and boxes, MLflow's artifacts, and the final numbers."""
+    final = json.loads((folder / "run/metrics.json").read_text())["map"]
+    events = EventAccumulator(str(folder / "run/tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["mAP", "losses"]
+    scalars = events.Tags()["scalars"]
+    for chart in (chart for category in layout.category for chart in category.chart):
+        if chart.title in ("AP, AP50, AP75", "AP by size", "AP of classes", "main queries", "auxiliary heads"):
+            assert any(re.match(tag, scalar) for tag in chart.multiline.tag for scalar in scalars), chart.title
+    curves = events.PluginTagToContent("pr_curves")
+    assert "val/pr/all classes" in curves
+    assert "val/confusion" in events.Tags()["images"]
+    assert events.Scalars("final/map")[-1].value == pytest.approx(final)
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    ).experiment
+    assert "final/map" in {info.name.tag for info in experiment.metric_infos}
+    (table,) = list((folder / "run/wandb").glob("offline-run-*/files/media/table/val/classes*.json"))[:1]
+    assert [row[0] for row in json.loads(table.read_text())["data"]] == ["red", "green", "blue"]
+    (boxes,) = list((folder / "run/wandb").glob("offline-run-*/files/media/metadata/**/*.json"))[:1]
+    assert json.loads(boxes.read_text())["box_data"]
+    assert list((folder / "outputs/mlruns").glob("*/*/artifacts/report.html"))
+    (number,) = (folder / "outputs/mlruns").glob("*/*/metrics/final/map")
+    assert float(number.read_text().split()[1]) == pytest.approx(final)
 
 
 def test_every_file_is_run_or_built() -> None:

@@ -13,13 +13,15 @@ from codetr import application
 from codetr.data.commands.convert import main as convert
 from codetr.data.commands.tile import main as tile
 from codetr.papers import main as papers
+from codetr.report import main as report
 from codetr.training import fit
+from made_run import make as make_run
 from toy import as_lvis, data_overrides, environment, make_coco, overrides
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
 DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
-KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "doctor"}
+KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "doctor", "report"}
 OWN_DATA = r"## Train on your own data\n.*?```bash\n(.*?)```"
 # What a command says about machines, data and files, which are others here.
 ELSEWHERE = re.compile(r"(trainer(\.(devices|num_nodes|accelerator))?|data(\.\w+)?|run_dir|resume|initialise\.\w+)=")
@@ -64,7 +66,8 @@ COMMANDS = commands()
 PAPERS = [words for words in COMMANDS if words[0] == "codetr.papers"]
 CONVERTED = [words for words in COMMANDS if words[:2] == ["codetr.data", "convert"]]
 TILED = [words for words in COMMANDS if words[:2] == ["codetr.data", "tile"]]
-OTHERS = [*PAPERS, *CONVERTED, *TILED, ["codetr.doctor"]]  # which compose no configuration
+REPORTS = [words for words in COMMANDS if words[0] == "codetr.report"]
+OTHERS = [*PAPERS, *CONVERTED, *TILED, *REPORTS, ["codetr.doctor"]]  # which compose no configuration
 COMPOSED = [words for words in COMMANDS if words not in OTHERS and not {"-m", "--config-dir"} & set(words)]
 TRAINED = [words for words in COMPOSED if words[0] == "codetr.train" and "official" not in " ".join(words)]
 
@@ -125,6 +128,22 @@ def test_every_data_set_is_tiled(words: list[str], tmp_path: Path, monkeypatch: 
     made_of_coco(given)
     assert tile(words[2:]) == 0
     assert len(list((tmp_path / given["target"] / "train").iterdir())) == 2
+
+
+@pytest.mark.parametrize("words", REPORTS, ids=" ".join)
+def test_every_report_is_made(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that lie where the command says."""
+    monkeypatch.chdir(tmp_path)
+    given = words[1:]
+    out = given[given.index("--out") + 1] if "--out" in given else "comparison.html"
+    runs = [word for word in given if not word.startswith("--") and word != out]
+    for run in runs:
+        make_run(Path(run.replace("*", "0")))
+        make_run(Path(run.replace("*", "1")))
+    spread = [str(path) for word in given for path in ([word] if "*" not in word else sorted(Path().glob(word)))]
+    assert report([*spread, "--rounds", "5"]) == 0
+    several = len(runs) > 1 or "*" in runs[0]
+    assert "--text" in given or (Path(out) if several else Path(runs[0]) / "report.html").is_file()
 
 
 def made_of_coco(given: dict[str, str]) -> None:

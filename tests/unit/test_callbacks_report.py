@@ -1,5 +1,6 @@
 """Progress, pictures and report in a Lightning run of a module whose answers are known."""
 
+import csv
 import io
 import json
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from codetr.callbacks.pictures import Pictures, draw
 from codetr.callbacks.progress import BarProgress, LineProgress
 from codetr.callbacks.report import Report, tables
+from codetr.callbacks.telemetry import Telemetry
 from codetr.evaluation.inputs import inputs
 from codetr.evaluation.mean_ap import detection_metric
 from codetr.types import Batch, Detections, Frames, Targets
@@ -120,8 +122,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loggers = [TensorBoardLogger(folder, name="", version="tb"), CSVLogger(folder, name="", version="csv")]
     callbacks = [
         Pictures(count=3, score_threshold=0.3),
-        Report(["train/loss"], ["val/map"], about={}),
+        Report(["train/loss"], ["val/map"], about={}, images=5000),
         LineProgress(1e9),
+        Telemetry(),
     ]
     fit = trainer(folder, callbacks, logger=loggers)
     fit.fit(Oracle(), Loader(*[batch(0)] * 3), Loader(batch(10), batch(20)))
@@ -138,6 +141,34 @@ def test_a_run_leaves_numbers_curves_and_pictures(run: Path) -> None:
     for name in ("curves.png", "pr_curves.png", "predictions.png"):
         with Image.open(run / name) as picture:
             assert picture.width > 500
+
+
+def test_what_a_run_costs_is_logged(run: Path) -> None:
+    """The loss is w², w is 1 at first and shrinks by a fifth in every step; two images are in each."""
+    with (run / "csv/metrics.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["train/gradient_norm"]]
+    assert [float(row["train/gradient_norm"]) for row in rows] == pytest.approx([2 * 0.8**i for i in range(6)])
+    assert [float(row["run/images"]) for row in rows] == [2 * i for i in range(6)]
+    hours = [float(row["run/hours"]) for row in rows]
+    assert hours == sorted(hours)
+    assert 0 < hours[-1] < 0.1
+    assert all(float(row["run/images_per_second"]) > 0 for row in rows[1:] if row["run/images_per_second"])
+    assert 0.05 < float(rows[0]["run/memory_gb"]) < 100
+
+
+def test_hours_and_images_go_on_in_a_resumed_run() -> None:
+    first, second = Telemetry(), Telemetry()
+    first.images, first.hours = 12, 3.0
+    second.load_state_dict(first.state_dict())
+    assert second.images == 12
+    assert second.state_dict()["hours"] == pytest.approx(3, abs=1e-2)
+
+
+def test_the_page_of_a_run_is_there(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert 'data-value="1.0"' in text
+    assert "image 10" not in text  # nothing was missed
+    assert "location.reload" in text  # the last validation was one of the fit
 
 
 def test_pictures_reach_tensorboard_at_every_validation(run: Path) -> None:
@@ -191,9 +222,9 @@ def test_the_bar_runs_and_reads_the_logged_values_at_most_once_a_second(tmp_path
 
 
 def test_validation_alone_reports_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, [Report([], [], about={"step": 7, "checkpoint": "best.ckpt"}), LineProgress(1e9)]).validate(
-        Oracle(), Loader(batch(10)), verbose=False
-    )
+    trainer(
+        tmp_path, [Report([], [], about={"step": 7, "checkpoint": "best.ckpt"}, images=5000), LineProgress(1e9)]
+    ).validate(Oracle(), Loader(batch(10)), verbose=False)
     shown = capsys.readouterr().out
     assert "AP per class" in shown
     result = json.loads((tmp_path / "metrics.json").read_text())

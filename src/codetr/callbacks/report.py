@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from rich import get_console
@@ -15,28 +18,40 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from codetr.callbacks.results import of_decoder
+from codetr.errors import UserError
 from codetr.evaluation.engines import ABSENT
+from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.evaluation.summary import Evaluation
 from codetr.files import atomically
 from codetr.names import shown
+from codetr.reporting import page, stored
+from codetr.reporting.machine import machine
 from codetr.visualize import save_learning_curves, save_precision_recall
 
+_log = logging.getLogger(__name__)
 SHOWN_CLASSES = 40  # in the table; metrics.json has them all
 BAR_WIDTH = 24
 BRANCH = "val/branch/"  # before the name of a head
 
 
 class Report(Callback):
-    """Process 0 writes `metrics.json` and `pr_curves.png` after every validation, and `curves.png` after a fit that
-    logged to CSV; a validation outside of a fit, such as the one of the best weights after it, shows its tables.
+    """Process 0 writes `metrics.json`, `pr_curves.png`, what was found (see `codetr.reporting.stored`) and the page
+    `report.html` after every validation, and `curves.png` after a fit that logged to CSV; a validation outside of a
+    fit, such as the one of the best weights after it, shows its tables.
 
     The module's `metrics` are those of `DetectionTask`, computed; the files lie in the trainer's `default_root_dir`.
     losses, scores: names in metrics.csv to plot. about: further entries of metrics.json, such as the checkpoint that is
-    evaluated.
+    evaluated. images: that are stored, and that the page is about, at most; 0: no page.
     """
 
-    def __init__(self, losses: Sequence[str], scores: Sequence[str], about: Mapping[str, Any]) -> None:
-        self.losses, self.scores, self.about = losses, scores, dict(about)
+    def __init__(self, losses: Sequence[str], scores: Sequence[str], about: Mapping[str, Any], images: int) -> None:
+        self.losses, self.scores, self.about, self.images = losses, scores, dict(about), images
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.images and not trainer.sanity_checking:
+            for metric in of_decoder(pl_module).values():
+                metric.keeps_columns = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         every = evaluations(pl_module)
@@ -52,10 +67,27 @@ class Report(Callback):
             where["segm"] = masks.numbers | {"map_per_class": masks.map_per_class}
         write_metrics(folder / "metrics.json", evaluation, where | self.about)
         save_precision_recall(evaluation.precision, evaluation.map_per_class, folder / "pr_curves.png")
+        if self.images:
+            try:
+                self._write_page(trainer, pl_module)
+            except UserError:
+                raise
+            except Exception:  # a page is no reason to lose a training
+                _log.exception("report.html could not be written; please report this fault. The run goes on")
         if trainer.state.fn != "fit":
             get_console().print(tables(evaluation, masks))
             if branches:
                 get_console().print("", branches_table(evaluation, branches))
+
+    def _write_page(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        for metric in of_decoder(pl_module).values():
+            if metric.columns is not None and ("bbox" in metric.iou_types or len(metric.columns.ids)):
+                stored_of(trainer, metric, self.images).save(folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+        page.write(folder, running=trainer.state.fn == "fit")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -73,6 +105,32 @@ def evaluations(pl_module: LightningModule) -> dict[str, Evaluation]:
     """What the module's metrics found out, by their names; without those that saw no images beside others that did."""
     every = {name: own for name, metric in pl_module.metrics.items() for own in metric.evaluations.values()}  # type: ignore[operator, union-attr]
     return {name: own for name, own in every.items() if name == "val" or own.images}
+
+
+def stored_of(trainer: Trainer, metric: MeanAveragePrecision, images: int) -> stored.Stored:
+    """What the metric evaluated, with what the data module knows of its images."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    dataset, train_set = getattr(data, "val_set", None), getattr(data, "train_set", None)
+    assert metric.columns is not None
+    assert metric.class_names is not None
+    about = stored.About(
+        class_names=list(metric.class_names),
+        limit=metric.rules.limits[-1],
+        masks="segm" in metric.iou_types,
+        federated=metric.rules.federated,
+        images=0,
+        frequency=list(metric.frequency or ()),
+        train_objects=list(train_set.label_counts.values()) if train_set is not None else [],
+        step=trainer.global_step,
+        epoch=trainer.current_epoch,
+        machine=machine(
+            seed=os.environ.get("PL_GLOBAL_SEED"), precision=trainer.precision, processes=trainer.world_size
+        ),
+    )
+    if dataset is None:
+        return stored.of_columns(metric.columns, images, about, [], np.empty((0, 2)), [])
+    files = [str(dataset.path(i)) for i in range(len(dataset))]
+    return stored.of_columns(metric.columns, images, about, dataset.image_ids.tolist(), dataset.sizes, files)
 
 
 def write_metrics(path: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:

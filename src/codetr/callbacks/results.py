@@ -26,14 +26,14 @@ class Results(Callback):
     """
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for metric in _metrics(pl_module).values():
+        for metric in of_decoder(pl_module).values():
             metric.keeps_columns = not trainer.sanity_checking
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         dataset, annotations = data.val_set, data.val_paths[1]
-        for name, metric in _metrics(pl_module).items():
-            columns, metric.columns = metric.columns, None
+        for name, metric in of_decoder(pl_module).items():
+            columns = metric.columns
             if columns is None or (name != "val" and not len(columns.ids)):
                 continue
             iou_type = METRICS[name]
@@ -45,7 +45,7 @@ class Results(Callback):
             print(f"{count} detections in {images}: {path}{_without(dataset, annotations)}")
 
 
-def _metrics(pl_module: LightningModule) -> dict[str, Any]:
+def of_decoder(pl_module: LightningModule) -> dict[str, Any]:
     """Those of the decoder's boxes and masks; what auxiliary heads find on their own is nobody's result."""
     return {name: metric for name, metric in pl_module.metrics.items() if name in METRICS}  # type: ignore[operator, union-attr]
 

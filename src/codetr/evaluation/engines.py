@@ -66,6 +66,12 @@ class Objects:
     area: np.ndarray | None = None
     rle: list[Any] | None = None
 
+    def of(self, kept: np.ndarray) -> Objects:
+        """kept: rows, or [n] bool."""
+        rows = np.flatnonzero(kept) if kept.dtype == bool else kept
+        scores, crowd, area = (None if own is None else own[rows] for own in (self.scores, self.crowd, self.area))
+        return Objects(self.image[rows], self.label[rows], self.boxes[rows], scores, crowd, area, _some(self.rle, rows))
+
 
 @dataclass
 class Scene:
@@ -93,7 +99,7 @@ def curves(columns: Columns, num_classes: int, rules: Rules, backend: Backend) -
     whole = Curves(*(np.full((thresholds, *middle, *shape), ABSENT) for middle in ((recalls,), (), (recalls,))))
     engine = {"hotcoco": _hotcoco, "faster_coco_eval": _coco_api, "pycocotools": _coco_api}[backend]
     rows = np.bincount(columns.found.rows[:, 5].astype(int), minlength=num_classes)
-    for scene in _scenes(columns, rules, list(ranges_of(np.cumsum([0, *rows])))):
+    for scene in scenes(columns, rules, list(ranges_of(np.cumsum([0, *rows])))):
         if len(scene.truth.image):  # without objects there is nothing to find out
             own = engine(scene, rules, backend)
             whole.precision[:, :, scene.classes] = own.precision
@@ -104,7 +110,7 @@ def curves(columns: Columns, num_classes: int, rules: Rules, backend: Backend) -
 
 def overlaps(columns: Columns, num_classes: int, rules: Rules) -> dict[tuple[int, int], np.ndarray]:
     """(index of the image, label) -> IoUs [detections, objects] there, of the detections that count, best first."""
-    (scene,) = _scenes(columns, rules, [(0, num_classes)])
+    (scene,) = scenes(columns, rules, [(0, num_classes)])
     found, truth = _by_place(scene.found), _by_place(scene.truth)
     return {
         (image, label): _overlap(scene, found.get((image, label), []), truth.get((image, label), []), rules)
@@ -148,13 +154,13 @@ def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
     for some in ranges_of(np.cumsum([0, *counts])):
         here = np.zeros(len(counts), bool)
         here[slice(*some)] = True
-        for scene in _scenes(columns.of(here), rules, [(0, num_classes)]):
-            evaluation = _hotcoco_evaluation(scene, rules)
+        for scene in scenes(columns.of(here), rules, [(0, num_classes)]):
+            evaluation = hotcoco_evaluation(scene, rules)
             matrix += evaluation.confusion_matrix(CONFUSION_IOU, rules.limits[-1])["matrix"].astype(np.int64)
     return matrix
 
 
-def _scenes(columns: Columns, rules: Rules, ranges: Sequence[tuple[int, int]]) -> Iterator[Scene]:
+def scenes(columns: Columns, rules: Rules, ranges: Sequence[tuple[int, int]]) -> Iterator[Scene]:
     """Each with the labels of a range; their images are numbered in the order of the ids."""
     number = _numbers(columns)
     owners, true_owners = number[columns.found.owners], number[columns.truth.owners]
@@ -260,10 +266,10 @@ def _pairs(image: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def _hotcoco(scene: Scene, rules: Rules, backend: str) -> Curves:
-    return _evaluated(_hotcoco_evaluation(scene, rules), rules)
+    return _evaluated(hotcoco_evaluation(scene, rules), rules)
 
 
-def _hotcoco_evaluation(scene: Scene, rules: Rules) -> Any:
+def hotcoco_evaluation(scene: Scene, rules: Rules) -> Any:
     """hotcoco takes columns; its digits are those of pycocotools, and of lvis-api."""
     from hotcoco import COCO, COCOeval
 

@@ -1,7 +1,4 @@
-"""One HTML page that stands alone: numbers, histograms, and every kind of finding with pictures.
-
-`page.html` is its template.
-"""
+"""One HTML page that stands alone: numbers, histograms, and every kind of finding with pictures."""
 
 from __future__ import annotations
 
@@ -10,21 +7,19 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
-from jinja2 import Environment
 from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageOps
 
 from codetr.data.findings import Box, Picture
 from codetr.data.images import opened
 from codetr.data.rules import RULES, SEVERITIES
-from codetr.files import atomically
 from codetr.inspection.split import Split
 from codetr.inspection.statistics import Statistics
 from codetr.inspection.summary import class_names
+from codetr.reporting import html
 
 _SIDE = 240  # pixels of a picture
 _AROUND = 1.5  # what is shown around a box, in sides of the box
@@ -46,22 +41,16 @@ _CHARTS = {
 
 def write(path: Path, splits: Sequence[Split], numbers: Sequence[Statistics], pictures: int) -> None:
     """pictures: of each kind, at most. Raises OSError."""
-    source = files("codetr.inspection").joinpath("page.html").read_text(encoding="utf-8")
-    text = (
-        Environment(autoescape=True, trim_blocks=True)
-        .from_string(source)
-        .render(
-            splits=splits,
-            names=[s.name for s in splits],
-            pairs=list(zip(splits, numbers, strict=True)),
-            totals={s: (sum(p.findings.total(s) for p in splits), _MEANINGS[s]) for s in SEVERITIES},
-            charts=[(t, *_chart([getattr(n, key) for n in numbers], splits)) for key, t in _CHARTS.items()],
-            classes=_classes(numbers),
-            findings=[_finding(s, i, rule, pictures) for i, s in enumerate(splits) for rule in s.findings.rules()],
-        )
-    )
-    with atomically(path, advice="choose another page=FILE") as part:
-        part.write_text(text, encoding="utf-8")
+    values = {
+        "splits": splits,
+        "names": [s.name for s in splits],
+        "pairs": list(zip(splits, numbers, strict=True)),
+        "totals": {s: (sum(p.findings.total(s) for p in splits), _MEANINGS[s]) for s in SEVERITIES},
+        "charts": [(t, *_chart([getattr(n, key) for n in numbers], splits)) for key, t in _CHARTS.items()],
+        "classes": _classes(numbers),
+        "findings": [_finding(s, i, rule, pictures) for i, s in enumerate(splits) for rule in s.findings.rules()],
+    }
+    html.write(path, "check.html", values, advice="choose another page=FILE")
 
 
 @dataclass(frozen=True)

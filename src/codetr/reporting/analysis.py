@@ -1,0 +1,91 @@
+"""All numbers of a report on one evaluation of boxes or masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from codetr.evaluation.columns import OUTSIDE
+from codetr.evaluation.engines import Scene
+from codetr.reporting.costs import costs
+from codetr.reporting.curves import Operating, Ranking, operating, precision_at_recalls
+from codetr.reporting.matching import Matches, match
+from codetr.reporting.mistakes import Calibration, Mistakes, calibration, mistakes
+from codetr.reporting.slices import Slice, slices
+from codetr.reporting.stored import Stored
+from codetr.reporting.tide import Error, tide
+
+DOUBTS = 24
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything at an IoU of 0.5, of the stored images.
+
+    ap: [K] -1 for classes without objects. precision: [101, K] at recalls.
+    score: from which on detections are shown, the best one for all classes together.
+    found_costs, true_costs, image_costs, class_costs: parts of 1 - AP (see `codetr.reporting.costs`), of the rows of
+        `matches`, of objects, images and classes.
+    """
+
+    stored: Stored
+    scene: Scene
+    matches: Matches
+    ap: np.ndarray
+    objects: np.ndarray
+    precision: np.ndarray
+    operating: Operating
+    score: float
+    tide: dict[str, Error]
+    mistakes: Mistakes
+    calibration: Calibration
+    slices: list[Slice]
+    found_costs: np.ndarray
+    true_costs: np.ndarray
+    image_costs: np.ndarray
+    class_costs: np.ndarray
+
+
+def analyse(stored: Stored) -> Analysis:
+    classes, images = len(stored.about.class_names), len(stored.columns.ids)
+    scene = stored.scene()
+    matches = match(scene, OUTSIDE)
+    ranking = Ranking(matches, classes)
+    own = costs(matches, classes)
+    sizes = np.array(stored.about.sizes) if stored.about.sizes else None
+    together = matches._replace(label=np.zeros_like(matches.label), true_label=np.zeros_like(matches.true_label))
+    return Analysis(
+        stored=stored,
+        scene=scene,
+        matches=matches,
+        ap=ranking.average_precision()[0],
+        objects=ranking.objects(),
+        precision=precision_at_recalls(matches, classes),
+        operating=operating(matches, classes),
+        score=_or_half(operating(_by_score(together), 1).best[0]),
+        tide=tide(scene, matches, classes),
+        mistakes=mistakes(scene, matches, stored.rules, DOUBTS),
+        calibration=calibration(matches),
+        slices=slices(scene, matches, classes, sizes),
+        found_costs=own.found,
+        true_costs=own.truth,
+        image_costs=own.of_images(matches, images),
+        class_costs=own.of_classes(matches, classes),
+    )
+
+
+def _by_score(matches: Matches) -> Matches:
+    order = np.argsort(-matches.score, kind="stable")
+    return matches._replace(
+        rows=matches.rows[order],
+        image=matches.image[order],
+        score=matches.score[order],
+        object=matches.object[:, order],
+        ignored=matches.ignored[:, order],
+    )
+
+
+def _or_half(score: float) -> float:
+    """Where nothing was found at all there is no best score."""
+    return 0.5 if np.isnan(score) else float(score)
