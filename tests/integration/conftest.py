@@ -4,13 +4,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hydra.utils import instantiate
 from PIL import Image
 
 from codetr import application
-from codetr.inference import load
+from codetr.export import export
+from codetr.inference import Model, load
 
 NAMES = ["circle", "square", "star"]
 
@@ -34,6 +37,33 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The same with a mask head, whose masks the annotations have."""
     mask_head = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
     return make(tmp_path_factory.mktemp("segmenting"), *mask_head)
+
+
+@pytest.fixture(scope="session")
+def eager(trained: Trained) -> Model:
+    model = load(trained.checkpoint, device="cpu")
+    assert isinstance(model, Model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def onnx_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The same in ONNX: exported once for all processes of pytest, whose checkpoints are the same."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "exported" / "model.onnx"
+    with FileLock(path.parent.with_suffix(".lock")):
+        if not path.exists():
+            export(application.compose("export", [f"checkpoint={trained.checkpoint}", f"out={path}"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[np.ndarray]:
+    """Eight images of three sizes; behind the resize some are wide, some high."""
+    rng = np.random.default_rng(5)
+    sizes = (((96, 128), (128, 100), (70, 160))[i % 3] for i in range(8))
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)) for _ in range(8)]
+    return [np.asarray(one.resize((width, height))) for one, (height, width) in zip(coarse, sizes, strict=True)]
 
 
 def make(folder: Path, *model: str) -> Trained:

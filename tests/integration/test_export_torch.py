@@ -1,0 +1,84 @@
+"""Programs of `torch.export`: the face of a checkpoint with codetr, and the same numbers without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from export_cases import assert_pairs, assert_same, exported, on_canvas
+
+import codetr
+from codetr.application import compose
+from codetr.errors import UserError
+from codetr.eval import evaluate
+from codetr.inference import Model
+from codetr.inference.about import KEY, About
+from conftest import make
+
+if TYPE_CHECKING:
+    from conftest import Trained
+
+SMALL = ("model=conditional_detr_tiny", "model.detector.decoder.num_layers=2", "model.width=32", "model.ffn_width=32")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A checkpoint whose graph is small."""
+    return make(tmp_path_factory.mktemp("small"), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def program(small: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(small, tmp_path_factory.mktemp("program") / "model.pt2", "format=torch")
+
+
+def test_a_program_finds_what_the_checkpoint_finds(small: Trained, program: Path, photos: list[np.ndarray]) -> None:
+    model, eager = codetr.load(program, trust=["torch.export"]), codetr.load(small.checkpoint, device="cpu")
+    assert isinstance(eager, Model)
+    for batch in (1, 3, 8):
+        assert_same(model, eager, photos, batch)
+
+
+def test_what_torch_loads_finds_what_the_checkpoint_finds(small: Trained, program: Path) -> None:
+    """With nothing of codetr."""
+    eager = codetr.load(small.checkpoint, device="cpu")
+    assert isinstance(eager, Model)
+    extra = {f"{KEY}.json": ""}
+    run = torch.export.load(program, extra_files=extra).module()
+    about = About.from_json(extra[f"{KEY}.json"], program)
+    assert about.class_names == eager.class_names
+    for count in (1, 3, 8):
+        images, sizes, truth = on_canvas(eager, count, (128, 160))
+        with torch.inference_mode():
+            boxes, scores, labels = run(images, sizes)
+        assert_pairs((scores, labels, boxes), truth)
+
+
+def test_eval_of_the_program_has_the_mean_ap_of_the_checkpoint(
+    small: Trained, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["trainer=cpu", "+data.num_workers=0", "~callbacks.pictures", "~callbacks.progress"]
+    values = [
+        evaluate(
+            compose("eval", [f"checkpoint={path}", f"run_dir={path.suffix[1:]}", "trust=[torch.export]", *options])
+        )
+        for path in (program, small.checkpoint)
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-9)
+    assert values[0] > 0.3
+
+
+def test_a_program_runs_only_with_consent(program: Path, tmp_path: Path) -> None:
+    """PyTorch unpickles it: nothing is opened before somebody says so."""
+    with pytest.raises(UserError, match=r"model.pt2: PyTorch unpickles .* trust=\[torch.export\]"):
+        codetr.load(program)
+    damaged = tmp_path / "half.pt2"
+    damaged.write_bytes(program.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"half.pt2: PyTorch cannot open it"):
+        codetr.load(damaged, trust=["torch.export"])
+    with pytest.raises(UserError, match=r"device=meta: .* is a program for the CPU"):
+        codetr.load(program, device="meta", trust=["torch.export"])
