@@ -10,7 +10,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from codetr import application
-from codetr.errors import UserError
 from codetr.eval import evaluate
 from codetr.inference import Exported, Model, load
 from codetr.inference.runtimes import RUNTIMES
@@ -27,8 +26,6 @@ def compare(config: DictConfig, out: Path) -> str:
     config: of `codetr export`; its `compare` is the number of images, the first of the data set that it or the
     checkpoint names. out: the file that it wrote. Raises UserError where that data set cannot be read.
     """
-    if type(config.compare) is not int or config.compare < 0:
-        raise UserError(f"compare={config.compare}: give a number of images, 0 for none")
     trust = (*application.as_names(config.trust), *filter(None, [RUNTIMES[out.suffix].runs_code]))  # we wrote it
     files = {"checkpoint": Path(config.checkpoint), config.precision: out}
     models = {name: load(path, device="cpu", trust=trust) for name, path in files.items()}

@@ -32,6 +32,8 @@ def export(config: DictConfig) -> Path:
     application.one_of(config, format=FORMATS, precision=PRECISIONS, weights=("ema", "raw"))
     if Path(config.checkpoint).suffix in SUFFIXES:
         raise UserError(f"{config.checkpoint} is exported already: give the checkpoint that it was made of")
+    if type(config.compare) is not int or config.compare < 0:
+        raise UserError(f"compare={config.compare}: give a number of images, 0 for none")
     form = formats.FORMATS[config.format]
     form.check(config.format, config.precision)
     if config.format != "torch":

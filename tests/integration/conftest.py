@@ -40,20 +40,28 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture(scope="session")
-def eager(trained: Trained) -> Model:
-    model = load(trained.checkpoint, device="cpu")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The same of a detector whose graph is small, and soon exported; with heads that only train."""
+    model = ("conditional_detr_tiny", "model.detector.decoder.num_layers=2", "model.detector.main.num_queries=40")
+    heads = "model/auxiliary_head=[faster_rcnn_small,atss]"
+    return make(tmp_path_factory.mktemp("small"), f"model={model[0]}", *model[1:], heads, noise=0.05)
+
+
+@pytest.fixture(scope="session")
+def eager(small: Trained) -> Model:
+    model = load(small.checkpoint, device="cpu")
     assert isinstance(model, Model)
     return model
 
 
 @pytest.fixture(scope="session")
-def onnx_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The same in ONNX: exported once for all processes of pytest, whose checkpoints are the same."""
+def onnx_file(small: Trained, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """`small` in ONNX: exported once for all processes of pytest, whose checkpoints are the same."""
     base = tmp_path_factory.getbasetemp()
     path = (base if worker_id == "master" else base.parent) / "exported" / "model.onnx"
     with FileLock(path.parent.with_suffix(".lock")):
         if not path.exists():
-            export(application.compose("export", [f"checkpoint={trained.checkpoint}", f"out={path}"]))
+            export(application.compose("export", [f"checkpoint={small.checkpoint}", f"out={path}"]))
     return path
 
 
@@ -66,7 +74,8 @@ def photos() -> list[np.ndarray]:
     return [np.asarray(one.resize((width, height))) for one, (height, width) in zip(coarse, sizes, strict=True)]
 
 
-def make(folder: Path, *model: str) -> Trained:
+def make(folder: Path, *model: str, noise: float = 0.0) -> Trained:
+    """noise: added to the first weights, some of which are zero, so that queries differ."""
     torch.manual_seed(0)
     (folder / "images").mkdir()
     for i in range(5):
@@ -83,11 +92,13 @@ def make(folder: Path, *model: str) -> Trained:
     ]
     config = application.plain(application.compose("train", [*overrides, "data.num_workers=0", "run_dir=nowhere"]))
     config["model"]["detector"]["backbone"]["pretrained"] = False
-    raw, average = (instantiate(config["model"]["detector"], _convert_="all").state_dict() for _ in range(2))
+    raw, average = (instantiate(config["model"]["detector"], _convert_="all") for _ in range(2))
+    for parameter in (*raw.parameters(), *average.parameters()) if noise else ():
+        parameter.data.add_(torch.randn_like(parameter), alpha=noise)
     checkpoint = folder / "best.ckpt"
     content = {
-        "state_dict": {f"detector.{name}": value for name, value in raw.items()},
-        "ema": {"weights": average},
+        "state_dict": {f"detector.{name}": value for name, value in raw.state_dict().items()},
+        "ema": {"weights": average.state_dict()},
         "codetr": {"config": config, "class_names": NAMES},
         "global_step": 7,
     }

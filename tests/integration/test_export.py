@@ -36,8 +36,8 @@ def test_an_onnx_file_finds_what_the_checkpoint_finds(
     assert_same(model, eager, photos[::3], batch)
 
 
-def test_tiles_are_cut_for_the_file_too(onnx_file: Path, trained: Trained, photos: list[np.ndarray]) -> None:
-    model, eager = codetr.load(onnx_file), codetr.load(trained.checkpoint, device="cpu")
+def test_tiles_are_cut_for_the_file_too(onnx_file: Path, small: Trained, photos: list[np.ndarray]) -> None:
+    model, eager = codetr.load(onnx_file), codetr.load(small.checkpoint, device="cpu")
     assert isinstance(model, Exported)
     assert isinstance(eager, Model)
     model.tiles = eager.tiles = Tiles(size=model.about.least_side, overlap=0.25, iou=0.5, batch_size=2)
@@ -72,13 +72,13 @@ def test_the_graph_says_what_goes_in_and_out(onnx_file: Path) -> None:
 
 
 def test_eval_of_the_file_has_the_mean_ap_of_the_checkpoint(
-    trained: Trained, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Trained, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["trainer=cpu", "+data.num_workers=0", "~callbacks.pictures", "~callbacks.progress"]
     values = [
         evaluate(compose("eval", [f"checkpoint={path}", f"run_dir={path.suffix[1:]}", *options]))
-        for path in (onnx_file, trained.checkpoint)
+        for path in (onnx_file, small.checkpoint)
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-9)
     assert values[0] > 0.5
@@ -86,28 +86,45 @@ def test_eval_of_the_file_has_the_mean_ap_of_the_checkpoint(
     assert report["step"] == 7
 
 
-def test_predict_takes_the_file(trained: Trained, onnx_file: Path, tmp_path: Path) -> None:
-    given = [f"images={trained.images}", "pictures=false", "score_threshold=0.02", "num_workers=0"]
+def test_predict_takes_the_file(small: Trained, onnx_file: Path, tmp_path: Path) -> None:
+    given = [f"images={small.images}", "pictures=false", "score_threshold=0.02", "num_workers=0"]
     one, other = (
         json.loads(predict(compose("predict", [*given, f"checkpoint={path}", f"out={tmp_path / name}"])).read_text())
-        for name, path in (("a", onnx_file), ("b", trained.checkpoint))
+        for name, path in (("a", onnx_file), ("b", small.checkpoint))
     )
     assert [r["category_name"] for r in one] == [r["category_name"] for r in other]
     assert np.allclose([r["bbox"] for r in one], [r["bbox"] for r in other], atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def deformable(trained: Trained) -> Model:
+    """A Co-Deformable-DETR, whose graph takes longer to export."""
+    model = codetr.load(trained.checkpoint, device="cpu")
+    assert isinstance(model, Model)
+    return model
+
+
+@pytest.mark.slow
+def test_a_co_deformable_detr_in_onnx(
+    trained: Trained, deformable: Model, photos: list[np.ndarray], tmp_path: Path
+) -> None:
+    model = codetr.load(exported(trained, tmp_path / "model.onnx"))
+    for batch in (1, 3, 8):
+        assert_same(model, deformable, photos, batch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_openvino_finds_what_the_checkpoint_finds(
-    trained: Trained, eager: Model, photos: list[np.ndarray], tmp_path: Path, precision: str
+    trained: Trained, deformable: Model, photos: list[np.ndarray], tmp_path: Path, precision: str
 ) -> None:
     path = exported(trained, tmp_path / "model.xml", "format=openvino", f"precision={precision}")
     model = codetr.load(path)
     if precision == "fp32":
         for batch in (1, 3, 8):
-            assert_same(model, eager, photos, batch)
+            assert_same(model, deformable, photos, batch)
     else:
-        assert_near(model, eager, photos)
+        assert_near(model, deformable, photos)
 
 
 @pytest.mark.slow
@@ -124,7 +141,7 @@ def test_half_precision_finds_the_same_to_its_rounding(
 
 @pytest.mark.slow
 def test_the_form_for_tensorrt_has_gathers_and_the_same_numbers(
-    trained: Trained, eager: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, deformable: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = exported(trained, tmp_path / "model.onnx", "format=tensorrt", "size=[192,224]", "max_detections=30")
     assert "trtexec --onnx=" in capsys.readouterr().out
@@ -132,7 +149,7 @@ def test_the_form_for_tensorrt_has_gathers_and_the_same_numbers(
     model = codetr.load(path)
     assert isinstance(model, Exported)
     for count in (1, 3, 8):
-        images, sizes, truth = on_canvas(eager, count, (192, 224))
+        images, sizes, truth = on_canvas(deformable, count, (192, 224))
         assert_pairs(model.pairs(images, sizes), truth)
     large = np.zeros((100, 400, 3), np.uint8)
     with pytest.raises(UserError, match=r"takes images of 224x192 pixels, and behind its resize one has 384x96"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,6 @@ def test_eval_of_the_file_has_the_mask_ap_of_the_checkpoint(
     options += ["metrics.max_detections=30"]
     for path in (file, segmenting.checkpoint):
         evaluate(compose("eval", [f"checkpoint={path}", f"run_dir={path.suffix[1:]}", *options]))
-    import json
-
     one, true = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("onnx", "ckpt"))
     assert one["segm"] == pytest.approx(true["segm"], abs=1e-3)
     assert true["segm"]["map"] > 0.3

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         (["checkpoint=a.ckpt", "out=a.xml"], "out=a.xml: a file of format=onnx ends in .onnx"),
         (["checkpoint=a.ckpt", "out=a.onnx", "format=triton"], "out=a.onnx: give a folder, without an ending"),
         (["checkpoint=absent.ckpt"], "no such checkpoint"),
+        (["checkpoint=a.ckpt", "compare=-1"], "compare=-1: give a number of images"),
         (["checkpoint=model.onnx", "out=a.onnx"], "model.onnx is exported already: give the checkpoint"),
     ],
 )

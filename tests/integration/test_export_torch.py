@@ -16,18 +16,9 @@ from codetr.errors import UserError
 from codetr.eval import evaluate
 from codetr.inference import Model
 from codetr.inference.about import KEY, About
-from conftest import make
 
 if TYPE_CHECKING:
     from conftest import Trained
-
-SMALL = ("model=conditional_detr_tiny", "model.detector.decoder.num_layers=2", "model.width=32", "model.ffn_width=32")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A checkpoint whose graph is small."""
-    return make(tmp_path_factory.mktemp("small"), *SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,8 @@ def test_the_configuration_is_the_servers_and_fits_the_file(onnx_file: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_repository_has_the_servers_layout(trained: Trained, eager: Model, photos: list, tmp_path: Path) -> None:
-    out = exported(trained, tmp_path / "repository" / "detector", "format=triton", "size=[192,192]")
+def test_the_repository_has_the_servers_layout(small: Trained, eager: Model, photos: list, tmp_path: Path) -> None:
+    out = exported(small, tmp_path / "repository" / "detector", "format=triton", "size=[192,192]")
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert files == ["1/model.onnx", "config.pbtxt"]
     file = out / "1" / "model.onnx"

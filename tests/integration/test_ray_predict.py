@@ -36,12 +36,12 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_job_goes_on_and_finds_what_the_detector_finds(
-    trained: Trained, onnx_file: Path, eager: Model, tmp_path: Path
+    small: Trained, onnx_file: Path, eager: Model, tmp_path: Path
 ) -> None:
     import pyarrow.parquet as pq
 
     folder, out = tmp_path / "photos", tmp_path / "found"
-    shutil.copytree(trained.images, folder / "below")
+    shutil.copytree(small.images, folder / "below")
     (folder / "broken.jpg").write_bytes(b"no image")
     first = run(onnx_file, folder, out, "--part", 2, "--batch-size", 2, "--score-threshold", 0)
     assert first.returncode == 0, first.stderr

@@ -199,10 +199,10 @@ def test_lines_for_ones_own_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lines_that_take_a_detector_along(trained: Trained, tmp_path: Path) -> None:
+def test_lines_that_take_a_detector_along(small: Trained, tmp_path: Path) -> None:
     """Each line leaves what it names, and the last ones run the files."""
-    (tmp_path / "best.ckpt").symlink_to(trained.checkpoint)
-    (tmp_path / "photos").symlink_to(trained.images)
+    (tmp_path / "best.ckpt").symlink_to(small.checkpoint)
+    (tmp_path / "photos").symlink_to(small.images)
     given = lines(TAKEN)
     assert len(given) == 6
     done = bash(script(given), tmp_path)

@@ -47,12 +47,12 @@ assert not [name for name in sys.modules if name.startswith(("torch", "codetr.")
 
 
 def test_the_example_finds_what_the_checkpoint_finds(
-    trained: Trained, onnx_file: Path, eager: Model, tmp_path: Path
+    small: Trained, onnx_file: Path, eager: Model, tmp_path: Path
 ) -> None:
     """In images that are resized, and in one that is as the network takes it."""
     photo = tmp_path / "large.png"
-    Image.open(trained.images / "0.png").resize((400, 300), Image.Resampling.BICUBIC).save(photo)
-    files = [trained.images / "1.png", photo]
+    Image.open(small.images / "0.png").resize((400, 300), Image.Resampling.BICUBIC).save(photo)
+    files = [small.images / "1.png", photo]
     command = [sys.executable, "-c", ALONE, onnx_file, *files]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

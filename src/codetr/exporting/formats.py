@@ -21,7 +21,9 @@ from codetr.inference.about import KEY, About
 from codetr.ops.export_form import for_onnx, with_gathers
 
 OLDEST_OPSET = 18  # that PyTorch's exporter writes
-_ANY = 2**40  # bytes of a constant that is computed: weights of convolutions times those of their frozen norms
+# Numbers of a constant that is computed beforehand: weights of convolutions times those of their frozen norms, but not
+# the masks of Swin's windows.
+_LARGEST_CONSTANT = 2**22
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ def _tidy(model: Any) -> None:
     from onnxscript import optimizer
 
     for _ in range(2):  # shapes that the first makes known
-        optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=_ANY, output_size_limit=_ANY)
+        optimizer.fold_constants(
+            model, onnx_shape_inference=True, input_size_limit=_LARGEST_CONSTANT, output_size_limit=_LARGEST_CONSTANT
+        )
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)

@@ -15,7 +15,7 @@ from codetr.inference import Model
 from codetr.inference.about import About
 from codetr.inference.sources import Images, Source, Unreadable, collate_items, find_sources
 
-# Where int8 pays: nearly all multiplications of a detector are in these.
+# Where int8 pays: most multiplications of a detector are in these.
 ROUNDED_PARTS = ("backbone", "neck", "encoder")
 # Of those what makes coordinates and their weights: 256 steps over an image of 1333 pixels are five pixels each.
 KEPT_LAYERS = ("sampling_offsets", "attention_weights")

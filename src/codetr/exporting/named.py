@@ -18,7 +18,7 @@ def name_nodes(model: Any) -> None:
     for number, node in enumerate(model.graph):
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
         # The last is the node of PyTorch's graph, the one before it the innermost module.
-        module = scopes[-2] if len(scopes) > 1 and scopes[1] == "detector" else ""
+        module = scopes[-2] if len(scopes) > 1 and scopes[1].startswith("detector") else ""
         node.name = f"{module or 'graph'}/{node.op_type}_{number}"
 
 
