@@ -25,14 +25,25 @@ def exported(trained: Trained, out: Path, *overrides: str) -> Path:
 
 
 def assert_same(model: Model | Exported, eager: Model, images: list[np.ndarray], batch: int) -> None:
-    """Boxes within 1e-3 pixel, scores within 1e-5, in the same order."""
+    """In every image, see `assert_same_objects`."""
     found, truth = (one.predict(images, score_threshold=0, batch_size=batch) for one in (model, eager))
     assert len(found) == len(truth) == len(images)
     for one, true in zip(found, truth, strict=True):
-        assert len(one) == len(true) > 20
-        assert torch.equal(one.labels, true.labels)
-        torch.testing.assert_close(one.scores, true.scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(one.boxes_xyxy, true.boxes_xyxy, rtol=0, atol=1e-3)
+        assert len(true) > 20
+        assert_same_objects(
+            (one.boxes_xyxy, one.scores, one.labels),
+            (true.boxes_xyxy, true.scores, true.labels),
+        )
+
+
+def assert_same_objects(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Boxes within 1e-3 pixel, scores within 1e-5, in the same order, except that scores which are equal to that
+    precision may have changed places."""
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
+    near = (found[1][:, None] - expected[1]).abs() <= 1e-5
+    same = near & (found[2][:, None] == expected[2]) & ((found[0][:, None] - expected[0]).abs().amax(-1) <= 1e-3)
+    assert same.any(1).all()
+    assert same.any(0).all()
 
 
 def assert_near(model: Model | Exported, other: Model, images: list[np.ndarray]) -> None:
@@ -56,6 +67,6 @@ def on_canvas(eager: Model, count: int, canvas: tuple[int, int]) -> tuple[Tensor
 
 def assert_pairs(found: Sequence[Tensor], truth: list[Detections]) -> None:
     for scores, labels, boxes, true in zip(*found, truth, strict=True):
-        assert torch.equal(labels, true.labels[: len(labels)])
-        torch.testing.assert_close(scores, true.scores[: len(labels)], rtol=0, atol=1e-5)
-        torch.testing.assert_close(boxes, true.boxes_xyxy[: len(labels)], rtol=0, atol=1e-3)
+        count = len(labels)
+        expected = true.boxes_xyxy[:count], true.scores[:count], true.labels[:count]
+        assert_same_objects((boxes, scores, labels), expected)

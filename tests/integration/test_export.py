@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
-from export_cases import assert_near, assert_pairs, assert_same, exported, on_canvas
+import torch
+from export_cases import assert_near, assert_pairs, assert_same, assert_same_objects, exported, on_canvas
+from torch import Tensor
 
 import codetr
 from codetr.application import compose
@@ -81,7 +83,7 @@ def test_eval_of_the_file_has_the_mean_ap_of_the_checkpoint(
         for path in (onnx_file, small.checkpoint)
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-9)
-    assert values[0] > 0.5
+    assert values[0] > 0.3
     report = json.loads((tmp_path / "onnx/metrics.json").read_text())
     assert report["step"] == 7
 
@@ -92,8 +94,15 @@ def test_predict_takes_the_file(small: Trained, onnx_file: Path, tmp_path: Path)
         json.loads(predict(compose("predict", [*given, f"checkpoint={path}", f"out={tmp_path / name}"])).read_text())
         for name, path in (("a", onnx_file), ("b", small.checkpoint))
     )
-    assert [r["category_name"] for r in one] == [r["category_name"] for r in other]
-    assert np.allclose([r["bbox"] for r in one], [r["bbox"] for r in other], atol=1e-3)
+    assert len(one) == len(other) > 20
+    for name in {record["image_id"] for record in other}:
+        assert_same_objects(*(in_tensors([r for r in records if r["image_id"] == name]) for records in (one, other)))
+
+
+def in_tensors(records: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+    keys = "bbox", "score", "category_id"
+    boxes, scores, labels = (torch.tensor([record[key] for record in records]) for key in keys)
+    return boxes, scores, labels
 
 
 @pytest.fixture(scope="module")
