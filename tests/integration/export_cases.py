@@ -57,7 +57,7 @@ def assert_near(model: Model | Exported, other: Model, images: list[np.ndarray])
 def on_canvas(eager: Model, count: int, canvas: tuple[int, int]) -> tuple[Tensor, Tensor, list[Detections]]:
     """Noise as images, their sizes, and what the checkpoint finds in them."""
     images = torch.randint(0, 256, (count, 3, *canvas), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    sizes = torch.tensor([canvas, (100, 90), (64, canvas[1] - 1)] * 3)[:count]
+    sizes = torch.tensor([canvas, (canvas[0] - 28, 90), (64, canvas[1] - 1)] * 3)[:count]
     padding = torch.ones(count, *canvas, dtype=torch.bool)
     for own, (height, width) in zip(padding, sizes.tolist(), strict=True):
         own[:height, :width] = False

@@ -75,7 +75,15 @@ def _torch(work: Work, path: Path) -> None:
     program = _traced(work)
     with atomically(path) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor")  # weights in channels-last order, which it copies
-        torch.export.save(program, part, extra_files={f"{KEY}.json": work.about.to_json()})
+        try:
+            torch.export.save(program, part, extra_files={f"{KEY}.json": work.about.to_json()})
+        except Exception as error:  # of its own kinds
+            if work.canvas.size is not None:
+                raise
+            raise UserError(
+                "format=torch: PyTorch cannot write the shapes of this detector on images of any size "
+                f"({' '.join(str(error).split())[:100]}): give height and width of all batches, size=[800,1344]"
+            ) from error
 
 
 def _traced(work: Work) -> torch.export.ExportedProgram:
