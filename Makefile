@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-shapes studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format modes accumulation chaos soak bench gpu tune links measure readme wheel lock clean
+.PHONY: help install demo demo-shapes studies compare-heads compare-kinds compare-parts compare-groups parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ gpu: ## On a CUDA machine: kernel tests, benchmarks, 200 steps (GPU_PYTHON=pytho
 
 tune: ## On a CUDA machine: the fastest launch constants into kernels/msda/launch.json
 	$(GPU_PYTHON) -m benchmarks attention/tune
+
+export-matrix: install ## Every detector in every exported format beside PyTorch: ARGS="--full" for full widths; goes on if stopped
+	$(BIN)/python -m benchmarks export/matrix $(ARGS)
 
 measure: install ## `make demo-shapes` from a fresh clone, twice: time, mAP, the same digits
 	$(BIN)/python -m benchmarks training/demo --repeat 2

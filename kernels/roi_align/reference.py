@@ -30,6 +30,8 @@ def roi_align_reference(
     """
     image, found = images[:, None].to(boxes), boxes.new_zeros(())
     for number, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        rois = torch.cat([image, boxes.where((level_of == number)[:, None], NOWHERE)], 1)
+        own = (level_of == number)[:, None]
+        # `NOWHERE` with an area: OpenVINO divides by it.
+        rois = torch.cat([image, boxes[:, :2].where(own, NOWHERE), boxes[:, 2:].where(own, NOWHERE + 16)], 1)
         found = roi_align(level.to(rois), rois, size, 1 / stride, sampling_ratio, aligned=True).add_(found)
     return found

@@ -17,7 +17,7 @@ FEATURES = {
     "supervision": "Result.to_supervision",
     "albumentations": "augment@data=albumentations",
     "sweeps": "hydra/sweeper=optuna, hydra/launcher=submitit_local",
-    "onnx": "codetr export format=onnx, and running its files",
+    "onnx": "codetr export format=onnx, tensorrt, triton, precision=int8, and running ONNX files",
     "openvino": "codetr export format=openvino, and running its files",
     "dev": "make check, make test",
 }

@@ -86,7 +86,9 @@ def _of_exported(config: DictConfig, model: Exported) -> Validation:
         )
     if config.get("tiles"):
         model.tiles = instantiate(config.tiles)
-    return Validated(partial(model.detect, score_threshold=0.0), instantiate(config.metrics, model.class_names)())
+    metrics = instantiate(config.metrics, model.class_names)
+    masks = metrics(iou_type="segm") if model.finds_masks else None
+    return Validated(partial(model.detect, score_threshold=0.0), metrics(), masks)
 
 
 def _with_enough(postprocess: dict[str, Any], counted: int) -> dict[str, Any]:

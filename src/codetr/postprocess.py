@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from codetr.nn.boxes import best_pairs
-from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
 from codetr.types import Detections, Prediction
 
@@ -93,6 +92,13 @@ class PostProcess:
         """The second half: what suppression leaves of the pairs."""
         if self.suppression is None:
             return [Detections(*one) for one in zip(scores, labels, boxes, strict=True)]
+        chosen = zip(self.chosen(scores, labels, boxes), labels, boxes, strict=True)
+        return [Detections(score, label[index], box[index]) for (score, index), label, box in chosen]
+
+    def chosen(self, scores: Tensor, labels: Tensor, boxes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each image the scores of the pairs that suppression leaves, as it lowers them, and their places, best
+        first."""
+        if self.suppression is None:
+            return [(one, torch.arange(len(one), device=one.device)) for one in scores]
         scores, index, kept = self.suppression(boxes, scores, labels, self.max_detections)
-        found = zip(scores, labels.gather(1, index), take(boxes, index), kept, strict=True)
-        return [Detections(s[k], c[k], b[k]) for s, c, b, k in found]
+        return [(score[k], i[k]) for score, i, k in zip(scores, index, kept, strict=True)]

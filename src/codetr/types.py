@@ -445,11 +445,15 @@ class MaskHead(Protocol):
 
     losses: weighted inside the head; prediction: the boxes from which it learns, of one decoder layer, [B, N, ...].
     segment: masks of detections in network pixels.
+    segment_all: the same of boxes [B, n, 4] with labels [B, n], so many in every image: masks [B, n, s, s] in 0..1 and
+        their IoU [B, n], by which the score of a box is multiplied.
     """
 
     def losses(self, pyramid: Pyramid, prediction: Prediction, targets: Targets) -> dict[str, Tensor]: ...
 
     def segment(self, pyramid: Pyramid, detections: list[Detections]) -> list[Masks]: ...
+
+    def segment_all(self, pyramid: Pyramid, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 NormKind = Literal["frozen", "batch", "group"]

@@ -51,13 +51,24 @@ class Validation(LightningModule):
 
 
 class Validated(Validation):
-    """Evaluates whatever finds objects in batches. detect: a batch -> detections in pixels of the files."""
+    """Evaluates whatever finds objects in batches.
 
-    def __init__(self, detect: Callable[[Batch], list[Detections]], metrics: MeanAveragePrecision) -> None:
-        super().__init__({"val": metrics})
+    detect: a batch -> detections in pixels of the files.
+    masks: metrics of masks, where it finds some.
+    """
+
+    def __init__(
+        self,
+        detect: Callable[[Batch], list[Detections]],
+        metrics: MeanAveragePrecision,
+        masks: MeanAveragePrecision | None,
+    ) -> None:
+        super().__init__({"val": metrics} | ({} if masks is None else {"val/segm": masks}))
         self.detect = detect
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
         detections = self.detect(batch)
         self.evaluate("val", detections, batch)
+        if "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth):
+            self.evaluate("val/segm", detections, batch)
         return detections

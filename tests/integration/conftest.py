@@ -4,13 +4,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hydra.utils import instantiate
 from PIL import Image
 
 from codetr import application
-from codetr.inference import load
+from codetr.export import export
+from codetr.inference import Model, load
 
 NAMES = ["circle", "square", "star"]
 
@@ -36,7 +39,43 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return make(tmp_path_factory.mktemp("segmenting"), *mask_head)
 
 
-def make(folder: Path, *model: str) -> Trained:
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The same of a detector whose graph is small, and soon exported; with heads that only train."""
+    model = ("conditional_detr_tiny", "model.detector.decoder.num_layers=2", "model.detector.main.num_queries=40")
+    heads = "model/auxiliary_head=[faster_rcnn_small,atss]"
+    return make(tmp_path_factory.mktemp("small"), f"model={model[0]}", *model[1:], heads, noise=0.05)
+
+
+@pytest.fixture(scope="session")
+def eager(small: Trained) -> Model:
+    model = load(small.checkpoint, device="cpu")
+    assert isinstance(model, Model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def onnx_file(small: Trained, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """`small` in ONNX: exported once for all processes of pytest, whose checkpoints are the same."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "exported" / "model.onnx"
+    with FileLock(path.parent.with_suffix(".lock")):
+        if not path.exists():
+            export(application.compose("export", [f"checkpoint={small.checkpoint}", f"out={path}"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[np.ndarray]:
+    """Eight images of three sizes; behind the resize some are wide, some high."""
+    rng = np.random.default_rng(5)
+    sizes = (((96, 128), (128, 100), (70, 160))[i % 3] for i in range(8))
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)) for _ in range(8)]
+    return [np.asarray(one.resize((width, height))) for one, (height, width) in zip(coarse, sizes, strict=True)]
+
+
+def make(folder: Path, *model: str, noise: float = 0.0) -> Trained:
+    """noise: added to the first weights, some of which are zero, so that queries differ."""
     torch.manual_seed(0)
     (folder / "images").mkdir()
     for i in range(5):
@@ -53,11 +92,13 @@ def make(folder: Path, *model: str) -> Trained:
     ]
     config = application.plain(application.compose("train", [*overrides, "data.num_workers=0", "run_dir=nowhere"]))
     config["model"]["detector"]["backbone"]["pretrained"] = False
-    raw, average = (instantiate(config["model"]["detector"], _convert_="all").state_dict() for _ in range(2))
+    raw, average = (instantiate(config["model"]["detector"], _convert_="all") for _ in range(2))
+    for parameter in (*raw.parameters(), *average.parameters()) if noise else ():
+        parameter.data.add_(torch.randn_like(parameter), alpha=noise)
     checkpoint = folder / "best.ckpt"
     content = {
-        "state_dict": {f"detector.{name}": value for name, value in raw.items()},
-        "ema": {"weights": average},
+        "state_dict": {f"detector.{name}": value for name, value in raw.state_dict().items()},
+        "ema": {"weights": average.state_dict()},
         "codetr": {"config": config, "class_names": NAMES},
         "global_step": 7,
     }

@@ -1,11 +1,14 @@
 """Every command in README, docs, kernels and examples: composed, or run with a model of toy size."""
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,11 +21,15 @@ from codetr.training import fit
 from made_run import make as make_run
 from toy import as_lvis, data_overrides, environment, make_coco, overrides
 
+if TYPE_CHECKING:
+    from conftest import Trained
+
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
 DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
 KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "doctor", "report"}
 OWN_DATA = r"## Train on your own data\n.*?```bash\n(.*?)```"
+TAKEN = r"## Take it with you\n.*?```bash\n(.*?)```"
 # What a command says about machines, data and files, which are others here.
 ELSEWHERE = re.compile(r"(trainer(\.(devices|num_nodes|accelerator))?|data(\.\w+)?|run_dir|resume|initialise\.\w+)=")
 
@@ -173,10 +180,20 @@ def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypat
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 
-def lines() -> list[str]:
-    block = re.search(OWN_DATA, (ROOT / "README.md").read_text(), re.DOTALL)
+def lines(section: str = OWN_DATA) -> list[str]:
+    block = re.search(section, (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     return block[1].splitlines()
+
+
+def script(given: list[str]) -> str:
+    """The commands as their modules: the test of the wheel has the command itself."""
+    return "\n".join(["set -e", 'codetr() { python -m "codetr.$1" "${@:2}"; }', *given])
+
+
+def bash(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    variables = {**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", "-c", text], cwd=folder, env=variables, capture_output=True, text=True, timeout=900)
 
 
 def test_lines_for_ones_own_data(tmp_path: Path) -> None:
@@ -191,19 +208,30 @@ def test_lines_for_ones_own_data(tmp_path: Path) -> None:
     toy = [o for o in overrides(data) if o not in data_overrides(data)]
     toy += ["augment@data=small", "data.num_workers=0", "trainer.max_epochs=1"]
     small = {"experiment=co_deformable_r50_12e": " ".join(toy), "output=grid.png": "output=grid.png augment@data=small"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # The command as its module: the test of the wheel has the command itself.
-    text = "\n".join(["set -e", 'codetr() { python -m "codetr.$1" "${@:2}"; }', *lines()])
+    text = script(lines())
     for given, instead in small.items():
         assert given in text
         text = text.replace(given, instead)
-    variables = {**environment(), "PATH": path}
-    done = subprocess.run(
-        ["bash", "-c", text], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600
-    )
+    done = bash(text, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "check.html").stat().st_size > 10_000
     assert (tmp_path / "grid.png").exists()
     assert (tmp_path / "outputs/mine/metrics.json").exists() or list((tmp_path / "outputs/mine").rglob("metrics.csv"))
     assert len(lines()) <= 10
     assert list(tmp_path.rglob("predictions.json"))
+
+
+@pytest.mark.slow
+def test_lines_that_take_a_detector_along(small: Trained, tmp_path: Path) -> None:
+    """Each line leaves what it names, and the last ones run the files."""
+    (tmp_path / "best.ckpt").symlink_to(small.checkpoint)
+    (tmp_path / "photos").symlink_to(small.images)
+    given = lines(TAKEN)
+    assert len(given) == 6
+    done = bash(script(given), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("model.onnx", "model.xml", "small.onnx", "repository/detector/config.pbtxt"):
+        assert (tmp_path / name).is_file(), name
+    assert "costs" in done.stdout
+    assert (tmp_path / "predictions" / "predictions.json").is_file()
+    assert list(tmp_path.glob("outputs/eval/*/metrics.json"))

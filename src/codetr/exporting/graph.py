@@ -1,9 +1,10 @@
-"""The one graph of an exported detector: from the pixels of a padded batch to the best pairs of queries and classes."""
+"""The one graph of an exported detector: from the pixels of a padded batch to the best pairs of queries and classes,
+and their masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch.export import Dim
 
 from codetr.errors import UserError
 from codetr.inference import Model
+from codetr.inference.about import BOXES, MASKS
 from codetr.models.detector import Detector
 from codetr.models.swin import Swin
 from codetr.models.vit import ViT
@@ -20,7 +22,7 @@ from codetr.postprocess import PostProcess
 from codetr.queries.two_stage import TwoStageQueries
 from codetr.types import MAIN
 
-INPUTS, OUTPUTS = ("images", "sizes"), ("boxes", "scores", "labels")
+INPUTS = ("images", "sizes")
 _TRACED = 512, 640  # height and width of the images, at least, of which the graph is made; their values do not matter
 _LARGEST = 8192  # side in pixels
 
@@ -36,16 +38,30 @@ class Graph(nn.Module):
         super().__init__()
         self.detector, self.postprocess, self.narrow = inference_part(detector), postprocess, narrow
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what `forward` returns."""
+        return BOXES if self.detector.mask_head is None else BOXES + MASKS
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images: [B, 3, H, W] uint8, padded right and below. sizes: [B, 2] int64 (height, width) without the padding.
 
-        Returns boxes [B, n, 4] xyxy in network pixels, scores [B, n], best first, and labels [B, n].
+        Returns boxes [B, n, 4] xyxy in network pixels, scores [B, n], best first, and labels [B, n]; with a mask head
+        also masks [B, n, s, s], the share of each cell of a box that shows the object, and mask_ious [B, n], by which
+        a box's score is multiplied to be its mask's.
         """
         padding = padding_of(sizes, images.shape[2], images.shape[3])
-        with nullcontext() if self.narrow is None else torch.autocast(images.device.type, self.narrow):
-            prediction = self.detector.detect(images, padding)
-        scores, labels, boxes = self.postprocess.pairs(prediction, sizes)
-        return boxes, scores, labels
+        with self._cast(images):
+            output = self.detector(images, padding)
+        scores, labels, boxes = self.postprocess.pairs(output.predictions[MAIN].last, sizes)
+        if self.detector.mask_head is None:
+            return boxes, scores, labels
+        with self._cast(images):
+            masks, mask_ious = self.detector.segment_all(output.memory, boxes, labels)
+        return boxes, scores, labels, masks, mask_ious
+
+    def _cast(self, images: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.narrow is None else torch.autocast(images.device.type, self.narrow)
 
 
 def inference_part(detector: Detector) -> Detector:
@@ -54,11 +70,11 @@ def inference_part(detector: Detector) -> Detector:
         backbone=detector.backbone,
         neck=detector.neck,
         encoder=detector.encoder,
-        adapter=None,
+        adapter=detector.adapter if detector.mask_head is not None else None,
         heads={},
         queries={MAIN: cast(Any, detector.queries[MAIN])},
         decoder=detector.decoder,
-        mask_head=None,
+        mask_head=cast(Any, detector.mask_head),
         mask_groups=(),
     )
     return part.eval()
@@ -138,11 +154,6 @@ def least_side(detector: Detector, divisor: int) -> int:
 
 def graph_of(model: Model, max_detections: int | None, precision: str) -> Graph:
     """Raises UserError for what cannot be part of a graph."""
-    if model.detector.mask_head is not None:
-        raise UserError(
-            f"{model.path}: detectors with a mask head cannot be exported: masks are made of the boxes that are left "
-            "after suppression, a number that no graph knows. Use codetr predict"
-        )
     postprocess = model.postprocess
     if not isinstance(postprocess, PostProcess):
         raise UserError(f"{model.path}: its postprocess is a {type(postprocess).__name__}, which is no part of a graph")

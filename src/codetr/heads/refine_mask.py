@@ -111,7 +111,7 @@ class RefineMaskHead(nn.Module):
         Returns the stages' logits [R, s, s], s doubling from stage to stage, and the mask IoU [R], float32.
         """
         pooled = self.pool.regions(pyramid, images, boxes)
-        region = torch.arange(len(labels), device=labels.device)
+        region = torch.arange(labels.shape[0], device=labels.device)  # `len` would fix it in a graph
         finest = torch.zeros_like(images)
         x = self.instance(pooled)
         logits: list[Tensor] = []
@@ -168,6 +168,15 @@ class RefineMaskHead(nn.Module):
             ious.append(iou)
         rows = (torch.cat(masks), scores * torch.cat(ious))
         return [Masks(*own) for own in zip(*(row.split(counts.tolist()) for row in rows), strict=True)]
+
+    def segment_all(self, pyramid: Pyramid, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `segment`, of as many boxes in every image and in one pass, which a graph can hold.
+
+        boxes: [B, n, 4] xyxy in network pixels. labels: [B, n]. Returns the masks [B, n, s, s] and their IoU [B, n].
+        """
+        images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(labels.shape).flatten()
+        logits, iou = self(pyramid, self.semantics(pyramid), images, boxes.flatten(0, 1), labels.flatten())
+        return refined(logits).sigmoid().unflatten(0, labels.shape), iou.unflatten(0, labels.shape)
 
 
 def enlarge(x: Tensor, size: int) -> Tensor:

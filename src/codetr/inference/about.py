@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from codetr.errors import UserError
 
 KEY = "codetr"
 FORM = 1  # of the entries
+BOXES, MASKS = ("boxes", "scores", "labels"), ("masks", "mask_ious")  # outputs of a graph; the latter with a mask head
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class About:
     class_names: of label 0, 1, ...; category_ids: of each class in its data set, None where nobody knows.
     size_divisor: batches are padded to multiples of so many pixels, of at least `least_side`.
     size: (height, width) where the graph takes no others.
-    precision: fp32 or fp16.
+    precision: fp32, fp16 or int8.
     max_detections: of an image.
     score_threshold: below which detections are no use, unless the user says otherwise.
     step: of the optimizer, when the checkpoint was saved.
@@ -40,6 +43,30 @@ class About:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) to which a batch of so many pixels is padded; a fixed one may be smaller."""
+        if self.size is not None:
+            return self.size
+        units = (-(-side // self.size_divisor) * self.size_divisor for side in (height, width))
+        rows, columns = (max(side, self.least_side) for side in units)
+        return rows, columns
+
+    def inputs(self, images: np.ndarray, sizes: np.ndarray, path: Path) -> dict[str, np.ndarray]:
+        """What the graph takes: the images, padded further where it needs that.
+
+        images: [B, 3, H, W] uint8. sizes: [B, 2] int64 (height, width) without padding. path: of the file, for the
+        message. Raises UserError for images that are larger than the graph's.
+        """
+        height, width = images.shape[2:]
+        rows, columns = self.canvas(height, width)
+        if height > rows or width > columns:
+            raise UserError(
+                f"{path} takes images of {columns}x{rows} pixels, and behind its resize one has {width}x{height}: "
+                "export it with size=null, or with a size into which all of them fit"
+            )
+        beyond = ((0, 0), (0, 0), (0, rows - height), (0, columns - width))
+        return {"images": np.ascontiguousarray(np.pad(images, beyond)), "sizes": sizes}
 
     @classmethod
     def from_json(cls, text: str | None, path: Path) -> About:

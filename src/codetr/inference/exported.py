@@ -1,28 +1,37 @@
-"""Files of `codetr export` behind the face of a checkpoint: ONNX Runtime opens .onnx, OpenVINO .xml."""
+"""Files of `codetr export` behind the face of a checkpoint, whichever runtime opens them (see `runtimes`)."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from codetr.errors import UserError
-from codetr.inference.about import KEY, About
+from codetr.inference.about import BOXES, About
 from codetr.inference.face import Face, size_divisor
+from codetr.inference.runtimes import RUNTIMES, Session, line
+from codetr.instances import pasted
 from codetr.postprocess import PostProcess
+from codetr.tiles import refuse_masks
 from codetr.trust import build, parts
-from codetr.types import MAIN, Batch, Detections
+from codetr.types import MAIN, Batch, Detections, Masks
 
-Outputs = Sequence[np.ndarray]
-Run = Callable[[np.ndarray, np.ndarray], Outputs]
-"""images [B, 3, H, W] uint8, sizes [B, 2] int64 -> boxes [B, n, 4], scores [B, n], labels [B, n]."""
+
+class Pairs(NamedTuple):
+    """What a graph finds: scores, labels [B, n], boxes [B, n, 4] in pixels of the network, best first; with a mask head
+    masks [B, n, s, s] in 0..1 and mask_ious [B, n]."""
+
+    scores: Tensor
+    labels: Tensor
+    boxes: Tensor
+    masks: Tensor | None = None
+    mask_ious: Tensor | None = None
 
 
 @dataclass
@@ -31,14 +40,14 @@ class Exported(Face):
 
     about: what the file says of itself.
     postprocess: whose second half, suppression, is outside of the graph.
-    run: the graph.
+    session: the opened graph.
 
     config holds postprocess and data. The others: see `Face`.
     """
 
     about: About
     postprocess: PostProcess
-    run: Run
+    session: Session
     runs_on: torch.device
 
     @property
@@ -48,66 +57,72 @@ class Exported(Face):
 
     @property
     def finds_masks(self) -> bool:
-        return False
+        return set(self.session.outputs) > set(BOXES)
 
     def to(self, device: str | torch.device) -> Exported:
         """Open the file anew for another device. Raises UserError for one that its runtime does not know."""
         self.runs_on = torch.device(device)
-        self.run = RUNTIMES[self.path.suffix].open(self.path, self.runs_on)[0]
+        self.session = RUNTIMES[self.path.suffix].open(self.path, self.runs_on)
         return self
 
     @torch.inference_mode()
     def detect(self, batch: Batch, score_threshold: float) -> list[Detections]:
-        if self.tiles is None:
-            every = self._found(batch.images, batch.frames.sizes)
-        else:
-            of_tiles = self.tiles(
-                lambda tiles, _, sizes: {MAIN: self._found(tiles, sizes)}, batch.images, batch.frames.sizes
-            )
-            every = of_tiles[MAIN]
-        return batch.frames.to_files([one.above(score_threshold) for one in every])
+        frames = batch.frames
+        if self.tiles is not None:
+            refuse_masks(self.tiles, self.finds_masks or None)
+            of_tiles = self.tiles(lambda tiles, _, sizes: {MAIN: self._found(tiles, sizes)}, batch.images, frames.sizes)
+            return frames.to_files([one.above(score_threshold) for one in of_tiles[MAIN]])
+        if not self.finds_masks:
+            return frames.to_files([one.above(score_threshold) for one in self._found(batch.images, frames.sizes)])
+        found, masks = self._found_with_masks(self.pairs(batch.images, frames.sizes), score_threshold)
+        return pasted(found, masks, frames)
 
     def _found(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        return self.postprocess.thinned(*self.pairs(images, sizes))
+        return self.postprocess.thinned(*self.pairs(images, sizes)[:3])
 
-    def pairs(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """scores, labels [B, n] and boxes [B, n, 4] in pixels of the network. images: [B, 3, H, W] uint8, which are
-        padded to what the graph takes.
+    def _found_with_masks(self, pairs: Pairs, score_threshold: float) -> tuple[list[Detections], list[Masks]]:
+        assert pairs.masks is not None
+        assert pairs.mask_ious is not None
+        found, masks = [], []
+        chosen = self.postprocess.chosen(pairs.scores, pairs.labels, pairs.boxes)
+        of_images = zip(chosen, pairs.labels, pairs.boxes, pairs.masks, pairs.mask_ious, strict=True)
+        for (scores, index), labels, boxes, inside, ious in of_images:
+            kept = scores >= score_threshold
+            scores, index = scores[kept], index[kept]
+            found.append(Detections(scores, labels[index], boxes[index]))
+            masks.append(Masks(inside[index], scores * ious[index]))
+        return found, masks
+
+    def pairs(self, images: Tensor, sizes: Tensor) -> Pairs:
+        """What the graph finds. images: [B, 3, H, W] uint8, which are padded to what the graph takes.
 
         Raises UserError for images that the graph cannot take.
         """
-        height, width = images.shape[2:]
-        wanted = self.about.size or tuple(self._side(side) for side in (height, width))
-        if height > wanted[0] or width > wanted[1]:
-            raise UserError(
-                f"{self.path} takes images of {wanted[1]}x{wanted[0]} pixels, and behind its resize one has {width}x"
-                f"{height}: export it with size=null, or with a size into which all of them fit"
-            )
-        canvas = pad(images, (0, wanted[1] - width, 0, wanted[0] - height))
+        inputs = self.about.inputs(images.numpy(), sizes.numpy(), self.path)
         try:
-            found = self.run(canvas.contiguous().numpy(), sizes.numpy())
+            found = self.session.run(inputs)
         except Exception as error:  # of whichever runtime
-            raise UserError(f"{self.path} fails on images of {wanted[1]}x{wanted[0]} pixels: {_line(error)}") from error
-        boxes, scores, labels = (torch.from_numpy(np.array(one)) for one in found)
-        return scores, labels, boxes
-
-    def _side(self, length: int) -> int:
-        """The least side of an image that holds so many pixels and that the graph takes."""
-        divisor = self.about.size_divisor
-        return max(-(-length // divisor) * divisor, self.about.least_side)
+            height, width = inputs["images"].shape[2:]
+            raise UserError(f"{self.path} fails on images of {width}x{height} pixels: {line(error)}") from error
+        return Pairs(**{name: torch.from_numpy(np.array(one)) for name, one in found.items()})
 
 
 def load_exported(path: Path, device: str | torch.device, trust: Sequence[str] = ()) -> Exported:
     """Raises UserError for a file that is missing, damaged or not of `codetr export`, for a runtime that is not
-    installed, and for a device that it does not know."""
+    installed, for a device that it does not know, and for a file that runs code, unless `trust` allows that."""
     runtime = RUNTIMES[path.suffix]
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     if importlib.util.find_spec(runtime.package) is None:
         raise UserError(f"{path} needs {runtime.package}: pip install 'codetr[{runtime.extra}]'")
+    if runtime.runs_code and runtime.runs_code not in trust:
+        raise UserError(
+            f"{path}: PyTorch unpickles a program of this kind, which may run any code: only if you know who made the "
+            f"file, trust=[{runtime.runs_code}]; ONNX files hold none"
+        )
     runs_on = torch.device("cpu" if device == "auto" else device)
-    run, said = runtime.open(path, runs_on)
-    about = About.from_json(said, path)
+    session = runtime.open(path, runs_on)
+    about = About.from_json(session.said, path)
     config = parts(about.config, path, trust, ("postprocess", "data"))
     postprocess = build({**config["postprocess"], "max_detections": about.max_detections}, path)
     if not isinstance(postprocess, PostProcess):
@@ -123,81 +138,6 @@ def load_exported(path: Path, device: str | torch.device, trust: Sequence[str] =
         tiles=build(config["tiles"], path) if "tiles" in config else None,
         about=about,
         postprocess=postprocess,
-        run=run,
+        session=session,
         runs_on=runs_on,
     )
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """package: that is imported; extra: of codetr, which installs it. open: (path, device) -> what runs, metadata."""
-
-    package: str
-    extra: str
-    open: Callable[[Path, torch.device], tuple[Run, str | None]]
-
-
-def _open_onnx(path: Path, device: torch.device) -> tuple[Run, str | None]:
-    import onnxruntime
-
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type, device.type)
-    if provider not in onnxruntime.get_available_providers():
-        raise UserError(f"device={device}: this onnxruntime has {', '.join(onnxruntime.get_available_providers())}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    except Exception as error:
-        raise UserError(f"{path}: ONNX Runtime cannot open it ({_line(error)}); export it again") from error
-    names = [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
-    _check_names(path, *names)
-
-    def run(images: np.ndarray, sizes: np.ndarray) -> Outputs:
-        found: Outputs = session.run(["boxes", "scores", "labels"], {"images": images, "sizes": sizes})
-        return found
-
-    return run, session.get_modelmeta().custom_metadata_map.get(KEY)
-
-
-def _open_openvino(path: Path, device: torch.device) -> tuple[Run, str | None]:
-    import openvino
-
-    try:
-        core = openvino.Core()
-        model = core.read_model(path)
-        said = str(model.get_rt_info([KEY]).value) if model.has_rt_info([KEY]) else None
-        _check_names(path, *([next(iter(one.names), "") for one in ends] for ends in (model.inputs, model.outputs)))
-        name = {"cpu": "CPU", "cuda": "GPU"}.get(device.type, device.type)
-        # Otherwise it rounds to bfloat16 on processors that are faster at that.
-        compiled = core.compile_model(
-            model, name, {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: OpenVINO cannot open it ({_line(error)}); export it again") from error
-
-    def run(images: np.ndarray, sizes: np.ndarray) -> Outputs:
-        found: Any = compiled({"images": images, "sizes": sizes})
-        return [found[name] for name in ("boxes", "scores", "labels")]
-
-    return run, said
-
-
-def _check_names(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    if set(inputs) != {"images", "sizes"} or set(outputs) != {"boxes", "scores", "labels"}:
-        raise UserError(
-            f"{path}: its graph is none of codetr export's: from {', '.join(inputs)} to {', '.join(outputs)}"
-        )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-RUNTIMES = {
-    ".onnx": Runtime("onnxruntime", "onnx", _open_onnx),
-    ".xml": Runtime("openvino", "openvino", _open_openvino),
-}
-SUFFIXES = tuple(RUNTIMES)

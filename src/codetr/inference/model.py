@@ -13,8 +13,9 @@ from torch import Tensor
 
 from codetr.checkpoint import load_weights
 from codetr.errors import UserError
-from codetr.inference.exported import SUFFIXES, Exported, load_exported
+from codetr.inference.exported import Exported, load_exported
 from codetr.inference.face import Face, size_divisor
+from codetr.inference.runtimes import SUFFIXES
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.nn.half import halve
@@ -88,13 +89,13 @@ def load(
     path: str | Path, *, device: str | torch.device = "auto", weights: Weights = "ema", trust: Sequence[str] = ()
 ) -> Model | Exported:
     """Open a checkpoint of `codetr train` or `codetr convert`, which is all that is needed, or what `codetr export`
-    made of one for ONNX Runtime (.onnx) or OpenVINO (.xml).
+    made of one for ONNX Runtime (.onnx), OpenVINO (.xml) or `torch.export.load` (.pt2).
 
-    path: the file; nothing in it is executed.
+    path: the file; nothing in it is executed but what `trust` allows.
     device: where the detector runs; "auto": a GPU if there is one.
     weights: "ema" for the averaged ones, where the file has them, or "raw" for those of the last step.
     trust: what else than parts of codetr the file may build, by name: classes, or packages with all that they define;
-        that runs their code.
+        that runs their code. A .pt2 is a program that PyTorch unpickles and runs: it needs "torch.export" here.
 
     Raises UserError for a file that is missing, damaged or of another kind, and for a device that is not here.
     """

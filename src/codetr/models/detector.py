@@ -140,6 +140,12 @@ class Detector(nn.Module):
             raise ValueError("this detector has no mask head (model.detector.mask_head)")
         return self.mask_head.segment(self.adapter(memory), detections)
 
+    def segment_all(self, memory: Memory, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `segment`, of as many boxes in every image (see `MaskHead`). Raises ValueError without a mask head."""
+        if self.mask_head is None or self.adapter is None:
+            raise ValueError("this detector has no mask head (model.detector.mask_head)")
+        return self.mask_head.segment_all(self.adapter(memory), boxes, labels)
+
     def training_only_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the parameters that inference neither needs nor builds."""
         sources = [f"queries.{name}." for name in self.queries if name != MAIN]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from codetr.ops.export_form import becomes_onnx
+
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """[B, N, D], [B, n] -> [B, n, D]."""
@@ -22,7 +24,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     if values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     numbers = values.detach().float().nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0  # -0.0 becomes 0.0
-    if torch.onnx.is_in_onnx_export():  # whose TopK takes the first of equal ones, and which knows no bits of numbers
+    if becomes_onnx():  # whose TopK takes the first of equal ones, and which knows no bits of numbers
         return numbers.topk(count).indices
     bits = numbers.contiguous().view(torch.int32).long()  # in the order of the numbers, backwards if negative
     ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

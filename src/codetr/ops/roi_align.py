@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from codetr.kernels.roi_align import roi_align, roi_align_reference
@@ -28,5 +29,13 @@ def roi_align_pyramid(
 
     The environment variable CODETR_ROI_ALIGN=reference|numba overrides the choice; a UserError where that cannot be.
     """
+    if torch.compiler.is_exporting():
+        boxes = _with_area(boxes)
     run = roi_align if ROI_ALIGN.takes_kernel(boxes, *levels) else roi_align_reference
     return run(levels, strides, images, boxes, level_of, size, sampling_ratio)
+
+
+def _with_area(boxes: Tensor) -> Tensor:
+    """At least a thousandth of a pixel wide and high: of a box without area OpenVINO makes NaN, PyTorch a point."""
+    corner, other = boxes.split(2, 1)
+    return torch.cat([corner, other.maximum(corner + 1e-3)], 1)
