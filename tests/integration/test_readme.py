@@ -19,7 +19,7 @@ from toy import data_overrides, environment, make_coco, overrides
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
 DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
-KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "doctor"}
+KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "estimate", "doctor"}
 OWN_DATA = r"## Train on your own data\n.*?```bash\n(.*?)```"
 # What a command says about machines, data and files, which are others here.
 ELSEWHERE = re.compile(r"(trainer(\.(devices|num_nodes|accelerator))?|data(\.\w+)?|run_dir|resume|initialise\.\w+)=")
@@ -56,7 +56,7 @@ def settings(words: list[str]) -> tuple[str, list[str]]:
     if module == "codetr.data":
         return given[0], given[1:]
     if module == "codetr.benchmark":
-        return "benchmark", given[1:]
+        return {"step": "benchmark"}.get(given[0], given[0]), given[1:]
     return module.removeprefix("codetr."), given
 
 
@@ -80,6 +80,8 @@ def test_the_documents_hold_commands() -> None:
         "convert",
         "check",
         "benchmark",
+        "latency",
+        "estimate",
     }
     assert {words[0].removeprefix("codetr.") for words in COMMANDS} <= KNOWN
 
