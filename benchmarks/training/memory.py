@@ -46,10 +46,9 @@ def estimated(overrides: list[str], size: tuple[int, int], batch: int) -> dict[s
     """MiB. Without the moving average, which is a callback of the training."""
     config = application.compose("estimate", overrides)
     estimator = Estimator(config, with_classes(config), OBJECTS)
-    cost = estimator.cost(batch, size)
     return {
-        "training": (cost.training - estimator.weights.average) / MIB,
-        "inference": cost.inference / MIB,
+        "training": (estimator.training(batch, size).memory - estimator.weights.average) / MIB,
+        "inference": estimator.inference(batch, size).memory / MIB,
     }
 
 

@@ -8,7 +8,7 @@ Runs a training step and an inference on tensors that have shapes and no content
 training takes: the model, its losses, optimizer, moving average and precision (trainer.precision=bf16-mixed).
 
   sizes=[[800,1333]]    (height, width) of padded batches
-  batches=[1,2,4]       images of a step
+  batches=[1,2]         images of a step
   objects=20            of an image
   cards=[8,...,80]      memory of cards, in GiB
   reserve=0.1           share of a card that is left: the driver's context, workspaces of kernels, fragments
@@ -83,12 +83,17 @@ def _of_size(
 
     from codetr.costs.estimate import largest_batches
 
-    cost = cache(lambda batch: estimator.cost(batch, size))
+    training = cache(lambda batch: estimator.training(batch, size))
+    inference = cache(lambda batch: estimator.inference(batch, size))
+    costs = [
+        {"batch": n, "size": list(size), "training": vars(training(n)), "inference": vars(inference(n))}
+        for n in batches
+    ]
     fits = {
-        "training": largest_batches(lambda batch: cost(batch).training, limits),
-        "inference": largest_batches(lambda batch: cost(batch).inference, limits),
+        "training": largest_batches(lambda n: training(n).memory, limits),
+        "inference": largest_batches(lambda n: inference(n).memory, limits),
     }
-    return [vars(cost(batch)) for batch in batches], {"size": list(size), **fits}
+    return costs, {"size": list(size), **fits}
 
 
 def _check(config: DictConfig) -> None:
@@ -114,12 +119,16 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
         ],
     )
     yield _table(
-        ["batch", "training step", "of it kept for backward", "GFLOP", "inference", "GFLOP"],
+        ["batch", "training step", "kept for backward", "GFLOP", "inference", "GFLOP"],
         [
-            [f"{one['batch']} x {one['size'][0]} x {one['size'][1]}"]
-            + [f"{one[name] / GIB:.2f} GiB" for name in ("training", "kept")]
-            + [f"{one['training_flops'] / 1e9:.0f}", f"{one['inference'] / GIB:.2f} GiB"]
-            + [f"{one['inference_flops'] / 1e9:.0f}"]
+            [
+                f"{one['batch']} x {one['size'][0]} x {one['size'][1]}",
+                f"{one['training']['memory'] / GIB:.2f} GiB",
+                f"{one['training']['kept'] / GIB:.2f} GiB",
+                f"{one['training']['flops'] / 1e9:.0f}",
+                f"{one['inference']['memory'] / GIB:.2f} GiB",
+                f"{one['inference']['flops'] / 1e9:.0f}",
+            ]
             for one in result["costs"]
         ],
     )

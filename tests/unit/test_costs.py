@@ -63,19 +63,20 @@ def test_a_layer_keeps_its_input_and_its_output() -> None:
 
 def test_it_counts_what_pytorch_counts() -> None:
     """The arithmetic of a real step, and the memory that PyTorch's tracker finds in one."""
-    found, real = estimator().cost(2, SIZE), step()
+    own, real = estimator(), step()
+    found = own.training(2, SIZE)
     with FlopCounterMode(display=False) as counter:
         real.train()
-    assert found.training_flops == counter.get_total_flops() > 0
+    assert found.flops == counter.get_total_flops() > 0
     with FlopCounterMode(display=False) as counter:
         real.infer()
-    assert found.inference_flops == counter.get_total_flops() > 0
+    assert own.inference(2, SIZE).flops == counter.get_total_flops() > 0
     tracker = MemTracker()
     tracker.track_external(real.detector, real.optimizer, real.inputs.images)
     with tracker:
         real.train()
     peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-    assert found.training == pytest.approx(peak, rel=0.02)
+    assert found.memory == pytest.approx(peak, rel=0.02)
 
 
 def test_weights_are_those_of_the_detector() -> None:
@@ -107,24 +108,24 @@ def test_nothing_is_built_and_nothing_is_changed() -> None:
 
 def test_more_images_cost_more_and_recomputing_costs_less() -> None:
     plain = estimator("model.detector.encoder.num_layers=4")
-    one, two = (plain.cost(batch, SIZE) for batch in (1, 2))
-    assert one.training < two.training
-    assert two.training_flops == pytest.approx(2 * one.training_flops, rel=0.2)
+    one, two = (plain.training(batch, SIZE) for batch in (1, 2))
+    assert one.memory < two.memory
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.2)
     recomputed = estimator("model.detector.encoder.num_layers=4", "model.detector.encoder.checkpointed_layers=4")
-    less = recomputed.cost(2, SIZE)
+    less = recomputed.training(2, SIZE)
     assert less.kept < two.kept
-    assert less.training_flops > two.training_flops
-    assert less.inference == two.inference
+    assert less.flops > two.flops
+    assert recomputed.inference(2, SIZE) == plain.inference(2, SIZE)
 
 
 def test_frozen_parts_keep_nothing() -> None:
     plain, frozen = estimator(), estimator("freeze=[backbone]")
-    assert frozen.cost(2, SIZE).kept < plain.cost(2, SIZE).kept
+    assert frozen.training(2, SIZE).kept < plain.training(2, SIZE).kept
     assert frozen.weights.state < plain.weights.state
 
 
 def test_half_precision_keeps_less() -> None:
-    assert estimator("trainer.precision=bf16-mixed").cost(2, SIZE).kept < estimator().cost(2, SIZE).kept
+    assert estimator("trainer.precision=bf16-mixed").training(2, SIZE).kept < estimator().training(2, SIZE).kept
 
 
 @pytest.mark.parametrize("memory_of", [lambda n: 100 + 7 * n, lambda n: max(500 + n, 100 + 13 * n)])
@@ -149,9 +150,9 @@ def test_the_largest_batch_is_found_with_few_questions(memory_of: object) -> Non
 
 def test_the_largest_batch_of_a_detector_fits_and_the_next_does_not() -> None:
     own = estimator()
-    limit = own.cost(7, SIZE).training + 100
-    (found,) = largest_batches(lambda n: own.cost(n, SIZE).training, [limit])
-    assert own.cost(found, SIZE).training <= limit < own.cost(found + 1, SIZE).training
+    limit = own.training(7, SIZE).memory + 100
+    (found,) = largest_batches(lambda n: own.training(n, SIZE).memory, [limit])
+    assert own.training(found, SIZE).memory <= limit < own.training(found + 1, SIZE).memory
 
 
 def test_a_batch_that_does_not_run_is_made_smaller() -> None:
@@ -169,7 +170,7 @@ def test_a_batch_that_does_not_run_is_made_smaller() -> None:
 def test_the_automatic_batch_runs_and_leaves_random_states_alone() -> None:
     config = application.compose("train", SMALL)
     before, state = config.copy(), torch.get_rng_state()
-    memory = int(estimator().cost(5, SIZE).training / 0.9) + 1000
+    memory = int(estimator().training(5, SIZE).memory / 0.9) + 1000
     assert fitting_batch(config, CLASSES, OBJECTS, SIZE, CPU, memory) == 5
     assert torch.equal(state, torch.get_rng_state())
     assert config == before

@@ -84,7 +84,7 @@ class Stages:
     def run(self, drawn: Drawn, run: Run) -> dict[str, float]:
         """Seconds of every stage."""
         times = [time.perf_counter()]
-        pictures = [read_image(file) for file in self.files]
+        pictures = [read_image(file, FILE_SIZE) for file in self.files]
         times.append(time.perf_counter())
         images = torch.stack([self.resize(picture) for picture in pictures])
         times.append(time.perf_counter())

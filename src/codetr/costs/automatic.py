@@ -29,7 +29,7 @@ def fitting_batch(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         estimator = Estimator(config, classes, objects)
         limit = memory * (1 - RESERVE) - estimator.weights.average  # which the estimate counts, and the trial lacks
-        (start,) = largest_batches(lambda n: estimator.cost(n, size).training - estimator.weights.average, [limit])
+        (start,) = largest_batches(lambda n: estimator.training(n, size).memory - estimator.weights.average, [limit])
         found = largest_that_runs(max(start, 1), _Trial(config, classes, objects, size, device).runs)
         _give_back(device)
     if not found:

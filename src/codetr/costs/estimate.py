@@ -32,26 +32,19 @@ class Weights:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a batch of images of `size` (height, width).
+    """Of a training step, or of inference. memory: bytes at the highest point, with weights, and in training with
+    gradients, the optimizer's state and the average. kept: bytes of activations that wait for the backward pass.
+    flops: a product and a sum are two."""
 
-    kept: bytes of activations that wait for the backward pass. training, inference: bytes at the highest point, with
-    weights, and in training with gradients, the optimizer's state and the average. training_flops, inference_flops: of
-    a step and of a batch; a product and a sum are two.
-    """
-
-    batch: int
-    size: tuple[int, int]
+    memory: int
     kept: int
-    training: int
-    inference: int
-    training_flops: float
-    inference_flops: float
+    flops: float
 
 
 class Estimator:
     """Of a configuration for training, which stays as it is. classes: that it detects. objects: of an image.
 
-    Queries and objects fill all the places that they may have (`static_shapes=true`): the most that a step takes.
+    Queries and objects fill all the places that they have with `static_shapes=true`, whatever images show.
     Raises UserError for detectors that learn from masks, which are as many regions as the images show.
     """
 
@@ -93,7 +86,8 @@ class Estimator:
         self._step.optimizer.step()
         self._step.optimizer.zero_grad(set_to_none=True)
 
-    def cost(self, batch: int, size: tuple[int, int]) -> Cost:
+    def training(self, batch: int, size: tuple[int, int]) -> Cost:
+        """Of a step with a batch of (height, width) `size`."""
         with self._pretence() as ledger:
             self._step.inputs = draw(batch, size, self._objects, self._classes, CPU)
             start, flops = ledger.current, ledger.flops
@@ -103,11 +97,19 @@ class Estimator:
             loss.backward()
             del loss
             self._step.update()
-            training, training_flops = ledger.peak, ledger.flops - flops
-            flops, ledger.peak = ledger.flops, ledger.current
-            self._step.infer()
-            inference = ledger.peak - self.weights.state - self.weights.average
-            return Cost(batch, size, kept, training, inference, training_flops, ledger.flops - flops)
+            return Cost(ledger.peak, kept, ledger.flops - flops)
+
+    def inference(self, batch: int, size: tuple[int, int]) -> Cost:
+        """Of the detector, with all its parts in memory."""
+        step = self._step
+        with self._pretence() as ledger:
+            step.inputs = draw(batch, size, self._objects, self._classes, CPU)
+            ledger.peak, flops = ledger.current, ledger.flops
+            step.detector.eval()
+            with torch.no_grad(), step.autocast():  # not in inference mode, which hides the operators within operators
+                step.detector.detect(step.inputs.images, step.inputs.padding)
+            step.detector.train()
+            return Cost(ledger.peak - self.weights.state - self.weights.average, 0, ledger.flops - flops)
 
 
 def largest_batches(memory_of: Callable[[int], int], limits: Sequence[float]) -> list[int]:

@@ -38,7 +38,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.flops += flops(func._overloadpacket, args, kwargs, result)
-        for value in tree_leaves(result):
+        for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(value, Tensor):
                 self._add(value.untyped_storage())
         return result

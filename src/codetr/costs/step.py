@@ -71,7 +71,7 @@ class Step:
         self.optimizer = instantiate(config.optimizer)(self.detector, fused=fused)
 
     def loss(self) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             output = self.detector(self.inputs.images, self.inputs.padding, self.inputs.targets)
             return torch.stack(list(self.criterion(output, self.inputs.targets).values())).sum()
 
@@ -88,11 +88,11 @@ class Step:
 
     def infer(self) -> None:
         self.detector.eval()
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self.autocast():
             self.detector.detect(self.inputs.images, self.inputs.padding)
         self.detector.train()
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
 
 

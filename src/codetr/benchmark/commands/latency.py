@@ -80,9 +80,10 @@ def _of_batch(
 
     detectors = _drawn(config, stages)
     cases: dict[str, tuple[Drawn, Run]] = {}
-    rows, shares = {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    shares: dict[str, Any] = {}
     for name, (drawn, classes) in detectors.items():
-        file = folder / f"{len(shares)}.onnx"
+        file = folder / f"{len(cases)}.onnx"
         if set(config.runtimes) & set(latency.SUFFIXES):
             drawn.write(file, classes)
         for runtime in config.runtimes:
