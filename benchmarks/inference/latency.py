@@ -51,7 +51,8 @@ def markdown(numbers: dict[str, Any], options: argparse.Namespace) -> str:
     height, width = options.size
     about = (
         f"Milliseconds of {options.repeat} runs in turns, medians of the stages; {height} x {width}, 80 classes, "
-        f"random weights, {torch.get_num_threads()} thread(s); `make bench NAME=inference/latency`, {date.today()}, {report.machine()}."
+        f"random weights, threads: {torch.get_num_threads()}; "
+        f"`make bench NAME=inference/latency`, {date.today()}, {report.machine()}."
     )
     tables = [latency_report.latencies(numbers["rows"]), latency_report.operators(numbers["operators"])]
     return "\n\n".join([*tables, about])

@@ -37,7 +37,7 @@ def drawn() -> graphs.Drawn:
 def test_every_runtime_finds_the_same(drawn: graphs.Drawn, tmp_path: Path) -> None:
     """The detector's own detections, in pixels of the files."""
     stages = latency.Stages(tmp_path, 2, SIZE)
-    drawn.write(tmp_path / "own.onnx", 3)
+    drawn.write(tmp_path / "own.onnx")
     images = torch.randint(0, 256, (2, 3, *SIZE), dtype=torch.uint8)
     found = [
         [np.asarray(one) for one in latency.opened(name, drawn, tmp_path / "own.onnx", CPU)(images, stages.sizes)]
@@ -68,7 +68,7 @@ def test_memory_is_what_is_taken_at_the_highest_point() -> None:
 
 
 def test_operators_share_the_time(drawn: graphs.Drawn, tmp_path: Path) -> None:
-    drawn.write(tmp_path / "own.onnx", 3)
+    drawn.write(tmp_path / "own.onnx")
     shares = latency.operators(tmp_path / "own.onnx", *drawn.canvas.example())
     assert sum(shares.values()) == pytest.approx(1)
     assert {"Conv", "MatMul", "GridSample"} <= shares.keys()
@@ -116,7 +116,7 @@ def test_other_libraries_are_exported_the_same_way(name: str, drawn: graphs.Draw
     """What ONNX Runtime finds is what their models find."""
     size = (128, 128)
     other = graphs.rival(name, 3, size, 1, drawn.postprocess)
-    other.write(tmp_path / "other.onnx", 3)
+    other.write(tmp_path / "other.onnx")
     images, sizes = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8), torch.tensor([size])
     eager, exported = (
         latency.opened(runtime, other, tmp_path / "other.onnx", CPU)(images, sizes)

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from codetr.application import plain
+from codetr.application import as_names, plain
 from codetr.benchmark import rivals
 from codetr.costs.step import Inputs, built, with_classes, without_pretrained
 from codetr.errors import UserError
@@ -32,18 +32,20 @@ RANDOM = Path("random weights")
 class Drawn:
     """A graph: images [B, 3, H, W] uint8 and sizes [B, 2] -> boxes, scores, labels; and the rest of its detector.
 
-    postprocess: of which suppression is outside of the graph. canvas: which images an exported file takes.
+    postprocess: of which suppression is outside of the graph. canvas: which images an exported file takes. classes: how
+    many there are.
     """
 
     graph: nn.Module
     postprocess: PostProcess
     canvas: Canvas
+    classes: int
 
-    def write(self, path: Path, classes: int) -> None:
+    def write(self, path: Path) -> None:
         """As ONNX. Raises UserError where a package is not installed."""
         form = FORMATS["onnx"]
         form.check("onnx")
-        names = tuple(map(str, range(classes)))
+        names = tuple(map(str, range(self.classes)))
         canvas, most = self.canvas, self.postprocess.max_detections
         about = About(FORM, names, None, canvas.divisor, canvas.least, canvas.size, "fp32", most, 0.3, 0, {})
         form.write(cast(Any, self.graph), canvas, about, OPSET, path)
@@ -51,9 +53,12 @@ class Drawn:
 
 def ours(config: DictConfig, size: tuple[int, int]) -> Drawn:
     """Of config.checkpoint, or of the model with random weights. Raises UserError for what cannot be exported."""
-    model = _random(config) if config.checkpoint is None else load_checkpoint(config.checkpoint, device="cpu")
+    if config.checkpoint is None:
+        model = _random(config)
+    else:
+        model = load_checkpoint(config.checkpoint, device="cpu", trust=as_names(config.trust))
     graph = graph_of(model, None, "fp32")
-    return Drawn(graph, graph.postprocess, Canvas.of(model, size, "onnx"))
+    return Drawn(graph, graph.postprocess, Canvas.of(model, size, "onnx"), len(model.class_names))
 
 
 def _random(config: DictConfig) -> Model:
@@ -94,7 +99,7 @@ def rival(name: str, classes: int, size: tuple[int, int], batch: int, postproces
     inputs = Inputs(torch.zeros(1), torch.zeros(1), cast(Any, None))
     found = rivals.build(name, inputs, classes, None, dropout=0.0)
     own = PostProcess(postprocess.max_detections, None)
-    return Drawn(_RivalGraph(found.model.eval(), found.predict, own).eval(), own, Still(size, 1, 1, batch))
+    return Drawn(_RivalGraph(found.model.eval(), found.predict, own).eval(), own, Still(size, 1, 1, batch), classes)
 
 
 class _RivalGraph(nn.Module):

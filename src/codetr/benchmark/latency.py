@@ -81,6 +81,10 @@ class Stages:
         self.frames = Frames(self.sizes, scale, torch.tensor([FILE_SIZE] * batch))
         self.resize = v2.Resize(list(size))
 
+    def blank(self) -> Tensor:
+        """A batch without content: what detectors compute does not depend on it."""
+        return torch.zeros(len(self.files), 3, *self.size, dtype=torch.uint8)
+
     def run(self, drawn: Drawn, run: Run) -> dict[str, float]:
         """Seconds of every stage."""
         times = [time.perf_counter()]

@@ -82,10 +82,10 @@ def _of_batch(
     cases: dict[str, tuple[Drawn, Run]] = {}
     rows: dict[str, dict[str, Any]] = {}
     shares: dict[str, Any] = {}
-    for name, (drawn, classes) in detectors.items():
+    for name, drawn in detectors.items():
         file = folder / f"{len(cases)}.onnx"
         if set(config.runtimes) & set(latency.SUFFIXES):
-            drawn.write(file, classes)
+            drawn.write(file)
         for runtime in config.runtimes:
             key = f"{name}, {runtime}"
 
@@ -98,20 +98,17 @@ def _of_batch(
                 grown += latency.weights_of(drawn.graph)  # which are there already
             rows[key] = {"detector": name, "runtime": runtime, "memory": grown}
         if "onnxruntime" in config.runtimes:
-            images, sizes = drawn.canvas.example()
-            shares[name] = latency.operators(file, images[: len(stages.files)], sizes[: len(stages.files)])
+            shares[name] = latency.operators(file, stages.blank(), stages.sizes)
     runs = latency.in_turns(cases, stages, config.repeats)
     return [row | latency.summary(runs[key], len(stages.files)) for key, row in rows.items()], shares
 
 
-def _drawn(config: DictConfig, stages: Stages) -> dict[str, tuple[Drawn, int]]:
-    """By name: the graph, and its number of classes."""
+def _drawn(config: DictConfig, stages: Stages) -> dict[str, Drawn]:
     from codetr.benchmark import graphs
 
     own = graphs.ours(config, stages.size)
-    classes = int(getattr(config.model, "num_classes", None) or config.classes)
-    found = {OURS: (own, classes)}
-    for name in config.against:
-        rival = graphs.rival(name, classes, stages.size, len(stages.files), own.postprocess)
-        found[name] = rival, classes
-    return found
+    others = {
+        name: graphs.rival(name, own.classes, stages.size, len(stages.files), own.postprocess)
+        for name in config.against
+    }
+    return {OURS: own, **others}
