@@ -80,7 +80,7 @@ def test_it_counts_what_pytorch_counts() -> None:
 
 
 def test_weights_are_those_of_the_detector() -> None:
-    found, real = estimator("callbacks=default").weights, step()
+    found, real = estimator("callbacks=default", "freeze=[neck]").weights, step("freeze=[neck]")
     parameters = list(real.detector.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     left_out = real.detector.training_only_prefixes()
