@@ -82,9 +82,11 @@ else
 	$(BIN)/python -m benchmarks training/step_cost groups
 	$(BIN)/python -m benchmarks training/step_cost groups --size 800 1333 --cases "K = 1" "K = 11"
 	$(BIN)/python -m benchmarks training/step_cost heads
+	$(BIN)/python -m benchmarks training/memory
 	$(BIN)/python -m benchmarks training/rivals
 	$(BIN)/python -m codetr.benchmark step experiment=demo size=[128,128] batch=8 objects=6 repeats=15 out=benchmarks/results/step_demo
 	$(BIN)/python -m codetr.benchmark step model=co_deformable repeats=5 out=benchmarks/results/step_co_deformable
+	$(BIN)/python -m benchmarks inference/latency
 endif
 
 # Beside a Python that is not ours codetr lies as links, laid out as an installation would.

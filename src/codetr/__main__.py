@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "official Co-DETR, transformers, timm and torchvision weights into ours, and back",
     "papers": "every row of the papers' tables, and the command that trains it",
     "benchmark": "what a training step costs, part by part, and beside other libraries",
+    "estimate": "parameters, arithmetic, memory, and the batch that fits a card, before anything is built",
     "doctor": "versions, devices and what is missing, for a report of a fault",
 }
 _HELP = ("-h", "--help", "help")

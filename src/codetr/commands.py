@@ -6,12 +6,14 @@ import difflib
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import NoReturn
 
 from codetr.errors import UserError
 from codetr.names import shown_lines
 
-_HELP = ("-h", "--help", "help")
+HELP = ("-h", "--help", "help")
 
 
 def run(package: ModuleType, name: str, arguments: list[str]) -> int:
@@ -21,7 +23,7 @@ def run(package: ModuleType, name: str, arguments: list[str]) -> int:
     name: of the module that is called.
     """
     words = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    if not arguments or arguments[0] in _HELP:
+    if not arguments or arguments[0] in HELP:
         print(_overview(package, name, words))
         return 0 if arguments else 2
     word, *overrides = arguments
@@ -30,7 +32,7 @@ def run(package: ModuleType, name: str, arguments: list[str]) -> int:
         meant = f"did you mean {near[0]}?" if near else f"give one of {', '.join(words)}"
         raise UserError(f"python -m {name} has no command {word}: {meant}")
     command = _command(package, word)
-    if any(override in _HELP for override in overrides):
+    if any(override in HELP for override in overrides):
         print((command.__doc__ or "").strip())
         return 0
     status: int = command.main(overrides)
@@ -38,9 +40,14 @@ def run(package: ModuleType, name: str, arguments: list[str]) -> int:
 
 
 def main(package: ModuleType, name: str) -> None:
-    """What `python -m NAME` does: `run` with its arguments; errors that a user can mend are printed as they are."""
+    """What `python -m NAME` does: `run` with its arguments."""
+    leave(lambda: run(package, name, sys.argv[1:]))
+
+
+def leave(command: Callable[[], int]) -> NoReturn:
+    """End the process with the status that `command` returns; an error that a user can mend is printed as it is."""
     try:
-        status = run(package, name, sys.argv[1:])
+        status = command()
     except UserError as error:
         print(f"error: {shown_lines(error)}", file=sys.stderr, flush=True)
         status = 2

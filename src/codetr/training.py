@@ -15,10 +15,16 @@ from codetr.derived import read_needed_masks
 from codetr.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+
     from codetr.data.datamodule import DetectionDataModule
     from codetr.inference import Model
     from codetr.models.detector import Detector
     from codetr.task import DetectionTask
+
+AUTO = "auto"  # of data.batch_size
+PROBES = 64  # images that tell how large a batch can be
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ def fit(config: DictConfig) -> Run:
     checkpoint = run_directory.resume_from(config)
     if checkpoint is not None:
         checkpoint, earlier = newest_whole(checkpoint)
+        if config.data.batch_size == AUTO:
+            config.data.batch_size = earlier["codetr"]["config"]["data"]["batch_size"]
         config.resumed_step = earlier["global_step"]
         config.model.num_classes = len(earlier["codetr"]["class_names"])
         _compare(config, lambda: resume.check_configuration(checkpoint, earlier, application.plain(config)), earlier)
@@ -104,10 +112,16 @@ def fit(config: DictConfig) -> Run:
         logger=list(instantiate(config.logger).values()),
         plugins=[AtomicCheckpointIO()],
     )
+    automatic = config.data.batch_size == AUTO
+    if automatic:
+        _check_automatic(trainer)
+        config.data.batch_size = 1
     data = instantiate(config.data)
     data.prepare_data()
     data.setup("fit")
     config.model.num_classes = len(data.class_names)
+    if automatic:
+        config.data.batch_size = data.batch_size = _batch_size(config, data, trainer.strategy.root_device)
     about: dict[str, Any] = {"class_names": list(data.class_names), "train_set": data.train_set.fingerprint}
     if checkpoint is not None:
         _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
@@ -129,6 +143,39 @@ def fit(config: DictConfig) -> Run:
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
     of_best = {name.removeprefix("val/"): value for name, value in numbers.items() if name.startswith("val/")}
     return Run(folder, Path(best), of_best, numbers[config.optimized_metric])
+
+
+def _check_automatic(trainer: Trainer) -> None:
+    """Raises UserError for a device whose memory nobody can ask, and for several, which each would find another."""
+    if trainer.strategy.root_device.type != "cuda":
+        raise UserError(
+            "data.batch_size=auto asks a GPU for its memory, and there is none: give a number (codetr estimate "
+            "says what batches take)"
+        )
+    if trainer.world_size > 1:
+        raise UserError(
+            f"data.batch_size=auto chooses for one device, and there are {trainer.world_size}: give a number (codetr "
+            "estimate says what batches take)"
+        )
+
+
+def _batch_size(config: DictConfig, data: DetectionDataModule, device: torch.device) -> int:
+    """As many images of these data as the device holds, and no more than there are."""
+    import torch
+    from rich import print
+
+    from codetr.costs.automatic import fitting_batch
+
+    assert data.train_set is not None, "setup() comes first"
+    size, objects = data.largest_sample(PROBES)
+    memory = torch.cuda.mem_get_info(device)[0]
+    found = fitting_batch(config, len(data.class_names), objects, size, device, memory)
+    found = min(found, len(data.train_set))
+    print(
+        f"data.batch_size={found}: images of up to {size[0]} x {size[1]} pixels with up to {objects} objects, "
+        f"{memory / 2**30:.1f} GiB free; optimizer.lr stays {config.optimizer.lr:g}"
+    )
+    return found
 
 
 def _task(config: DictConfig, data: DetectionDataModule, settings: dict[str, Any]) -> DetectionTask:

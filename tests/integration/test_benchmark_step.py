@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from codetr import application
 from codetr.benchmark import parts
 from codetr.benchmark.commands import step as command
-from codetr.benchmark.step import Step, draw
+from codetr.costs.flops import flops
+from codetr.costs.step import Step, draw
 from codetr.errors import UserError
 from toy import environment
 from toy_model import SIZES
@@ -67,7 +68,7 @@ def test_the_gradients_of_a_convolution_cost_twice_its_forward_pass(groups: int)
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            self.numbers += parts.flops(func._overloadpacket, args, kwargs or {}, result)
+            self.numbers += flops(func._overloadpacket, args, kwargs or {}, result)
             return result
 
     with Counted() as counted:

@@ -41,6 +41,8 @@ TRAINED = {
 # What other tests run, and in which module.
 ELSEWHERE = {
     "benchmark": "test_benchmark_step.py",
+    "estimate": "test_estimate.py",
+    "latency": "test_benchmark_latency.py",
     "eval": "test_eval.py",
     "predict": "test_predict.py",
     "export": "test_export.py",

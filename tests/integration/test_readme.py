@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/*/README.md", "examples/*/README.md")
 DOCUMENTS = [path for place in PLACES for path in sorted(ROOT.glob(place))]
-KNOWN = {"train", "eval", "predict", "export", "data", "convert", "papers", "benchmark", "doctor", "report"}
+KNOWN = {
+    "train",
+    "eval",
+    "predict",
+    "export",
+    "report",
+    "data",
+    "convert",
+    "papers",
+    "benchmark",
+    "estimate",
+    "doctor",
+}
 OWN_DATA = r"## Train on your own data\n.*?```bash\n(.*?)```"
 TAKEN = r"## Take it with you\n.*?```bash\n(.*?)```"
 # What a command says about machines, data and files, which are others here.
@@ -65,7 +77,7 @@ def settings(words: list[str]) -> tuple[str, list[str]]:
     if module == "codetr.data":
         return given[0], given[1:]
     if module == "codetr.benchmark":
-        return "benchmark", given[1:]
+        return {"step": "benchmark"}.get(given[0], given[0]), given[1:]
     return module.removeprefix("codetr."), given
 
 
@@ -90,6 +102,8 @@ def test_the_documents_hold_commands() -> None:
         "convert",
         "check",
         "benchmark",
+        "latency",
+        "estimate",
     }
     assert {words[0].removeprefix("codetr.") for words in COMMANDS} <= KNOWN
 

@@ -331,3 +331,22 @@ def test_places_for_the_objects_of_any_image(folder: Path, most: int | None) -> 
     places = max(counts) + (0 if most is None else min(most, max(counts)))
     assert min(counts) < max(counts)
     assert {batch.targets.boxes.shape for batch in data.train_dataloader()} == {(2, places, 4)}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_largest_batch_is_known_before_any_is_made(folder: Path, grouped: bool) -> None:
+    """By making those of many epochs: none is larger, and without groups one is as high, another as wide."""
+    data = module(folder, aspect_ratio_grouping=grouped)
+    data.setup("fit")
+    (height, width), objects = data.largest_sample(150)
+    assert height % 8 == width % 8 == 0
+    loader, shapes, counts = data.train_dataloader(), [], []
+    for epoch in range(40):
+        loader.batch_sampler.resume(epoch, 0)
+        for batch in loader:
+            shapes.append(batch.images.shape[-2:])
+            counts.append(int(batch.targets.counts.max()))
+    assert max(h * w for h, w in shapes) <= height * width
+    assert max(counts) <= objects
+    if not grouped:
+        assert (max(h for h, _ in shapes), max(w for _, w in shapes)) == (height, width)

@@ -1,1 +1,1 @@
-"""What a training step costs: `codetr benchmark step`."""
+"""What a training step costs, and how fast inference is: `codetr benchmark step`, `codetr benchmark latency`."""

@@ -6,7 +6,6 @@ pass, and the backward pass carries the same numbers, so both are told by the pa
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +19,11 @@ from torch.autograd import _get_sequence_nr as sequence_number
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import codetr.criterion
-from codetr.benchmark.step import Step, synchronise
+from codetr.benchmark.timing import synchronise
+from codetr.costs.flops import flops
+from codetr.costs.step import Step
 
 OTHER, MATCHING, UPDATE = "other", "matching", "optimizer"
 PROFILED = 3  # steps
@@ -136,20 +136,6 @@ class _Calls(TorchDispatchMode):
         part.calls += 1
         part.flops += flops(func._overloadpacket, args, kwargs, result)
         return result
-
-
-def flops(operator: Any, args: tuple, kwargs: dict, result: Any) -> float:
-    """Of one call; 0 for what is no product. As PyTorch's counter has it, but for the gradient of the weight of a
-    convolution in groups, which that counts as if all channels met: both gradients cost what the forward pass does."""
-    count = flop_registry.get(operator)
-    if count is None:
-        return 0.0
-    if operator is torch.ops.aten.convolution_backward and args[-2] > 1:
-        grad, x, weight, *_, transposed, _padding, _groups, wanted = args
-        output = x.shape if transposed else grad.shape
-        each = 2 * output[0] * math.prod(output[2:]) * math.prod(weight.shape)
-        return each * (wanted[0] + wanted[1])
-    return count(*args, **kwargs, out_val=result)
 
 
 def _count(step: Step, marks: Marks, parts: dict[str, Part]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
 
 from codetr.benchmark.parts import Part
 from codetr.benchmark.tables import table
+from codetr.files import atomically
 
 TOP = 15  # operators in the table
 
@@ -106,3 +112,15 @@ def page(result: dict[str, Any]) -> str:
     if result["peak"]:
         about += f"; peak memory {result['peak'] / 2**30:.2f} GiB"
     return "\n\n".join([*tables, f"{about}. {result['date']}, {result['surroundings']}. `{result['command']}`"])
+
+
+def show(text: str, result: dict[str, Any], stem: Path | None) -> None:
+    """Print the page `text`, and write it and `result` into stem.md and stem.json, where a stem is given."""
+    console = Console()
+    console.print(Markdown(text) if console.is_terminal else text, soft_wrap=True, markup=False, highlight=False)
+    if stem is None:
+        return
+    for suffix, content in ((".md", text), (".json", json.dumps(result, indent=1))):
+        with atomically(stem.with_name(stem.name + suffix), advice="choose another out=NAME") as part:
+            part.write_text(f"{content}\n", encoding="utf-8")
+    print(f"written to {stem}.md and {stem}.json", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codetr.benchmark.step import Inputs
+from codetr.costs.step import Inputs
 from codetr.errors import UserError
 
 C3_TO_C5 = ("stage2", "stage3", "stage4")  # of a ResNet, in transformers' words

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import codetr
-from codetr.benchmark.step import Step, synchronise
+from codetr.benchmark.timing import synchronise
+from codetr.costs.step import Step
 
 SOURCE = Path(codetr.__file__).parent
 

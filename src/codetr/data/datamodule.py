@@ -166,6 +166,19 @@ class DetectionDataModule(LightningDataModule):
         batches_per_step = self.trainer.accumulate_grad_batches if self.trainer else 1
         return TrainLoader(dataset, sampler, batches_per_step=batches_per_step, most_objects=most, **self._loading)
 
+    def largest_sample(self, images: int) -> tuple[tuple[int, int], int]:
+        """((height, width) of a batch, at most, the objects of an image, at most), as far as the transform's draws for
+        so many images tell. Where wide images meet high ones in a batch, it is as wide as those and as high as these.
+        """
+        assert self.train_set is not None, "setup('fit') comes first"
+        dataset, divisor = self.train_dataloader().dataset, self._loading["size_divisor"]
+        chosen = np.linspace(0, len(self.train_set) - 1, images).round().astype(int)
+        shapes = np.array([dataset[draw, int(i)].image.shape[-2:] for draw, i in enumerate(chosen)])
+        groups = orientations(self.train_set.sizes)[chosen] * self.aspect_ratio_grouping
+        height, width = max((shapes[groups == group].max(0) for group in np.unique(groups)), key=np.prod)
+        padded = (int(-(-side // divisor) * divisor) for side in (height, width))
+        return (next(padded), next(padded)), self._most_objects(self.train_set)
+
     def val_dataloader(self) -> BatchLoader:
         assert self.val_set is not None, "setup() comes first"
         rank, world_size = self._process()

@@ -22,37 +22,29 @@ Random images, objects and weights. Takes what training takes: the model, its lo
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from omegaconf import DictConfig
 
-    from codetr.benchmark.step import Measured, Step
+    from codetr.benchmark.timing import Measured
+    from codetr.costs.step import Step
 
 REFERENCE = "reference"
 
 
 def main(overrides: list[str]) -> int:
     """Raises UserError for a configuration that is none, a device that is absent, and rivals that are not there."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from codetr import application
     from codetr.benchmark import report
 
-    config = application.compose("benchmark", [*overrides, "model.detector.backbone.pretrained=false"])
+    config = application.compose("benchmark", overrides)
     result = measure(config)
     result["command"] = " ".join(["codetr benchmark step", *overrides])
-    text = report.page(result)
-    console = Console()
-    console.print(Markdown(text) if console.is_terminal else text, soft_wrap=True, markup=False, highlight=False)
-    if config.out:
-        _write(Path(config.out), text, result)
+    report.show(report.page(result), result, Path(config.out) if config.out else None)
     return 0
 
 
@@ -63,12 +55,13 @@ def measure(config: DictConfig) -> dict[str, Any]:
     import torch
 
     from codetr.benchmark import parts, report, rivals
-    from codetr.benchmark.step import Step, arithmetic, draw, in_turns, medians, with_classes
+    from codetr.benchmark.timing import arithmetic, device_of, in_turns, medians
     from codetr.benchmark.waits import host_waits
+    from codetr.costs.step import Step, draw, with_classes, without_pretrained
 
-    device, classes = _device(config.trainer.accelerator), with_classes(config)
+    device, classes = device_of(config.trainer.accelerator), with_classes(config)
     inputs = draw(config.batch, tuple(config.size), config.objects, classes, device)
-    step = Step(config, inputs, classes, device)
+    step = Step(without_pretrained(config), inputs, classes, device)
     cases: dict[str, Measured] = {"ours": step}
     for name in config.against:
         if name == REFERENCE:
@@ -123,25 +116,3 @@ def _implementation(name: str) -> Iterator[None]:
     os.environ.pop("CODETR_MSDA")
     if before is not None:
         os.environ["CODETR_MSDA"] = before
-
-
-def _device(accelerator: str) -> torch.device:
-    import torch
-
-    from codetr.errors import UserError
-
-    there = torch.cuda.is_available()
-    if accelerator in ("gpu", "cuda") and not there:
-        raise UserError(f"trainer.accelerator={accelerator}: there is no CUDA device here; trainer.accelerator=cpu")
-    return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
-
-
-def _write(stem: Path, text: str, result: dict[str, Any]) -> None:
-    import json
-
-    from codetr.files import atomically
-
-    for suffix, content in ((".md", text), (".json", json.dumps(result, indent=1))):
-        with atomically(stem.with_name(stem.name + suffix), advice="choose another out=NAME") as part:
-            part.write_text(f"{content}\n", encoding="utf-8")
-    print(f"written to {stem}.md and {stem}.json", file=sys.stderr)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 from torch import Tensor, nn
 
+from codetr.criterion import Criterion
 from codetr.errors import UserError
+from codetr.models.detector import Detector
 from codetr.types import Frames, Targets
 
-WARMUP = 2
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+Build = Callable[[DictConfig, torch.device], tuple[Detector, Criterion]]
 
 
 @dataclass(frozen=True)
@@ -46,35 +43,35 @@ def draw(batch: int, size: tuple[int, int], objects: int, classes: int, device: 
     return Inputs(images.to(device), padding.to(device), targets.to(device))
 
 
-class Measured(Protocol):
-    """What can be timed: ours, and what other libraries have."""
-
-    def train(self) -> None:
-        """One step: forward, losses, backward, clipping, optimizer."""
-        ...
-
-    def infer(self) -> None: ...
+def built(config: DictConfig, device: torch.device) -> tuple[Detector, Criterion]:
+    """The detector and its losses, as a configuration with a number of classes has them."""
+    torch.manual_seed(0)
+    detector: Detector = instantiate(config.model.detector, _convert_="all")
+    detector.freeze([config.freeze] if isinstance(config.freeze, str) else config.freeze)
+    criterion: Criterion = instantiate(config.criterion, _convert_="all")
+    if criterion.fed_loss is not None:
+        criterion.fed_loss.weigh([1] * config.model.num_classes)
+    return detector.to(device), criterion.to(device)
 
 
 class Step:
     """Our detector of a configuration. Raises UserError for a precision that is not measured."""
 
-    def __init__(self, config: DictConfig, inputs: Inputs, classes: int, device: torch.device) -> None:
+    def __init__(
+        self, config: DictConfig, inputs: Inputs, classes: int, device: torch.device, build: Build = built
+    ) -> None:
         if config.trainer.precision not in AUTOCAST:
             raise UserError(f"trainer.precision={config.trainer.precision}: give one of {', '.join(AUTOCAST)}")
         self.precision = AUTOCAST[config.trainer.precision]
         self.inputs, self.device = inputs, device
         config.model.num_classes = classes
-        torch.manual_seed(0)
-        self.detector: nn.Module = instantiate(config.model.detector, _convert_="all").to(device)
-        self.criterion = instantiate(config.criterion, _convert_="all").to(device)
-        if self.criterion.fed_loss is not None:
-            self.criterion.fed_loss.weigh([1] * classes)
-        self.optimizer = instantiate(config.optimizer)(self.detector, fused=True)
+        self.detector, self.criterion = build(config, device)
         self.clip = config.trainer.gradient_clip_val
+        fused = self.precision is None or not self.clip  # as in training, see `codetr.trainer.fused_optimizer`
+        self.optimizer = instantiate(config.optimizer)(self.detector, fused=fused)
 
     def loss(self) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             output = self.detector(self.inputs.images, self.inputs.padding, self.inputs.targets)
             return torch.stack(list(self.criterion(output, self.inputs.targets).values())).sum()
 
@@ -91,11 +88,11 @@ class Step:
 
     def infer(self) -> None:
         self.detector.eval()
-        with torch.inference_mode(), self._autocast():
-            self.detector.detect(self.inputs.images, self.inputs.padding)  # type: ignore[operator]
+        with torch.inference_mode(), self.autocast():
+            self.detector.detect(self.inputs.images, self.inputs.padding)
         self.detector.train()
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
 
 
@@ -105,35 +102,9 @@ def with_classes(config: DictConfig) -> int:
     return int(config.classes if missing else config.model.num_classes)
 
 
-def in_turns(
-    cases: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, title: str
-) -> dict[str, list[float]]:
-    """Seconds of every call, without those that warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in track(range(repeats + WARMUP), title):
-        for name, call in cases.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            if number >= WARMUP:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def arithmetic(device: torch.device, precision: torch.dtype | None) -> float:
-    """Operations a second that products of matrices reach here, the best of some: the limit of all arithmetic."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=precision or torch.float32)
-    return max(2 * size**3 / seconds for seconds in in_turns({"": lambda: a @ a}, 5, device, "Arithmetic")[""])
-
-
-def medians(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"seconds": statistics.median(own), "least": min(own, default=math.nan)} for name, own in seconds.items()
-    }
+def without_pretrained(config: DictConfig) -> DictConfig:
+    """`config`, whose backbone begins with random weights: nothing is read or fetched."""
+    backbone = config.model.detector.backbone
+    if "pretrained" in backbone:
+        backbone.pretrained = False
+    return config
