@@ -78,7 +78,7 @@ def _ap(matches: Matches, classes: int, there: np.ndarray) -> float:
 
 
 def _kinds(scene: Scene, matches: Matches, hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] the kind of each mistake, as its place in _ORDER, where the first that fits counts; NONE of what is no mistake.
+    """[n] the kind of each mistake, as its place in _ORDER, the first one that fits; NONE of what is no mistake.
     [n] the object of a Loc or Cls one, 0 for others.
 
     hit: [m], objects that were found.
