@@ -112,7 +112,7 @@ def outline(rle: dict[str, Any]) -> str:
     mask = np.pad(coco_mask.decode(rle)[::step, ::step], 1)
     if not mask.any():
         return ""
-    lines = contour_generator(z=mask.astype(float)).lines(0.5)
+    lines: Any = contour_generator(z=mask.astype(float)).lines(0.5)
     return "".join(
         "M" + "L".join(f"{(x - 0.5) * step:.0f} {(y - 0.5) * step:.0f}" for x, y in line) + "Z" for line in lines
     )

@@ -29,10 +29,10 @@ _LOC, _CLS = 0, 1
 
 
 class Error(NamedTuple):
-    """lost: AP; NaN where there are no objects. count: how often the mistake was made."""
+    """lost: AP; NaN where there are no objects. number: how often the mistake was made."""
 
     lost: float
-    count: int
+    number: int
 
 
 class _Best(NamedTuple):
