@@ -15,8 +15,8 @@ from pycocotools import mask as coco_mask
 
 from codetr.data.images import opened, pixels_of
 from codetr.reporting.analysis import Analysis
+from codetr.reporting.labels import Doubt
 from codetr.reporting.matching import NONE
-from codetr.reporting.mistakes import Doubt
 
 SIDE = 480  # pixels of a picture
 _MOST_PIXELS = 80_000_000  # of a file that is unpacked for a picture
