@@ -17,10 +17,11 @@ from codetr.errors import UserError
 from codetr.evaluation.columns import OUTSIDE
 from codetr.evaluation.engines import IOU_THRESHOLDS, in_coco_format
 from codetr.reporting import bootstrap, stored
+from codetr.reporting.calibration import calibration
 from codetr.reporting.costs import costs
 from codetr.reporting.curves import Ranking, mean_ap, operating, precision_at_recalls
+from codetr.reporting.labels import doubts
 from codetr.reporting.matching import NONE, Matches, match
-from codetr.reporting.mistakes import calibration, mistakes
 from codetr.reporting.slices import slices
 from codetr.reporting.tide import KINDS, tide
 from codetr.types import Detections
@@ -287,43 +288,37 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_doubtful_labels(tmp_path: Path) -> None:
-    """Sure detections that are wrong: upon an object of another class, or where no object of any class is."""
+    """Sure detections that are wrong, and not nearly right: upon an object of another class, or where none is."""
     own = store(evaluated(NAMES, *scene(30, len(NAMES), seed=1, crowds=True)), tmp_path)
     scene_, matches = own.scene(), match(own.scene(), OUTSIDE)
-    assert scene_.found.scores is not None
-    wrong, missing = set(), set()
+    wrong, missing = {}, set()
     for i, row in enumerate(matches.rows.tolist()):
         if matches.score[i] < 0.5 or matches.right[0, i] or matches.ignored[0, i]:
             continue
         others = np.flatnonzero(matches.counted & (matches.true_image == matches.image[i])).tolist()
         overlap = {o: iou(scene_.found.boxes[row], scene_.truth.boxes[o]) for o in others}
+        same = max((v for o, v in overlap.items() if matches.true_label[o] == matches.label[i]), default=0)
         contradicted = {o: v for o, v in overlap.items() if matches.true_label[o] != matches.label[i] and v >= 0.5}
-        if contradicted:
-            wrong.add(row)
+        if contradicted and not 0.1 <= same <= 0.5:
+            wrong[row] = max(contradicted, key=lambda o: contradicted[o])
         elif max(overlap.values(), default=0) < 0.1:
             missing.add(row)
-    found = mistakes(scene_, matches, own.rules, 1000).doubts
-    assert {d.found for d in found if d.truth is not None} <= wrong
-    assert {d.found for d in found if d.truth is None} >= missing > set()
-    scores = scene_.found.scores[[d.found for d in found]]
-    assert (np.diff(scores) <= 0).all()
-    assert min(scores) >= 0.5
-
-
-def test_confusions_are_those_of_the_evaluation(tmp_path: Path) -> None:
-    metric = evaluated(NAMES, *scene(30, len(NAMES), seed=1))
-    own = store(metric, tmp_path)
-    matrix = mistakes(own.scene(), match(own.scene(), OUTSIDE), own.rules, 1).confusion
-    assert (matrix == metric.evaluations["bbox"].confusion).all()
-    assert matrix.sum() > 50
+    found = doubts(matches, tide(scene_, matches, len(NAMES)), 1000)
+    assert {d.found: d.truth for d in found if d.truth is not None} == wrong
+    assert {d.found for d in found if d.truth is None} == missing
+    assert min(len(wrong), len(missing)) > 3
+    assert scene_.found.scores is not None
+    assert (np.diff(scene_.found.scores[[d.found for d in found]]) <= 0).all()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the package and of what it draws with
 @pytest.mark.parametrize("seed", range(8))
-def test_tide_is_that_of_its_own_package(seed: int, tmp_path: Path) -> None:
+def test_tide_is_that_of_its_own_package(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of classes with objects: the package counts others as an AP of 0, COCO does not count them. Without crowds: the
-    package corrects detections that COCO ignores."""
+    package corrects detections that COCO ignores. At its recalls of k / 100, from some of which COCO's, those of
+    np.linspace, differ in their last bit."""
+    monkeypatch.setattr("codetr.reporting.curves._RECALLS", np.arange(101) / 100)
     tidecv = pytest.importorskip("tidecv")
     own = store(evaluated(NAMES, *scene(20, len(NAMES), seed)), tmp_path)
     scene_ = own.scene()
@@ -344,12 +339,12 @@ def test_tide_is_that_of_its_own_package(seed: int, tmp_path: Path) -> None:
     run = theirs.runs["found"]
     lost = {kind.short_name: value for kind, value in (run.fix_main_errors() | run.fix_special_errors()).items()}
     counts = {kind.short_name: value for kind, value in run.count_errors().items()}
-    ours = tide(scene_, match(scene_, OUTSIDE), len(NAMES))
+    ours = tide(scene_, match(scene_, OUTSIDE), len(NAMES)).errors
     names = {"FP": "FalsePos", "FN": "FalseNeg"}
     for kind in KINDS:
-        assert 100 * ours[kind][0] == pytest.approx(lost[names.get(kind, kind)], abs=1e-6)
+        assert 100 * ours[kind].lost == pytest.approx(lost[names.get(kind, kind)], abs=1e-6)
         if kind not in names:
-            assert ours[kind][1] == counts[kind]
+            assert ours[kind].number == counts[kind]
 
 
 def test_what_is_stored_comes_back(made: stored.Stored, tmp_path: Path) -> None:

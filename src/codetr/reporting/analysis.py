@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from codetr.evaluation.columns import OUTSIDE
-from codetr.evaluation.engines import Scene
+from codetr.evaluation.engines import Scene, confusion
+from codetr.reporting.calibration import Calibration, calibration
 from codetr.reporting.costs import costs
 from codetr.reporting.curves import Operating, Ranking, operating, precision_at_recalls
+from codetr.reporting.labels import Doubt, doubts
 from codetr.reporting.matching import Matches, match
-from codetr.reporting.mistakes import Calibration, Mistakes, calibration, mistakes
 from codetr.reporting.slices import Slice, slices
 from codetr.reporting.stored import Stored
-from codetr.reporting.tide import Error, tide
+from codetr.reporting.tide import Tide, tide
 
 DOUBTS = 24
 
@@ -24,6 +25,7 @@ class Analysis:
     """Everything at an IoU of 0.5, of the stored images.
 
     ap: [K] -1 for classes without objects. precision: [101, K] at recalls.
+    confusion: [K + 1, K + 1] as that of `codetr.evaluation.summary.Evaluation`.
     score: from which on detections are shown, the best one for all classes together.
     found_costs, true_costs, image_costs, class_costs: parts of 1 - AP (see `codetr.reporting.costs`), of the rows of
         `matches`, of objects, images and classes.
@@ -37,8 +39,9 @@ class Analysis:
     precision: np.ndarray
     operating: Operating
     score: float
-    tide: dict[str, Error]
-    mistakes: Mistakes
+    tide: Tide
+    doubts: list[Doubt]
+    confusion: np.ndarray
     calibration: Calibration
     slices: list[Slice]
     found_costs: np.ndarray
@@ -52,7 +55,7 @@ def analyse(stored: Stored) -> Analysis:
     scene = stored.scene()
     matches = match(scene, OUTSIDE)
     ranking = Ranking(matches, classes)
-    own = costs(matches, classes)
+    own, errors = costs(matches, classes), tide(scene, matches, classes)
     sizes = np.array(stored.about.sizes) if stored.about.sizes else None
     together = matches._replace(label=np.zeros_like(matches.label), true_label=np.zeros_like(matches.true_label))
     return Analysis(
@@ -64,8 +67,9 @@ def analyse(stored: Stored) -> Analysis:
         precision=precision_at_recalls(matches, classes),
         operating=operating(matches, classes),
         score=_or_half(operating(_by_score(together), 1).best[0]),
-        tide=tide(scene, matches, classes),
-        mistakes=mistakes(scene, matches, stored.rules, DOUBTS),
+        tide=errors,
+        doubts=doubts(matches, errors, DOUBTS),
+        confusion=confusion(stored.columns.with_areas(stored.about.masks), classes, stored.rules),
         calibration=calibration(matches),
         slices=slices(scene, matches, classes, sizes),
         found_costs=own.found,

@@ -131,7 +131,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _mistakes(analysis: Analysis) -> Chart:
-    tide = analysis.tide
+    tide = analysis.tide.errors
     if all(np.isnan(lost) for lost, _ in tide.values()):
         return Chart("", {})
     kinds = list(KINDS)[::-1]
@@ -164,7 +164,7 @@ def _calibration(analysis: Analysis) -> Chart:
 
 def _confusion(analysis: Analysis) -> Chart:
     """Parts of each class' objects; of false alarms, of all of them."""
-    counts, names = analysis.mistakes.confusion, analysis.stored.about.class_names
+    counts, names = analysis.confusion, analysis.stored.about.class_names
     if not counts.any():
         return Chart("", {})
     k = len(names)
@@ -189,5 +189,5 @@ def _confusion(analysis: Analysis) -> Chart:
     }
     some = f", the {CONFUSED} classes that are confused most" if k > CONFUSED else ""
     axis = {"type": "category", "automargin": True, "showgrid": False}
-    layout = {"xaxis": {**axis, "tickangle": -60}, "yaxis": {**axis, "autorange": "reversed"}, "tall": True}
+    layout = {"xaxis": {**axis, "tickangle": -60}, "yaxis": {**axis, "autorange": "reversed"}, "tall": len(rows)}
     return Chart(f"Confusions at scores of 0.3 and more{some}", {"": [heat]}, layout)

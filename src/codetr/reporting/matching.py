@@ -137,11 +137,14 @@ def _compared(
 def _box_iou(found: Objects, truth: Objects, which: np.ndarray, objects: np.ndarray) -> np.ndarray:
     """[p]."""
     assert truth.crowd is not None
-    a, b = found.boxes[which], truth.boxes[objects]
-    sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    shared = sides.clip(0).prod(1)
-    area = a[:, 2:].prod(1)
-    union = np.where(truth.crowd[objects], area, area + b[:, 2:].prod(1) - shared)
+    areas, true_areas = found.boxes[:, 2:].prod(1), truth.boxes[:, 2:].prod(1)
+    shared = np.ones(len(which))
+    for start, length in ((0, 2), (1, 3)):
+        low, true_low = found.boxes[:, start], truth.boxes[:, start]
+        high, true_high = low + found.boxes[:, length], true_low + truth.boxes[:, length]
+        shared *= (np.minimum(high[which], true_high[objects]) - np.maximum(low[which], true_low[objects])).clip(0)
+    union = areas[which]
+    union = np.where(truth.crowd[objects], union, union + true_areas[objects] - shared)
     return np.divide(shared, union, out=np.zeros(len(union)), where=union > 0)
 
 

@@ -113,7 +113,7 @@ def _kind(run: Run, kind: str, analysis: Analysis | None) -> dict[str, Any]:
         there, every = len(analysis.stored.columns.ids), analysis.stored.about.images
         content |= {
             "costly": pictures.costliest(analysis, PICTURES),
-            "doubtful": pictures.doubtful(analysis, analysis.mistakes.doubts),
+            "doubtful": pictures.doubtful(analysis, analysis.doubts),
             "sampled": there if there < every else 0,
         }
     return content

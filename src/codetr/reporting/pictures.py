@@ -15,8 +15,8 @@ from pycocotools import mask as coco_mask
 
 from codetr.data.images import opened, pixels_of
 from codetr.reporting.analysis import Analysis
+from codetr.reporting.labels import Doubt
 from codetr.reporting.matching import NONE
-from codetr.reporting.mistakes import Doubt
 
 SIDE = 480  # pixels of a picture
 _MOST_PIXELS = 80_000_000  # of a file that is unpacked for a picture
@@ -112,7 +112,7 @@ def outline(rle: dict[str, Any]) -> str:
     mask = np.pad(coco_mask.decode(rle)[::step, ::step], 1)
     if not mask.any():
         return ""
-    lines = contour_generator(z=mask.astype(float)).lines(0.5)
+    lines: Any = contour_generator(z=mask.astype(float)).lines(0.5)
     return "".join(
         "M" + "L".join(f"{(x - 0.5) * step:.0f} {(y - 0.5) * step:.0f}" for x, y in line) + "Z" for line in lines
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -68,7 +69,8 @@ class Stored:
 
     def save(self, folder: Path) -> None:
         """Raises UserError where that cannot be written."""
-        columns, arrays = self.columns, dict[str, np.ndarray]()
+        columns = self.columns
+        arrays: dict[str, Any] = {}
         for name in _RAGGED:
             ragged: Ragged = getattr(columns, name)
             arrays |= {f"{name}_rows": ragged.rows, f"{name}_counts": ragged.counts}
@@ -105,7 +107,7 @@ def sample(columns: Columns, most: int) -> Columns:
     """At most so many of the images, spread evenly over their ids, in this order; the same ones of every run."""
     order = np.argsort(columns.ids, kind="stable")
     chosen = order if len(order) <= most else order[np.linspace(0, len(order) - 1, most).round().astype(int)]
-    if (chosen == np.arange(len(columns.ids))).all():
+    if np.array_equal(chosen, np.arange(len(columns.ids))):
         return columns
     return Columns(columns.ids[chosen], columns.sizes[chosen], *(_taken(own, chosen) for own in columns[2:]))
 

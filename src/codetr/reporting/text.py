@@ -65,7 +65,7 @@ def curve(values: np.ndarray) -> str:
 
 def _mistakes(analysis: Analysis, title: str) -> Table:
     table = Table(title=f"AP50 lost, {title}", title_justify="left", title_style="bold", show_header=False)
-    for kind, (lost, count) in analysis.tide.items():
+    for kind, (lost, count) in analysis.tide.errors.items():
         table.add_row(ERRORS[kind][0], decimals(lost), f"{count:,} times" if kind not in ("FP", "FN") else "")
     return table
 

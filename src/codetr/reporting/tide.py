@@ -24,15 +24,30 @@ KINDS = {
 }
 
 
-_ORDER = ("Loc", "Cls", "Dupe", "Bkg", "Both")  # in which a false alarm is asked what it is
+ORDER = ("Loc", "Cls", "Dupe", "Bkg", "Both")  # in which a false alarm is asked what it is
 _LOC, _CLS = 0, 1
 
 
 class Error(NamedTuple):
-    """lost: AP; NaN where there are no objects. count: how often the mistake was made."""
+    """lost: AP; NaN where there are no objects. number: how often the mistake was made."""
 
     lost: float
-    count: int
+    number: int
+
+
+class Tide(NamedTuple):
+    """errors: by the keys of KINDS. kind: [n] of each mistake, as its place in ORDER, NONE of what is no mistake.
+
+    object: [n] the one that a mistake of class or location is about, 0 for others.
+    """
+
+    errors: dict[str, Error]
+    kind: np.ndarray
+    object: np.ndarray
+
+    def of(self, kind: str) -> np.ndarray:
+        """[n] bool: the false alarms of one kind."""
+        return self.kind == ORDER.index(kind)
 
 
 class _Best(NamedTuple):
@@ -42,8 +57,8 @@ class _Best(NamedTuple):
     iou: np.ndarray
 
 
-def tide(scene: Scene, matches: Matches, classes: int) -> dict[str, Error]:
-    """By the keys of KINDS. Crowds and what is ignored take no part; only classes with objects count."""
+def tide(scene: Scene, matches: Matches, classes: int) -> Tide:
+    """Crowds and what is ignored take no part; only classes with objects count."""
     found = matches.right.any(0)
     hit = np.zeros(len(matches.counted), bool)
     hit[matches.object[0][found]] = True
@@ -57,18 +72,19 @@ def tide(scene: Scene, matches: Matches, classes: int) -> dict[str, Error]:
     fixed = {
         "Cls": _corrected(matches, kind == _CLS, winner, one),
         "Loc": _corrected(matches, kind == _LOC, winner, one),
-        **{name: _without(matches, kind == _ORDER.index(name)) for name in ("Both", "Dupe", "Bkg")},
+        **{name: _without(matches, kind == ORDER.index(name)) for name in ("Both", "Dupe", "Bkg")},
         "Miss": matches._replace(counted=matches.counted & ~missed),
         "FP": _without(matches, wrong),
         "FN": matches._replace(counted=matches.counted & hit),
     }
-    counts = {name: int(np.count_nonzero(kind == i)) for i, name in enumerate(_ORDER)}
+    counts = dict(zip(ORDER, np.bincount(kind[wrong], minlength=len(ORDER)).tolist(), strict=True))
     counts |= {"Miss": int(missed.sum()), "FP": int(wrong.sum()), "FN": int(open_.sum())}
     there = Ranking(matches, classes).objects() > 0
     if not there.any():
-        return {name: Error(float("nan"), counts[name]) for name in KINDS}
+        return Tide({name: Error(float("nan"), counts[name]) for name in KINDS}, kind, one)
     base = _ap(matches, classes, there)
-    return {name: Error(max(0.0, _ap(own, classes, there) - base), counts[name]) for name, own in fixed.items()}
+    gained = {name: max(0.0, _ap(own, classes, there) - base) for name, own in fixed.items()}
+    return Tide({name: Error(lost, counts[name]) for name, lost in gained.items()}, kind, one)
 
 
 def _ap(matches: Matches, classes: int, there: np.ndarray) -> float:
@@ -78,8 +94,7 @@ def _ap(matches: Matches, classes: int, there: np.ndarray) -> float:
 
 
 def _kinds(scene: Scene, matches: Matches, hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] the kind of each mistake, as its place in _ORDER, where the first that fits counts; NONE of what is no mistake.
-    [n] the object of a Loc or Cls one, 0 for others.
+    """Of each false alarm the first kind that fits, and its object, as in `Tide`.
 
     hit: [m], objects that were found.
     """
