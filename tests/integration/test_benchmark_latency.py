@@ -64,7 +64,7 @@ def test_stages_and_percentiles(drawn: graphs.Drawn, tmp_path: Path) -> None:
 def test_memory_is_what_is_taken_at_the_highest_point() -> None:
     found = latency.memory(lambda: torch.ones(2**24))
     assert found is not None
-    assert 2**26 <= found < 2**26 + 2**24
+    assert found == pytest.approx(2**26, rel=0.05)
 
 
 def test_operators_share_the_time(drawn: graphs.Drawn, tmp_path: Path) -> None:

@@ -341,8 +341,8 @@ def test_the_largest_batch_is_known_before_any_is_made(folder: Path, grouped: bo
     (height, width), objects = data.largest_sample(150)
     assert height % 8 == width % 8 == 0
     loader, shapes, counts = data.train_dataloader(), [], []
-    for epoch in range(40):
-        loader.batch_sampler.resume(epoch, 0)
+    for epoch in range(30):
+        loader.batch_sampler.set_epoch(epoch)
         for batch in loader:
             shapes.append(batch.images.shape[-2:])
             counts.append(int(batch.targets.counts.max()))

@@ -16,6 +16,8 @@ from codetr.costs.step import Step, draw, without_pretrained
 from codetr.derived import read_needed_masks
 from codetr.errors import UserError
 
+LEAP = 8  # times as many images are asked for next, at most
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -123,6 +125,7 @@ def largest_batches(memory_of: Callable[[int], int], limits: Sequence[float]) ->
         before = max(batch for batch in known if batch < last)
         slope = max((highest - known[before]) / (last - before), 1.0)
         more = last + 1 + int((max(limits) - highest) / slope)
+        more = min(more, LEAP * last)  # the slope may grow: lines stay near what they stand for
         known[more] = memory_of(more)
     batches, memories = zip(*sorted(known.items()), strict=True)
     return [int(np.interp(limit, memories, batches)) if limit >= memories[0] else 0 for limit in limits]
