@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from codetr.errors import UserError
 from codetr.evaluation.columns import OUTSIDE
-from codetr.evaluation.engines import IOU_THRESHOLDS, in_coco_format
+from codetr.evaluation.engines import IOU_THRESHOLDS, confusion, hotcoco_evaluation, in_coco_format
 from codetr.reporting import bootstrap, stored
 from codetr.reporting.calibration import calibration
 from codetr.reporting.costs import costs
@@ -289,7 +289,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_doubtful_labels(tmp_path: Path) -> None:
     """Sure detections that are wrong, and not nearly right: upon an object of another class, or where none is."""
-    own = store(evaluated(NAMES, *scene(30, len(NAMES), seed=1, crowds=True)), tmp_path)
+    own = store(evaluated(NAMES, *scene(30, len(NAMES), seed=1, crowds=True, noise=1.0)), tmp_path)
     scene_, matches = own.scene(), match(own.scene(), OUTSIDE)
     wrong, missing = {}, set()
     for i, row in enumerate(matches.rows.tolist()):
@@ -309,6 +309,38 @@ def test_doubtful_labels(tmp_path: Path) -> None:
     assert min(len(wrong), len(missing)) > 3
     assert scene_.found.scores is not None
     assert (np.diff(scene_.found.scores[[d.found for d in found]]) <= 0).all()
+
+
+def test_confusions_of_masks_that_fill_their_boxes_are_those_of_the_boxes(tmp_path: Path) -> None:
+    found, truth = scene(30, len(NAMES), seed=4, noise=2.0)
+    for one, own in zip(found, truth, strict=True):
+        one.boxes_xyxy, own["boxes"] = one.boxes_xyxy.round(), own["boxes"].round()
+        one.rle, own["rle"] = rectangles(one.boxes_xyxy), rectangles(own["boxes"])
+        one.mask_scores, own["area"] = one.scores, (own["boxes"][:, 2:] - own["boxes"][:, :2]).prod(1)
+    boxes, masks = (evaluated(NAMES, found, truth, masks=own) for own in (False, True))
+    own = store(masks, tmp_path)
+    matrix = confusion(own.columns.with_areas(True), len(NAMES), own.rules)
+    assert (matrix == boxes.evaluations["bbox"].confusion).all()
+    assert matrix.sum() > 50
+
+
+def rectangles(boxes: torch.Tensor) -> list[dict]:
+    whole = [np.zeros((SIDE, SIDE), np.uint8) for _ in boxes]
+    for mask, (x0, y0, x1, y1) in zip(whole, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = 1
+    return [coco_mask.encode(np.asfortranarray(mask)) for mask in whole]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tide_is_that_of_hotcoco(seed: int, tmp_path: Path) -> None:
+    own = store(evaluated(NAMES, *scene(20, len(NAMES), seed)), tmp_path)
+    judge = hotcoco_evaluation(own.scene(), own.rules)
+    judge.evaluate()
+    judge.accumulate()
+    expected = judge.tide_errors()
+    ours = tide(own.scene(), match(own.scene(), OUTSIDE), len(NAMES)).errors
+    assert {kind: error.lost for kind, error in ours.items()} == pytest.approx(expected["delta_ap"], abs=1e-12)
+    assert {kind: ours[kind].number for kind in expected["counts"]} == expected["counts"]
 
 
 @pytest.mark.slow

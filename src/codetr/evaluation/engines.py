@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -141,7 +141,7 @@ def _overlap(scene: Scene, found: list[int], truth: list[int], rules: Rules) -> 
 
 
 def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
-    """[K + 1, K + 1] objects of a class (row) whose box was found as a class (column), at CONFUSION_IOU and more.
+    """[K + 1, K + 1] objects of a class (row) that were found as a class (column), at CONFUSION_IOU and more.
 
     The last row is of detections of nothing, the last column of objects that were missed. Detections below
     CONFUSION_SCORE do not count, so this is done for a fraction of what the curves take.
@@ -149,12 +149,15 @@ def confusion(columns: Columns, num_classes: int, rules: Rules) -> np.ndarray:
     rows = columns.found.rows
     sure = rows[:, 4] >= CONFUSION_SCORE
     counts = np.bincount(columns.found.owners[sure], minlength=len(columns.ids))
-    columns = columns._replace(found=Ragged(rows[sure], counts))
+    if not rules.masks:  # whose run lengths are told apart later
+        columns = columns._replace(found=Ragged(rows[sure], counts))
     matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     for some in ranges_of(np.cumsum([0, *counts])):
         here = np.zeros(len(counts), bool)
         here[slice(*some)] = True
         for scene in scenes(columns.of(here), rules, [(0, num_classes)]):
+            assert scene.found.scores is not None
+            scene = replace(scene, found=scene.found.of(scene.found.scores >= CONFUSION_SCORE))
             evaluation = hotcoco_evaluation(scene, rules)
             matrix += evaluation.confusion_matrix(CONFUSION_IOU, rules.limits[-1])["matrix"].astype(np.int64)
     return matrix
