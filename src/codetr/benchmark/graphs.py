@@ -17,9 +17,9 @@ from codetr.application import as_names, plain
 from codetr.benchmark import rivals
 from codetr.costs.step import Inputs, built, with_classes, without_pretrained
 from codetr.errors import UserError
-from codetr.exporting.formats import FORMATS
+from codetr.exporting.formats import FORMATS, Work
 from codetr.exporting.graph import Canvas, graph_of, padding_of
-from codetr.inference.about import FORM, About
+from codetr.inference.about import BOXES, FORM, About
 from codetr.inference.model import Model, load_checkpoint
 from codetr.postprocess import PostProcess
 from codetr.types import Prediction
@@ -44,11 +44,11 @@ class Drawn:
     def write(self, path: Path) -> None:
         """As ONNX. Raises UserError where a package is not installed."""
         form = FORMATS["onnx"]
-        form.check("onnx")
+        form.check("onnx", "fp32")
         names = tuple(map(str, range(self.classes)))
         canvas, most = self.canvas, self.postprocess.max_detections
         about = About(FORM, names, None, canvas.divisor, canvas.least, canvas.size, "fp32", most, 0.3, 0, {})
-        form.write(cast(Any, self.graph), canvas, about, OPSET, path)
+        form.write(Work(cast(Any, self.graph), canvas, about, OPSET), path)
 
 
 def ours(config: DictConfig, size: tuple[int, int]) -> Drawn:
@@ -103,6 +103,8 @@ def rival(name: str, classes: int, size: tuple[int, int], batch: int, postproces
 
 
 class _RivalGraph(nn.Module):
+    outputs = BOXES
+
     def __init__(self, model: nn.Module, predict: Callable[[nn.Module, Inputs], Any], postprocess: PostProcess) -> None:
         super().__init__()
         self.model, self.predict, self.postprocess = model, predict, postprocess

@@ -22,7 +22,7 @@ from codetr.benchmark.timing import WARMUP, synchronise
 from codetr.data.images import read_image
 from codetr.errors import UserError
 from codetr.exporting.graph import traceable
-from codetr.inference.exported import RUNTIMES
+from codetr.inference.runtimes import RUNTIMES
 from codetr.types import Frames
 
 Run = Callable[[Tensor, Tensor], Sequence[Any]]
@@ -47,8 +47,13 @@ def check_runtimes(names: Sequence[str]) -> None:
 def opened(runtime: str, drawn: Drawn, file: Path, device: torch.device) -> Run:
     """What runs `drawn` in a runtime. file: its exported form, which the runtimes of PyTorch do not need."""
     if runtime in SUFFIXES:
-        run, _ = RUNTIMES[SUFFIXES[runtime]].open(file, device)
-        return lambda images, sizes: run(images.numpy(), sizes.numpy())
+        session = RUNTIMES[SUFFIXES[runtime]].open(file, device)
+
+        def there(images: Tensor, sizes: Tensor) -> Sequence[Any]:
+            found = session.run({"images": images.numpy(), "sizes": sizes.numpy()})
+            return [found[name] for name in session.outputs]
+
+        return there
     graph: Callable = drawn.graph.to(device)
     if runtime == "compile":
         graph = torch.compile(graph)
