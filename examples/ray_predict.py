@@ -73,7 +73,7 @@ def images(folder: Path) -> list[str]:
 def done(out: Path) -> set[str]:
     """The images that the parts in `out` have."""
     parts = sorted(out.glob("part-*.parquet"))
-    return {file for part in parts for file in pq.read_table(part, ["file"])["file"].to_pylist()}
+    return {file for part in parts for file in pq.read_table(part, columns=["file"])["file"].to_pylist()}
 
 
 def shares(files: list[str], size: int) -> Iterator[list[str]]:

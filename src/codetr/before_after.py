@@ -32,11 +32,15 @@ def compare(config: DictConfig, out: Path) -> str:
     counted = models[config.precision].about.max_detections  # type: ignore[union-attr]
     ap = {name: 100 * evaluate(_evaluation(config, path, trust, counted)) for name, path in files.items()}
     times = _milliseconds(models, _batches(config, models["checkpoint"]))
-    lines = [f"AP on {config.compare} images at most, and one image at a time:"]
-    lines += [f"  {name:10}  AP {ap[name]:5.1f}  {times[name]:7.1f} ms  {path}" for name, path in files.items()]
-    lost = ap["checkpoint"] - ap[config.precision]
-    if lost > WARNED:
-        lines.append(f"warning: precision={config.precision} costs {lost:.1f} points of AP; fp32 costs none")
+    return f"AP on {config.compare} images at most, and one image at a time:\n{table(files, ap, times)}"
+
+
+def table(files: dict[str, Path], ap: dict[str, float], milliseconds: dict[str, float]) -> str:
+    """A line for each file, the checkpoint first, by "checkpoint" and the precision; and the warning. ap: in points."""
+    lines = [f"  {name:10}  AP {ap[name]:5.1f}  {milliseconds[name]:7.1f} ms  {path}" for name, path in files.items()]
+    before, after = files
+    if (lost := ap[before] - ap[after]) > WARNED:
+        lines.append(f"warning: precision={after} costs {lost:.1f} points of AP; fp32 costs none")
     return "\n".join(lines)
 
 

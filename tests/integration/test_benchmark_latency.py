@@ -34,6 +34,7 @@ def drawn() -> graphs.Drawn:
     return graphs.ours(application.compose("latency", ARGUMENTS), SIZE)
 
 
+@pytest.mark.slow
 def test_every_runtime_finds_the_same(drawn: graphs.Drawn, tmp_path: Path) -> None:
     """The detector's own detections, in pixels of the files."""
     stages = latency.Stages(tmp_path, 2, SIZE)

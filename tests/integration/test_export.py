@@ -42,7 +42,7 @@ def test_tiles_are_cut_for_the_file_too(onnx_file: Path, small: Trained, photos:
     model, eager = codetr.load(onnx_file), codetr.load(small.checkpoint, device="cpu")
     assert isinstance(model, Exported)
     assert isinstance(eager, Model)
-    model.tiles = eager.tiles = Tiles(size=model.about.least_side, overlap=0.25, iou=0.5, batch_size=2)
+    model.tiles = eager.tiles = Tiles(size=2 * model.about.least_side, overlap=0.25, iou=0.5, batch_size=2)
     wide = [np.tile(image, (1, 3, 1)) for image in photos[:2]]
     assert_same(model, eager, wide, batch=1)
 

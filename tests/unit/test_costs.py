@@ -106,6 +106,7 @@ def test_nothing_is_built_and_nothing_is_changed() -> None:
     assert found.weights.bytes > 2**41
 
 
+@pytest.mark.slow
 def test_more_images_cost_more_and_recomputing_costs_less() -> None:
     plain = estimator("model.detector.encoder.num_layers=4")
     one, two = (plain.training(batch, SIZE) for batch in (1, 2))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,7 +127,7 @@ def _to_onnx(work: Work) -> Any:
     """A model of onnx, as protocol buffers."""
     import onnx_ir
 
-    with traceable(), for_onnx(), warnings.catch_warnings():
+    with traceable(), for_onnx(), _quiet("onnx_ir", "onnxscript", "torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, of axes that share a name and of its deprecated parts
         program = torch.onnx.export(
             _traced(work),  # the exporter itself would trace it twice
@@ -144,6 +146,19 @@ def _to_onnx(work: Work) -> Any:
     del proto.graph.value_info[:]  # of what is between; the exporter leaves some without a type
     name_axes(proto.graph)
     return proto if work.rounding is None else work.rounding(proto)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """In which these loggers tell errors alone."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _tidy(model: Any) -> None:
