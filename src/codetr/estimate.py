@@ -4,7 +4,7 @@
   codetr estimate model=co_dino model/backbone=swin_large sizes=[[800,1333],[1280,2048]] cards=[24,80]
   codetr estimate experiment=demo sizes=[[128,128]] batches=[8] out=cost.json
 
-Runs a training step and an inference on tensors that have shapes and no content: seconds, and no memory. Takes what
+Runs training steps and inferences on tensors that have shapes and no content: no memory, seconds each. Takes what
 training takes: the model, its losses, optimizer, moving average and precision (trainer.precision=bf16-mixed).
 
   sizes=[[800,1333]]    (height, width) of padded batches
