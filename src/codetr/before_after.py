@@ -49,9 +49,9 @@ def _evaluation(config: DictConfig, path: Path, trust: tuple[str, ...], counted:
     quiet = ["whereabouts", "pictures", "report", "results"]
     own = application.compose("eval", [*(f"~callbacks.{name}" for name in quiet), "trainer=cpu", "run_dir=."])
     with open_dict(own):
-        given: Any = OmegaConf.to_container(config.data) if config.get("data") else {}
         own.merge_with({"checkpoint": str(path), "trust": list(trust), "weights": _weights(config, path)})
-        own.data = {**given, "eval_batch_size": 1, "num_workers": 0}
+        own.data = OmegaConf.to_container(config.data) if config.get("data") else {}
+        own.data.merge_with({"eval_batch_size": 1, "num_workers": 0})
         own.trainer.limit_val_batches = config.compare
         own.metrics.max_detections = min(own.metrics.max_detections, counted)
     return own
