@@ -143,7 +143,7 @@ def _mistakes(analysis: Analysis) -> Chart:
         "hovertext": [f"{KINDS[kind][1]}; {tide[kind][1]:,} times" for kind in kinds],
         "marker": {"color": ["#98a6b5" if kind in ("FP", "FN") else "#2f6fb3" for kind in kinds]},
     }
-    layout = {"xaxis": {"title": "AP50 that would be gained without it", "rangemode": "tozero"}}
+    layout = {"xaxis": {"title": "AP50 gained without it", "rangemode": "tozero"}}
     return Chart("What costs the most (TIDE)", {"": [bar]}, layout)
 
 
