@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.export.models import FULL, TOY, graph
+from benchmarks.export.models import FULL, TOY, batch, graph
 from codetr.exporting.formats import FORMATS, Work
 from codetr.exporting.graph import Canvas, Graph
 from codetr.inference.about import FORM, About
@@ -123,15 +123,6 @@ def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str
         partner = boxes.argmin(1)
         worst["mask"] = (found[3] - expected[3][partner]).abs().max().item()
     return worst
-
-
-def batch(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The first image fills the canvas; the padding of the others is not black."""
-    generator = torch.Generator().manual_seed(count)
-    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
-    sizes = torch.stack([torch.randint(n // 2, n + 1, (count,), generator=generator) for n in (height, width)], 1)
-    sizes[0] = torch.tensor([height, width])
-    return images, sizes
 
 
 def timed(run: Run, own: Graph, size: tuple[int, int], times: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
 from codetr import application
 from codetr.exporting.graph import Canvas, Graph, least_side, takes_any_size
@@ -88,3 +89,12 @@ def graph(overrides: tuple[str, ...], form: str, size: tuple[int, int], detectio
     built = detector(overrides)
     fixed = None if takes_any_size(built, form) else size
     return Graph(built, PostProcess(detections, None), None).eval(), Canvas(fixed, 32, least_side(built, 32))
+
+
+def batch(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The first image fills the canvas; the padding of the others is not black."""
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    sizes = torch.stack([torch.randint(n // 2, n + 1, (count,), generator=generator) for n in (height, width)], 1)
+    sizes[0] = torch.tensor([height, width])
+    return images, sizes

@@ -79,8 +79,8 @@ def fit(config: DictConfig) -> Run:
     from lightning import seed_everything
 
     from codetr.callbacks.dashboards import log_configuration
-    from codetr.callbacks.resume import AtomicCheckpointIO, Checkpoints
-    from codetr.checkpoint import load_weights, newest_whole
+    from codetr.callbacks.resume import AtomicCheckpointIO
+    from codetr.checkpoint import newest_whole
     from codetr.ops.distributed import meet_anew
     from codetr.trainer import build_trainer
 
@@ -88,12 +88,7 @@ def fit(config: DictConfig) -> Run:
     read_needed_masks(config)
     if config.compile and not config.static_shapes:
         raise UserError(f"compile={config.compile}: every other shape is compiled anew; set static_shapes=true, too")
-    # Every process has the numbers of all: the metric gathers. (Averaging them costs a collective per class.)
-    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
-    # What `freeze` names is meant to be.
-    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
-    # Nothing changes a prediction in place.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    _expect_warnings()
     checkpoint = run_directory.resume_from(config)
     if checkpoint is not None:
         checkpoint, earlier = newest_whole(checkpoint)
@@ -112,21 +107,13 @@ def fit(config: DictConfig) -> Run:
         logger=list(instantiate(config.logger).values()),
         plugins=[AtomicCheckpointIO()],
     )
-    automatic = config.data.batch_size == AUTO
-    if automatic:
-        _check_automatic(trainer)
-        config.data.batch_size = 1
-    data = instantiate(config.data)
-    data.prepare_data()
-    data.setup("fit")
-    config.model.num_classes = len(data.class_names)
-    if automatic:
-        config.data.batch_size = data.batch_size = _batch_size(config, data, trainer.strategy.root_device)
-    about: dict[str, Any] = {"class_names": list(data.class_names), "train_set": data.train_set.fingerprint}
+    data = _data(config, trainer)
+    assert (train_set := data.train_set) is not None, "it is set up"
+    about: dict[str, Any] = {"class_names": list(data.class_names), "train_set": train_set.fingerprint}
     if checkpoint is not None:
         _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
         del earlier  # the file stays mapped as long as its tensors
-    category_ids = list(map(int, data.train_set.category_ids))
+    category_ids = list(map(int, train_set.category_ids))
     settings = {"config": application.plain(config), "category_ids": category_ids, **about}
     task = _task(config, data, settings)
     if checkpoint is None:
@@ -134,6 +121,40 @@ def fit(config: DictConfig) -> Run:
     for logger in trainer.loggers:
         log_configuration(logger, settings["config"])
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return _with_best(config, trainer, task, data)
+
+
+def _expect_warnings() -> None:
+    # Every process has the numbers of all: the metric gathers. (Averaging them costs a collective per class.)
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+    # What `freeze` names is meant to be.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+    # Nothing changes a prediction in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+
+
+def _data(config: DictConfig, trainer: Trainer) -> DetectionDataModule:
+    """Read for training; `config` learns the number of classes, and the size of a batch that it leaves to us."""
+    from hydra.utils import instantiate
+
+    automatic = config.data.batch_size == AUTO
+    if automatic:
+        _check_automatic(trainer)
+        config.data.batch_size = 1
+    data: DetectionDataModule = instantiate(config.data)
+    data.prepare_data()
+    data.setup("fit")
+    config.model.num_classes = len(data.class_names)
+    if automatic:
+        config.data.batch_size = data.batch_size = _batch_size(config, data, trainer.strategy.root_device)
+    return data
+
+
+def _with_best(config: DictConfig, trainer: Trainer, task: DetectionTask, data: DetectionDataModule) -> Run:
+    """The run with the numbers of its best checkpoint, which is evaluated once more."""
+    from codetr.callbacks.resume import Checkpoints
+    from codetr.checkpoint import load_weights
+
     saved, folder = trainer.checkpoint_callback, Path(config.run_dir)
     best = saved.best_model_path if isinstance(saved, Checkpoints) else ""
     if not best or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -49,18 +49,18 @@ def products(model: onnx.ModelProto) -> dict[str, bool]:
     }
 
 
-def test_only_what_multiplies_most_is_rounded(eight: onnx.ModelProto) -> None:
-    """Backbone, neck and encoder have eight bits; what makes coordinates, and the decoder, have not."""
-    found = products(eight)
-    for part, rounded in {
-        "backbone.": True,
-        "neck.": True,
-        "encoder.layers.0.ffn": True,
-        "decoder.": False,
-    }.items():
+def check_rounded(model: onnx.ModelProto, expected: dict[str, bool]) -> None:
+    """All products of each part of the detector have eight bits, or none."""
+    found = products(model)
+    for part, rounded in expected.items():
         own = [value for name, value in found.items() if name.startswith(f"detector.{part}")]
         assert own, part
         assert set(own) == {rounded}, part
+
+
+def test_only_what_multiplies_most_is_rounded(eight: onnx.ModelProto) -> None:
+    """Backbone, neck and encoder have eight bits; what makes coordinates, and the decoder, have not."""
+    check_rounded(eight, {"backbone.": True, "neck.": True, "encoder.layers.0.ffn": True, "decoder.": False})
 
 
 def test_weights_are_rounded_to_a_step_of_their_channel(onnx_file: Path, eight: onnx.ModelProto) -> None:
@@ -111,16 +111,13 @@ def test_images_are_spread_over_the_folder(eager: Model, small: Trained) -> None
 @pytest.mark.slow
 def test_what_makes_coordinates_keeps_float32(trained: Trained, tmp_path: Path) -> None:
     given = ["precision=int8", f"calibration={trained.images}", "compare=0"]
-    found = products(onnx.load(exported(trained, tmp_path / "small.onnx", *given)))
-    for part, rounded in {
+    expected = {
         "encoder.layers.0.attention.value_proj": True,
         "encoder.layers.0.attention.sampling_offsets": False,
         "encoder.layers.0.attention.attention_weights": False,
         "queries.": False,
-    }.items():
-        own = [value for name, value in found.items() if name.startswith(f"detector.{part}")]
-        assert own, part
-        assert set(own) == {rounded}, part
+    }
+    check_rounded(onnx.load(exported(trained, tmp_path / "small.onnx", *given)), expected)
 
 
 @pytest.mark.slow

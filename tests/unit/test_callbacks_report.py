@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -154,6 +155,23 @@ def test_what_a_run_costs_is_logged(run: Path) -> None:
     assert 0 < hours[-1] < 0.1
     assert all(float(row["run/images_per_second"]) > 0 for row in rows[1:] if row["run/images_per_second"])
     assert 0.05 < float(rows[0]["run/memory_gb"]) < 100
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_norm_of_the_gradient_is_without_the_scale_of_half_precision(fused: bool, tmp_path: Path) -> None:
+    """Lightning divides by it before an optimizer that cannot; a fused one does so itself, after the norm is taken."""
+
+    class Scaled(Oracle):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1, fused=fused)
+
+    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    logger = CSVLogger(tmp_path, name="", version="csv")
+    fit = trainer(tmp_path, [Telemetry()], logger=logger, plugins=[precision], max_epochs=1, num_sanity_val_steps=0)
+    fit.fit(Scaled(), Loader(batch(0)), Loader(batch(10)))
+    with (tmp_path / "csv/metrics.csv").open(newline="") as lines:
+        (norm,) = [float(row["train/gradient_norm"]) for row in csv.DictReader(lines) if row["train/gradient_norm"]]
+    assert norm == pytest.approx(2.0)
 
 
 def test_hours_and_images_go_on_in_a_resumed_run() -> None:

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from benchmarks.export import models
+from benchmarks.export.models import batch
 from torch import Tensor
 
 from codetr.exporting import formats
@@ -18,15 +19,6 @@ from codetr.inference.about import FORM, About
 CASES = ((1, 160, 224), (3, 192, 192), (8, 192, 160))  # images, height, width
 DETECTIONS = 20
 SIZE = (192, 224)  # where it has to be fixed
-
-
-def batch(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The first image fills the canvas; the padding of the others is not black."""
-    generator = torch.Generator().manual_seed(count)
-    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
-    sizes = torch.stack([torch.randint(n // 2, n + 1, (count,), generator=generator) for n in (height, width)], 1)
-    sizes[0] = torch.tensor([height, width])
-    return images, sizes
 
 
 def check(run, graph: Graph, canvas: Canvas) -> None:  # type: ignore[no-untyped-def]

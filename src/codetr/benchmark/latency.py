@@ -127,11 +127,13 @@ def summary(runs: Sequence[Mapping[str, float]], batch: int) -> dict[str, float]
 
 def memory(first: Callable[[], object]) -> int | None:
     """Bytes by which this process grows at the highest point of `first`; None where the system does not tell."""
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return None
+    status = Path("/proc/self/status")
     gc.collect()
-    refs.write_text("5")  # the highest point begins anew
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest point begins anew
+    except OSError:
+        first()
+        return None
 
     def highest() -> int:
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024

@@ -61,8 +61,12 @@ class Telemetry(Callback):
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all processes
         if not trainer.is_global_zero:
             return
-        numbers = {"train/gradient_norm": float(norm), "run/hours": self._hours(), "run/images": float(self.images)}
-        numbers["run/memory_gb"] = _memory() / 1e9
+        numbers = {
+            "train/gradient_norm": float(norm) / _scale(trainer, optimizer),
+            "run/hours": self._hours(),
+            "run/images": float(self.images),
+            "run/memory_gb": _memory() / 1e9,
+        }
         if self._since:
             numbers["run/images_per_second"] = self._since / max(1e-9, time.monotonic() - self._mark)
         for logger in trainer.loggers:
@@ -77,6 +81,13 @@ class Telemetry(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.hours, self.images = state_dict["hours"], state_dict["images"]
+
+
+def _scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """By which gradients are still multiplied: a gradient scaler's, where the optimizer divides by it itself."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    itself = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler.get_scale() if scaler is not None and itself else 1.0
 
 
 def _memory() -> float:

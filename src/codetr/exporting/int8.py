@@ -86,11 +86,8 @@ def rounded(model: Any, inputs: Iterator[dict[str, np.ndarray]]) -> Any:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(inputs, None)
 
-    entry = model.metadata_props.add()
-    entry.key, entry.value = (
-        "onnx.quant.pre_process",
-        "onnxruntime.quant",
-    )  # says that constants are folded: see `formats._tidy`
+    said = model.metadata_props.add()  # that constants are folded, see `formats._tidy`
+    said.key, said.value = "onnx.quant.pre_process", "onnxruntime.quant"
     with tempfile.TemporaryDirectory(prefix="codetr-int8-") as folder:
         path = Path(folder) / "model.onnx"
         quantize_static(

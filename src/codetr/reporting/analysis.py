@@ -57,7 +57,8 @@ def analyse(stored: Stored) -> Analysis:
     ranking = Ranking(matches, classes)
     own, errors = costs(matches, classes), tide(scene, matches, classes)
     sizes = np.array(stored.about.sizes) if stored.about.sizes else None
-    together = matches._replace(label=np.zeros_like(matches.label), true_label=np.zeros_like(matches.true_label))
+    one_class = {name: np.zeros_like(getattr(matches, name)) for name in ("label", "true_label")}
+    together = matches.ordered(np.argsort(-matches.score, kind="stable"))._replace(**one_class)
     return Analysis(
         stored=stored,
         scene=scene,
@@ -66,7 +67,7 @@ def analyse(stored: Stored) -> Analysis:
         objects=ranking.objects(),
         precision=precision_at_recalls(matches, classes),
         operating=operating(matches, classes),
-        score=_or_half(operating(_by_score(together), 1).best[0]),
+        score=_or_half(operating(together, 1).best[0]),
         tide=errors,
         doubts=doubts(matches, errors, DOUBTS),
         confusion=confusion(stored.columns.with_areas(stored.about.masks), classes, stored.rules),
@@ -76,17 +77,6 @@ def analyse(stored: Stored) -> Analysis:
         true_costs=own.truth,
         image_costs=own.of_images(matches, images),
         class_costs=own.of_classes(matches, classes),
-    )
-
-
-def _by_score(matches: Matches) -> Matches:
-    order = np.argsort(-matches.score, kind="stable")
-    return matches._replace(
-        rows=matches.rows[order],
-        image=matches.image[order],
-        score=matches.score[order],
-        object=matches.object[:, order],
-        ignored=matches.ignored[:, order],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from codetr.evaluation.engines import CONFUSION_SCORE
 from codetr.names import shown
 from codetr.reporting.analysis import Analysis
 from codetr.reporting.history import POINTS, History, losses, summed, thinned
@@ -190,4 +191,4 @@ def _confusion(analysis: Analysis) -> Chart:
     some = f", the {CONFUSED} classes that are confused most" if k > CONFUSED else ""
     axis = {"type": "category", "automargin": True, "showgrid": False}
     layout = {"xaxis": {**axis, "tickangle": -60}, "yaxis": {**axis, "autorange": "reversed"}, "tall": len(rows)}
-    return Chart(f"Confusions at scores of 0.3 and more{some}", {"": [heat]}, layout)
+    return Chart(f"Confusions at scores of {CONFUSION_SCORE} and more{some}", {"": [heat]}, layout)

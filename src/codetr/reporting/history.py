@@ -19,7 +19,7 @@ _NO_LOSS = {"loss", "lr", "gradient_norm"}
 
 @dataclass(frozen=True)
 class History:
-    """series: name -> steps and values [n], ascending; values that are not finite stay. `rows`: step -> epoch."""
+    """series: name -> steps and values [n], ascending; values that are not finite stay."""
 
     series: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -33,14 +33,6 @@ class History:
             if name in self.series:
                 places[axis] = np.interp(steps, *self.series[name])
         return places
-
-    def change(self, name: str, step: int | None) -> float | None:
-        """Of a number of the validation, between the one at `step`, else the last one, and the one before."""
-        if name not in self.series:
-            return None
-        steps, values = self.series[name]
-        i = int(np.searchsorted(steps, step if step is not None else steps[-1], side="right")) - 1
-        return float(values[i] - values[i - 1]) if i >= 1 and min(values[i - 1 : i + 1]) >= 0 else None
 
 
 def read(folder: Path) -> History:

@@ -39,6 +39,17 @@ class Matches(NamedTuple):
         """[T, n] bool: detections of an object that counts."""
         return (self.object != NONE) & ~self.ignored
 
+    def ordered(self, order: np.ndarray) -> Matches:
+        """With its detections in another order. order: [n]."""
+        return self._replace(
+            rows=self.rows[order],
+            image=self.image[order],
+            label=self.label[order],
+            score=self.score[order],
+            object=self.object[:, order],
+            ignored=self.ignored[:, order],
+        )
+
 
 def match(scene: Scene, outside: float, thresholds: Sequence[float] = (0.5,)) -> Matches:
     """outside: from which area on an object is in no range, and need not be found.

@@ -148,11 +148,4 @@ def _corrected(matches: Matches, mistakes: np.ndarray, winner: np.ndarray, one: 
     order = np.lexsort((-matches.score, label))
     found = np.where(right, one, matches.object[:1])
     ignored = matches.ignored[:1] | (mistakes & ~winner)
-    return matches._replace(
-        rows=matches.rows[order],
-        image=matches.image[order],
-        label=label[order],
-        score=matches.score[order],
-        object=found[:, order],
-        ignored=ignored[:, order],
-    )
+    return matches._replace(label=label, object=found, ignored=ignored).ordered(order)
