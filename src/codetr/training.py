@@ -108,7 +108,8 @@ def fit(config: DictConfig) -> Run:
         plugins=[AtomicCheckpointIO()],
     )
     data = _data(config, trainer)
-    assert (train_set := data.train_set) is not None, "it is set up"
+    train_set = data.train_set
+    assert train_set is not None, "_data sets it up"
     about: dict[str, Any] = {"class_names": list(data.class_names), "train_set": train_set.fingerprint}
     if checkpoint is not None:
         _compare(config, lambda: resume.check_data(checkpoint, earlier, **about), earlier)
