@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
@@ -44,6 +45,18 @@ def run(*command: str, cwd: Path, env: Mapping[str, str], timeout: float = 300) 
         for file in (out, err):
             file.seek(0)
         return CompletedProcess(command, status, out.read(), err.read())
+
+
+def run_two(*command: str, cwd: Path, env: Mapping[str, str], timeout: float = 300) -> None:
+    """The command as both processes of one job, of which each must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(run, *command, cwd=cwd, env={**job, "LOCAL_RANK": r}, timeout=timeout) for r in "01"]
+        done = [rank.result() for rank in ranks]
+    assert [one.returncode for one in done] == [0, 0], "\n".join(one.stderr[-3000:] for one in done)
 
 
 @cache

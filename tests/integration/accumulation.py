@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -21,6 +19,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+import forked
 from fixed_draws import fixed_draws
 from toy import SIZE, environment, overrides
 
@@ -148,24 +147,8 @@ def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def train_in_processes(splits: Sequence[Split], data: Path, folder: Path, *more: str) -> None:
     """Of two processes each, one after the other in the same ones; into `folder`/split."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     content = json.dumps([[asdict(split) for split in splits], str(data), str(folder), more])
-    own = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-    started = []
-    for rank in ("0", "1"):
-        with (folder / f"log_{rank}.txt").open("w") as log:
-            command = [sys.executable, "-W", "ignore", __file__, content]
-            process = subprocess.Popen(command, env={**own, "LOCAL_RANK": rank}, stdout=log, stderr=subprocess.STDOUT)
-        started.append(process)
-    try:
-        codes = [process.wait(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join((folder / f"log_{rank}.txt").read_text()[-3000:] for rank in (0, 1))
+    forked.run_two("accumulation", content, cwd=Path(__file__).parent, env=environment())
 
 
 TINY = "model/backbone=resnet10_small"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -24,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests"))
 
+import forked  # noqa: E402
 from fixed_draws import fixed_draws  # noqa: E402
 from toy import environment, make_coco, overrides  # noqa: E402
 
@@ -195,30 +194,9 @@ def evaluations(row: Row, directory: Path) -> list[dict[str, Any]]:
 
 def run_in_processes(chosen: list[Row], data: Path, folder: Path) -> None:
     """Rows of several processes, one after the other in the same two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     jobs = json.dumps([asdict(row) for row in chosen])
-    command = [sys.executable, __file__, jobs, str(data), str(folder)]
-    own = environment() | {
-        "PYTHONWARNINGS": "ignore",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "NODE_RANK": "0",
-    }
-    started = []
-    for rank in ("0", "1"):
-        log = (folder / f"log_{rank}.txt").open("w")
-        started.append(subprocess.Popen(command, env={**own, "LOCAL_RANK": rank}, stdout=log, stderr=subprocess.STDOUT))
-        log.close()
-    try:
-        codes = [process.wait(timeout=300 + 300 * len(chosen)) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    logs = [(folder / f"log_{rank}.txt").read_text()[-3000:] for rank in (0, 1)]
-    assert codes == [0, 0], "\n".join(logs)
+    limit = 300 + 300 * len(chosen)
+    forked.run_two("modes", jobs, str(data), str(folder), cwd=Path(__file__).parent, env=environment(), timeout=limit)
 
 
 def worker(jobs: str, data: str, folder: str) -> None:

@@ -16,6 +16,7 @@ ARGUMENTS = [*TOY, "sizes=[[256,192]]", "batches=[1]", "cards=[0.5,1]", "classes
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # pretended steps take as long as small real ones
 def test_the_command(tmp_path: Path) -> None:
     command = ["codetr.estimate", *ARGUMENTS, f"out={tmp_path / 'cost.json'}"]
     process = forked.run(*command, cwd=tmp_path, env=environment())
