@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,14 @@ SIZES = {
     "one level": {"shapes": ((5, 6),)},
     "an empty level": {"shapes": ((3, 2), (0, 0), (2, 2))},
 }
+LONG = ("odd", "24 channels")  # in Triton's interpreter
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def _slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("size", [_slow(SIZES[name]) if name in LONG else SIZES[name] for name in SIZES], ids=SIZES)
 @pytest.mark.usefixtures("poison")
 def test_sizes(size: dict) -> None:
     """Rows and columns of a tile that stand for nothing, programs that end early."""
@@ -72,7 +78,7 @@ def test_nothing(empty: dict) -> None:
     assert_close(run(inputs), truth(inputs))
 
 
-@pytest.mark.parametrize("tile_width", [2, 4, 64])
+@pytest.mark.parametrize("tile_width", [2, _slow(4), _slow(64)])
 @pytest.mark.usefixtures("poison")
 def test_tiles_of_neighbours(tile_width: int) -> None:
     """Every query of the maps once, whatever the tiles; wider than a program is cut."""
@@ -81,7 +87,7 @@ def test_tiles_of_neighbours(tile_width: int) -> None:
     assert_close(run(inputs, Launch(8 * 16, tile_width, 4)), truth(inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, _slow(torch.float16)])
 def test_narrow_inputs(dtype: torch.dtype) -> None:
     """As autocast leaves them: a float32 reference beside narrow others. Sums are float32, rounded once."""
     inputs = draw("boxes")
@@ -125,6 +131,7 @@ def test_on_the_border(form: str) -> None:
     assert_close(run(inputs), truth(inputs))
 
 
+@pytest.mark.slow
 def test_memory_in_other_orders() -> None:
     """Head by head is taken as it is; anything else is copied."""
     plain = draw("boxes")

@@ -73,6 +73,7 @@ def test_one_graph_for_every_batch(heads: str, backend: str) -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_the_normalisers_of_a_step_enter_the_graph_as_its_inputs() -> None:
     step = Step("[]", "eager")
     inputs = batch(4)

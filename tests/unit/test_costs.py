@@ -125,6 +125,7 @@ def test_frozen_parts_keep_nothing() -> None:
     assert frozen.weights.state < plain.weights.state
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_less() -> None:
     assert estimator("trainer.precision=bf16-mixed").training(2, SIZE).kept < estimator().training(2, SIZE).kept
 
@@ -149,6 +150,7 @@ def test_the_largest_batch_is_found_with_few_questions(memory_of: object) -> Non
         assert found == exact
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_a_detector_fits_and_the_next_does_not() -> None:
     own = estimator()
     limit = own.training(7, SIZE).memory + 100
@@ -168,6 +170,7 @@ def test_a_batch_that_does_not_run_is_made_smaller() -> None:
     assert largest_that_runs(5, lambda batch: False) == 0
 
 
+@pytest.mark.slow
 def test_the_automatic_batch_runs_and_leaves_random_states_alone() -> None:
     config = application.compose("train", SMALL)
     before, state = config.copy(), torch.get_rng_state()

