@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -135,10 +136,10 @@ def run_name(overrides: list[str], seed: int) -> str:
 
 
 def train(out: Path, study: Study, variant: str, seed: int, overrides: list[str]) -> dict:
-    """One run, or the result of a finished one."""
+    """One run, or the result of a finished one: a copy of its metrics.json, which a run writes again and again."""
     name = run_name(study.rows[variant], seed)
-    run_dir = out / name
-    if not (run_dir / "metrics.json").exists():
+    run_dir, result = out / name, out / f"{name}.json"
+    if not result.exists():
         command = [sys.executable, "-m", "codetr.train", f"experiment={study.experiment}", f"seed={seed}"]
         command += [f"run_dir={run_dir}", "resume=auto", *study.rows[variant], *overrides]
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,8 @@ def train(out: Path, study: Study, variant: str, seed: int, overrides: list[str]
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         if done.returncode:
             raise SystemExit(f"{variant}, seed {seed} failed; see {log.name}")
-    return {"variant": variant, "seed": seed, **json.loads((run_dir / "metrics.json").read_text())}
+        shutil.copy(run_dir / "metrics.json", result)
+    return {"variant": variant, "seed": seed, **json.loads(result.read_text())}
 
 
 def suppressed(out: Path, study: Study, variant: str, seed: int) -> dict:
