@@ -17,6 +17,7 @@ import torch
 from codetr.errors import UserError
 from codetr.exporting.graph import INPUTS, Canvas, Graph, traceable
 from codetr.exporting.named import name_axes, name_nodes
+from codetr.exporting.products import join_products
 from codetr.exporting.triton import server_config
 from codetr.files import atomically
 from codetr.inference.about import KEY, About
@@ -137,11 +138,11 @@ def _to_onnx(work: Work) -> Any:
             opset_version=work.opset,
             input_names=INPUTS,
             output_names=work.graph.outputs,
-            optimize=False,  # see `_tidy`
+            optimize=False,  # see `tidy`
             verbose=False,
         )
         assert program is not None
-        _tidy(program.model)
+        tidy(program.model)
     proto = onnx_ir.to_proto(program.model)
     del proto.graph.value_info[:]  # of what is between; the exporter leaves some without a type
     name_axes(proto.graph)
@@ -161,8 +162,8 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _tidy(model: Any) -> None:
-    """Fold constants and drop what nobody uses, in place.
+def tidy(model: Any, joined: bool = True) -> None:
+    """Fold constants and drop what nobody uses, in place. joined: linear layers become one operation each.
 
     Not by onnxscript's `optimize`: its rule FuseMaxMinToClip (0.7.2) drops a minimum that others read too.
     """
@@ -178,6 +179,9 @@ def _tidy(model: Any) -> None:
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     name_nodes(model)
+    if joined:
+        join_products(model.graph)
+        common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # the source lines of every node, with the paths of this machine
 
 
