@@ -94,7 +94,7 @@ def written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, joined: b
     shapes = tuple({0: batch} for _ in inputs)
     twice = tuple(torch.cat([one, one]) for one in inputs)  # one image would fix the batch
     with traceable(), for_onnx():
-        traced = torch.export.export(module.eval(), twice, dynamic_shapes=(shapes,) if len(inputs) == 1 else shapes)
+        traced = torch.export.export(module.eval(), twice, dynamic_shapes=shapes)
         names = [f"in{i}" for i in range(len(inputs))]
         program = torch.onnx.export(
             traced, twice, dynamo=True, opset_version=20, input_names=names, optimize=False, verbose=False
@@ -112,7 +112,7 @@ def runs(path: Path, inputs: Sequence[Tensor]) -> dict[str, Callable[[], np.ndar
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(path, "CPU", hints)
-    arrays = {one.name: given.numpy() for one, given in zip(session.get_inputs(), inputs, strict=True)}
+    arrays = {one.name: inputs[int(one.name.removeprefix("in"))].numpy() for one in session.get_inputs()}
     return {"ONNX Runtime": lambda: session.run(None, arrays)[0], "OpenVINO": lambda: compiled(arrays)[0]}
 
 

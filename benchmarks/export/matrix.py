@@ -46,7 +46,7 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes
     path = report.folder / f"{NAME}.json"
     rows = json.loads(path.read_text()) if path.is_file() else []
-    done = set() if options.again else {(row["model"], row["format"]) for row in rows}
+    done = {(row["model"], row["format"]) for row in rows if not options.again and not stale(row)}
     for name in options.models or (*TOY, *((*FULL, *SHAPES) if options.full else ())):
         forms = ("torch",) if name in SHAPES else options.formats or FORMS
         works: dict[str, Work] = {}
@@ -75,6 +75,11 @@ def measured(name: str, form: str, works: dict[str, Work]) -> dict[str, Any]:
     if kind not in works:
         works[kind] = work_of(name, kind, size)
     return {"full": name in FULL, "date": f"{date.today()}"} | row(works[kind], form, size, cases, times)
+
+
+def stale(row: dict[str, Any]) -> bool:
+    """Of files in which linear layers were two operations each, and which batch mates were not measured of."""
+    return not row.keys() & {"mates", "operations"}
 
 
 def shared(form: str, works: dict[str, Work]) -> str:
@@ -179,7 +184,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "where any size is taken; mates: of the last image of a batch from the same image alone; swapped: places in "
         f"the order of detections that differ, all with scores that agree to {TIE:.0e}. MB: of the file. ms: medians "
         "of one image, file and PyTorch in turns, on two cores of which other work took a part. The tensorrt file is "
-        "run by ONNX Runtime. `make export-matrix`, "
+        "run by ONNX Runtime."
+        + " Rows without mates are of an older form of the files."
+        * any(map(stale, rows))
+        + " `make export-matrix`, "
         f"{rows[-1]['date']}, {report.machine()}, {torch.get_num_threads()} thread(s)."
     )
     return f"{report.table([*head, 'PyTorch, ms'], [cells(row) for row in shown])}\n\n{foot}"
@@ -198,8 +206,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['box']:.0e}",
         f"{row['score']:.0e}",
         f"{row['mask']:.0e}" if row["mask"] else "",
-        f"{row['mates']:.0e}",
-        str(row["swapped"]),
+        f"{row['mates']:.0e}" if "mates" in row else "",
+        str(row.get("swapped", "")),
         f"{row['megabytes']:.1f}",
         f"{row['file_ms']:.1f}",
         f"{row['eager_ms']:.1f}",
