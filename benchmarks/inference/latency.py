@@ -19,13 +19,10 @@ from codetr.benchmark.commands.latency import OURS, measure
 
 NAME = "latency"
 # Its name, the overrides, and whom it is measured with: transformers' Deformable DETR is the same detector as ours, of
-# equal widths, layers and queries; the others are not, and are there for orientation.
+# equal widths, layers and queries; RT-DETR is another, and there for orientation.
 CASES = {
-    "Deformable DETR, two stages, R50": (
-        ["model=deformable_detr_two_stage"],
-        ["transformers/deformable_detr", "transformers/rt_detr"],
-    ),
-    "Deformable-DETR++, R50": (["model=deformable_pp"], []),
+    "Deformable DETR, two stages, R50": (["model=deformable_detr_two_stage"], ["transformers/deformable_detr"]),
+    "Deformable-DETR++, R50": (["model=deformable_pp"], ["transformers/rt_detr"]),
     "Co-DINO, R50, 4 scale": (["model=dino", "model/auxiliary_head=[faster_rcnn,atss]"], []),
 }
 
