@@ -85,8 +85,20 @@ def attention_inputs(shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
     return value, centres, offsets, logits, torch.tensor([shapes], dtype=torch.int32)
 
 
-def written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, joined: bool) -> Path:
-    """As ONNX with a symbolic batch. joined: linear layers as Gemm."""
+class Rows(nn.Module):
+    """Layers on one long axis of rows, whose linear ones become Gemm."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.layers(tokens.flatten(0, 1))
+        return found.unflatten(0, tokens.shape[:2])
+
+
+def written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> Path:
+    """As ONNX with a symbolic batch."""
     import onnx
     import onnx_ir
 
@@ -100,7 +112,7 @@ def written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, joined: b
             traced, twice, dynamo=True, opset_version=20, input_names=names, optimize=False, verbose=False
         )
     assert program is not None
-    tidy(program.model, joined)
+    tidy(program.model)
     onnx.save(onnx_ir.to_proto(program.model), path)
     return path
 
@@ -126,8 +138,10 @@ def measured(size: int, repeats: int) -> list[dict[str, Any]]:
         "gathers": deformable_attention_gathered,
     }
     layer = nn.Sequential(nn.Linear(HEADS * WIDTH, FFN), nn.ReLU(), nn.Linear(FFN, HEADS * WIDTH))
-    cases = [("attention", name, Attention(form, shapes), attention, True) for name, form in forms.items()]
-    cases += [("feed-forward", "MatMul, Add", layer, tokens, False), ("feed-forward", "Gemm", layer, tokens, True)]
+    cases: list[tuple[str, str, nn.Module, tuple[Tensor, ...]]] = [
+        ("attention", name, Attention(form, shapes), attention) for name, form in forms.items()
+    ]
+    cases += [("feed-forward", "MatMul, Add", layer, tokens), ("feed-forward", "Gemm", Rows(layer), tokens)]
     eager = {
         "attention": lambda: deformable_attention(attention[0], shapes, *attention[1:]).numpy(),
         "feed-forward": lambda: layer(*tokens).numpy(),
@@ -136,9 +150,9 @@ def measured(size: int, repeats: int) -> list[dict[str, Any]]:
     for part, run in eager.items():
         taking[part, "codetr's kernel" if part == "attention" else "PyTorch", "PyTorch"] = run
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        for number, (part, name, module, inputs, joined) in enumerate(cases):
+        for number, (part, name, module, inputs) in enumerate(cases):
             with torch.inference_mode(False):
-                path = written(module, inputs, Path(folder) / f"{number}.onnx", joined)
+                path = written(module, inputs, Path(folder) / f"{number}.onnx")
             for runtime, run in runs(path, inputs).items():
                 taking[part, name, runtime] = run
         return timed(taking, eager, repeats)

@@ -78,7 +78,7 @@ def measured(name: str, form: str, works: dict[str, Work]) -> dict[str, Any]:
 
 
 def stale(row: dict[str, Any]) -> bool:
-    """Of files in which linear layers were two operations each, and which batch mates were not measured of."""
+    """Of files in which deformable attention had another form, and whose batch mates were not measured."""
     return not row.keys() & {"mates", "operations"}
 
 

@@ -1,5 +1,6 @@
 """`codetr benchmark latency`: all runtimes run the same detector, stages add up, the command writes what it says."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -71,7 +72,7 @@ def test_memory_is_what_is_taken_at_the_highest_point() -> None:
 def test_operators_share_the_time(drawn: graphs.Drawn, file: Path) -> None:
     shares = latency.operators(file, *drawn.canvas.example())
     assert sum(shares.values()) == pytest.approx(1)
-    assert {"Conv", "Gemm", "GridSample"} <= shares.keys()
+    assert {"Conv", "MatMul", "GridSample"} <= shares.keys()
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
@@ -115,13 +116,19 @@ def test_what_cannot_be_measured_is_refused(override: str, words: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformers/deformable_detr", "transformers/rt_detr"])
 def test_other_libraries_are_exported_the_same_way(name: str, drawn: graphs.Drawn, tmp_path: Path) -> None:
-    """What ONNX Runtime finds is what their models find."""
+    """Scores that ONNX Runtime finds are those of the model in float64, as near as those of PyTorch in float32: with
+    random weights an RT-DETR magnifies rounding to some thousandths."""
     size = (128, 128)
     other = graphs.rival(name, 3, size, 1, drawn.postprocess)
     other.write(tmp_path / "other.onnx")
-    images, sizes = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8), torch.tensor([size])
+    generator = torch.Generator().manual_seed(0)
+    images, sizes = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=generator), torch.tensor([size])
     eager, exported = (
-        latency.opened(runtime, other, tmp_path / "other.onnx", CPU)(images, sizes)
+        np.asarray(latency.opened(runtime, other, tmp_path / "other.onnx", CPU)(images, sizes)[1])
         for runtime in ("eager", "onnxruntime")
     )
-    np.testing.assert_allclose(np.asarray(exported[1]), np.asarray(eager[1]), atol=1e-4)
+    precise = copy.deepcopy(other.graph).double()
+    precise.get_submodule("model").register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
+    with torch.no_grad():
+        truth = precise(images, sizes)[1].numpy()
+    assert np.abs(exported - truth).max() <= max(1e-4, np.abs(eager - truth).max())

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -13,11 +11,9 @@ from codetr.kernels.msda import (
     deformable_attention_reference,
     deformable_attention_sampled,
 )
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codetr.exporting.products import join_products
 from codetr.models.encoder import _firsts
 from codetr.ops.gather import largest
 
@@ -69,37 +65,3 @@ def test_ties_go_to_the_first_in_onnx_runtime_too(tmp_path) -> None:  # type: ig
     for some in (values, values[:3]):
         (found,) = onnxruntime.InferenceSession(path).run(None, {"values": some.numpy()})
         assert torch.equal(torch.from_numpy(found), largest(some, 7))
-
-
-def test_linear_layers_become_one_operation_each() -> None:
-    """Also behind one another, through a ReLU, beside one another, and of rows with several axes; other sums stay."""
-    rng = np.random.default_rng(0)
-    draw = {"w1": (4, 6), "b1": (6,), "w2": (6, 3), "b2": (3,), "w3": (4, 3), "b3": (3,), "w4": (3, 3)}
-    weights = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in draw.items()}
-    model = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["" : 20]> g (float[N, M, 4] x, float[N, M, 3] other)
-           => (float[N, M, 3] y, float[N, M, 6] wide) {
-            p1 = MatMul(x, w1)  s1 = Add(b1, p1)  r1 = Relu(s1)  wide = Identity(r1)
-            p2 = MatMul(r1, w2)  s2 = Add(p2, b2)
-            p3 = MatMul(x, w3)  s3 = Add(p3, b3)
-            p4 = MatMul(s3, w4)  s4 = Add(p4, other)
-            y = Add(s2, s4) }"""
-    )
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())
-    for number, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{number}"
-    model = onnx.shape_inference.infer_shapes(model)
-    ours = onnx_ir.from_proto(model)
-    join_products(ours.graph)
-    RemoveUnusedNodesPass()(ours)
-    joined = onnx_ir.to_proto(ours)
-    onnx.checker.check_model(joined, full_check=True)
-    kinds = [node.op_type for node in joined.graph.node]
-    assert (kinds.count("Gemm"), kinds.count("MatMul"), kinds.count("Relu")) == (3, 1, 1)
-    assert kinds.count("Reshape") == 4  # x to rows, and three back
-    inputs = {"x": rng.standard_normal((2, 5, 4), dtype=np.float32), "other": np.ones((2, 5, 3), np.float32)}
-    found, expected = (
-        onnxruntime.InferenceSession(one.SerializeToString()).run(None, inputs) for one in (joined, model)
-    )
-    for one, true in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, true, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,6 @@ import torch
 from codetr.errors import UserError
 from codetr.exporting.graph import INPUTS, Canvas, Graph, traceable
 from codetr.exporting.named import name_axes, name_nodes
-from codetr.exporting.products import join_products
 from codetr.exporting.triton import server_config
 from codetr.files import atomically
 from codetr.inference.about import KEY, About
@@ -162,8 +161,8 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def tidy(model: Any, joined: bool = True) -> None:
-    """Fold constants and drop what nobody uses, in place. joined: linear layers become one operation each.
+def tidy(model: Any) -> None:
+    """Fold constants and drop what nobody uses, in place.
 
     Not by onnxscript's `optimize`: its rule FuseMaxMinToClip (0.7.2) drops a minimum that others read too.
     """
@@ -179,9 +178,6 @@ def tidy(model: Any, joined: bool = True) -> None:
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     name_nodes(model)
-    if joined:
-        join_products(model.graph)
-        common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # the source lines of every node, with the paths of this machine
 
 
