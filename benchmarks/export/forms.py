@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 def attention_inputs(shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """Every cell looks around itself; values and offsets of noise, no padding."""
+    """Noise, no padding; places all over the image, which caches help less with than with those of a detector."""
     torch.manual_seed(0)
     cells, levels = sum(h * w for h, w in shapes), len(shapes)
     centres = torch.rand(1, cells, levels, 2)

@@ -31,7 +31,8 @@ def traced(overrides: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any]:
     example = tuple(one.to("meta") for one in canvas.example())
     with traceable():
         program = torch.export.export(own, example, dynamic_shapes=canvas.dynamic_shapes())
-    outputs = [node.meta["val"] for node in program.graph.output_node().args[0]]
+    nodes: Any = program.graph.output_node().args[0]
+    outputs = [node.meta["val"] for node in nodes]
     batch = outputs[0].shape[0]
     assert isinstance(batch, torch.SymInt), "the batch is not symbolic"
     assert [tuple(one.shape[1:]) for one in outputs] == [(DETECTIONS, 4), (DETECTIONS,), (DETECTIONS,)]
