@@ -7,8 +7,10 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from codetr import application
+from codetr.costs.step import without_pretrained
 from codetr.exporting.graph import Canvas, Graph, least_side, takes_any_size
 from codetr.models.detector import Detector
+from codetr.nn.deformable_attention import DeformableAttention
 from codetr.postprocess import PostProcess
 
 _SIZES = (
@@ -56,6 +58,7 @@ TOY = {
     "co_dino": ("model=co_dino", *_RESNET),
     "co_deformable": ("model=co_deformable", *_RESNET),
     "group_dino": ("model=dino", "model.query_groups=3", *_RESNET),
+    "group_co_deformable": ("model=co_deformable", "model.query_groups=3", *_RESNET),
     "swin": ("model=deformable_pp", *_SWIN),
     "vit": ("model=deformable_pp", *_VIT),
     "masks": (
@@ -65,19 +68,20 @@ TOY = {
         "model.detector.mask_head.iou.hidden_width=16",
     ),
 }
+# At full width: the side of the images, which decides how long they take, and the overrides.
 FULL = {
-    "deformable_pp_r50": ("model=deformable_pp",),
-    "co_dino_5scale_r50": ("model=co_dino",),
-    "deformable_pp_swin_large": ("model=deformable_pp", "model/backbone=swin_large"),
+    "deformable_pp_r50": (640, ("model=deformable_pp",)),
+    "co_dino_5scale_r50": (256, ("model=co_dino",)),
 }
+# Traced without numbers, since they are too large to be run here.
+SHAPES = {"deformable_pp_swin_large": (640, ("model=deformable_pp", "model/backbone=swin_large"))}
 
 
 def detector(overrides: tuple[str, ...]) -> Detector:
     """With random weights of three classes; heads that start at zero, and would hide most of the graph, do not."""
     torch.manual_seed(0)
     config = application.compose("train", ["model.num_classes=3", "run_dir=nowhere", *overrides])
-    config.model.detector.backbone.pretrained = False
-    built: Detector = instantiate(config.model.detector, _convert_="all").eval()
+    built: Detector = instantiate(without_pretrained(config).model.detector, _convert_="all").eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -89,6 +93,11 @@ def graph(overrides: tuple[str, ...], form: str, size: tuple[int, int], detectio
     built = detector(overrides)
     fixed = None if takes_any_size(built, form) else size
     return Graph(built, PostProcess(detections, None), None).eval(), Canvas(fixed, 32, least_side(built, 32))
+
+
+def samples(own: Graph) -> bool:
+    """Whether it has deformable attention, which not every format has in the same form."""
+    return any(isinstance(module, DeformableAttention) for module in own.modules())
 
 
 def batch(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:

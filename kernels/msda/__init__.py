@@ -3,11 +3,13 @@
 from .gathered import deformable_attention_gathered
 from .op import deformable_attention, msda
 from .reference import deformable_attention_reference, msda_reference
+from .sampled import deformable_attention_sampled
 
 __all__ = [
     "deformable_attention",
     "deformable_attention_gathered",
     "deformable_attention_reference",
+    "deformable_attention_sampled",
     "msda",
     "msda_reference",
 ]

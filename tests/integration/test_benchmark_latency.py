@@ -1,5 +1,6 @@
 """`codetr benchmark latency`: all runtimes run the same detector, stages add up, the command writes what it says."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -19,14 +20,8 @@ from toy_model import TOY
 
 CPU = torch.device("cpu")
 SIZE = (96, 128)
-ARGUMENTS = [
-    *TOY,
-    "data=shapes_tiny",
-    "size=[96,128]",
-    "classes=3",
-    "repeats=2",
-    "runtimes=[eager,onnxruntime,openvino]",
-]
+RUNTIMES = ["eager", "onnxruntime", "openvino"]
+ARGUMENTS = [*TOY, "data=shapes_tiny", "size=[96,128]", "classes=3", "repeats=2"]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +29,20 @@ def drawn() -> graphs.Drawn:
     return graphs.ours(application.compose("latency", ARGUMENTS), SIZE)
 
 
+@pytest.fixture(scope="module")
+def file(drawn: graphs.Drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("drawn") / "own.onnx"
+    drawn.write(path)
+    return path
+
+
 @pytest.mark.slow
-def test_every_runtime_finds_the_same(drawn: graphs.Drawn, tmp_path: Path) -> None:
-    """The detector's own detections, in pixels of the files."""
+def test_every_runtime_finds_the_same(drawn: graphs.Drawn, file: Path, tmp_path: Path) -> None:
+    """The detector's own detections."""
     stages = latency.Stages(tmp_path, 2, SIZE)
-    drawn.write(tmp_path / "own.onnx")
     images = torch.randint(0, 256, (2, 3, *SIZE), dtype=torch.uint8)
     found = [
-        [np.asarray(one) for one in latency.opened(name, drawn, tmp_path / "own.onnx", CPU)(images, stages.sizes)]
-        for name in ("eager", "onnxruntime", "openvino")
+        [np.asarray(one) for one in latency.opened(name, drawn, file, CPU)(images, stages.sizes)] for name in RUNTIMES
     ]
     for own in found[1:]:
         for one, eager in zip(own, found[0], strict=True):
@@ -68,17 +68,19 @@ def test_memory_is_what_is_taken_at_the_highest_point() -> None:
     assert found == pytest.approx(2**26, rel=0.05)
 
 
-def test_operators_share_the_time(drawn: graphs.Drawn, tmp_path: Path) -> None:
-    drawn.write(tmp_path / "own.onnx")
-    shares = latency.operators(tmp_path / "own.onnx", *drawn.canvas.example())
+@pytest.mark.slow
+def test_operators_share_the_time(drawn: graphs.Drawn, file: Path) -> None:
+    shares = latency.operators(file, *drawn.canvas.example())
     assert sum(shares.values()) == pytest.approx(1)
     assert {"Conv", "MatMul", "GridSample"} <= shares.keys()
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtimes", [["eager"], pytest.param(RUNTIMES, marks=pytest.mark.slow)])
+def test_the_command(runtimes: list[str], tmp_path: Path) -> None:
+    chosen = f"runtimes=[{','.join(runtimes)}]"
     process = subprocess.run(
-        [sys.executable, "-m", "codetr", "benchmark", "latency", *ARGUMENTS, f"out={tmp_path / 'new'}"],
+        [sys.executable, "-m", "codetr", "benchmark", "latency", *ARGUMENTS, chosen, f"out={tmp_path / 'new'}"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -86,13 +88,13 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "new.json").read_text())
-    assert [row["runtime"] for row in result["rows"]] == ["eager", "onnxruntime", "openvino"]
+    assert [row["runtime"] for row in result["rows"]] == runtimes
     for row in result["rows"]:
         assert row["p50"] <= row["p95"] <= row["p99"]
         assert row["memory"] > 0
     page = (tmp_path / "new.md").read_text()
     assert page.rstrip() in process.stdout
-    assert "GridSample" in page
+    assert ("GridSample" in page) == ("onnxruntime" in runtimes)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,19 @@ def test_what_cannot_be_measured_is_refused(override: str, words: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformers/deformable_detr", "transformers/rt_detr"])
 def test_other_libraries_are_exported_the_same_way(name: str, drawn: graphs.Drawn, tmp_path: Path) -> None:
-    """What ONNX Runtime finds is what their models find."""
+    """Scores that ONNX Runtime finds are those of the model in float64, as near as those of PyTorch in float32: with
+    random weights an RT-DETR magnifies rounding to some thousandths."""
     size = (128, 128)
     other = graphs.rival(name, 3, size, 1, drawn.postprocess)
     other.write(tmp_path / "other.onnx")
-    images, sizes = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8), torch.tensor([size])
+    generator = torch.Generator().manual_seed(0)
+    images, sizes = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=generator), torch.tensor([size])
     eager, exported = (
-        latency.opened(runtime, other, tmp_path / "other.onnx", CPU)(images, sizes)
+        np.asarray(latency.opened(runtime, other, tmp_path / "other.onnx", CPU)(images, sizes)[1])
         for runtime in ("eager", "onnxruntime")
     )
-    np.testing.assert_allclose(np.asarray(exported[1]), np.asarray(eager[1]), atol=1e-4)
+    precise = copy.deepcopy(other.graph).double()
+    precise.get_submodule("model").register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
+    with torch.no_grad():
+        truth = precise(images, sizes)[1].numpy()
+    assert np.abs(exported - truth).max() <= max(1e-4, np.abs(eager - truth).max())

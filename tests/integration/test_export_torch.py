@@ -63,6 +63,7 @@ def test_what_torch_loads_finds_what_the_checkpoint_finds(eager: Model, program:
         assert_pairs((scores, labels, boxes), truth)
 
 
+@pytest.mark.slow
 def test_eval_of_the_program_has_the_mean_ap_of_the_checkpoint(
     small: Trained, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,16 @@
 """Forms of operations that enter exported graphs, beside those that train."""
 
+from collections.abc import Callable
+
 import onnx
 import onnxruntime
 import pytest
 import torch
-from codetr.kernels.msda import deformable_attention_gathered, deformable_attention_reference
+from codetr.kernels.msda import (
+    deformable_attention_gathered,
+    deformable_attention_reference,
+    deformable_attention_sampled,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,8 +20,9 @@ from codetr.ops.gather import largest
 SHAPES = ((7, 9), (4, 5), (1, 3))
 
 
+@pytest.mark.parametrize("form", [deformable_attention_gathered, deformable_attention_sampled])
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_attention_with_gathers_is_the_reference(coordinates: int) -> None:
+def test_attention_in_other_forms_is_the_reference(coordinates: int, form: Callable[..., Tensor]) -> None:
     """In float64; also far outside of the maps, and beside padding that holds anything."""
     torch.manual_seed(0)
     cells = sum(height * width for height, width in SHAPES)
@@ -27,7 +34,7 @@ def test_attention_with_gathers_is_the_reference(coordinates: int) -> None:
     inputs = value, SHAPES, reference, offsets, logits.double(), valid
     expected = deformable_attention_reference(*inputs)
     # The weights are a softmax in float32, in whatever dtype the rest is.
-    torch.testing.assert_close(deformable_attention_gathered(*inputs), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(form(*inputs), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_first_pixels_are_those_of_nearest_interpolation() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from codetr.benchmark.graphs import Drawn, require
-from codetr.benchmark.timing import WARMUP, synchronise
+from codetr.benchmark.timing import synchronise
 from codetr.data.images import read_image
 from codetr.errors import UserError
 from codetr.exporting.graph import traceable
@@ -31,6 +31,7 @@ SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml"}
 OWN = ("eager", "compile")
 FILE_SIZE = 480, 640  # (height, width) of the pictures that are decoded
 PROFILED = 3  # runs
+WARMUP = 1  # run of each, after the one that shows how much memory it takes
 THRESHOLD = 0.3
 
 

@@ -137,11 +137,11 @@ def _to_onnx(work: Work) -> Any:
             opset_version=work.opset,
             input_names=INPUTS,
             output_names=work.graph.outputs,
-            optimize=False,  # see `_tidy`
+            optimize=False,  # see `tidy`
             verbose=False,
         )
         assert program is not None
-        _tidy(program.model)
+        tidy(program.model)
     proto = onnx_ir.to_proto(program.model)
     del proto.graph.value_info[:]  # of what is between; the exporter leaves some without a type
     name_axes(proto.graph)
@@ -161,7 +161,7 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _tidy(model: Any) -> None:
+def tidy(model: Any) -> None:
     """Fold constants and drop what nobody uses, in place.
 
     Not by onnxscript's `optimize`: its rule FuseMaxMinToClip (0.7.2) drops a minimum that others read too.

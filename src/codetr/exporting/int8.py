@@ -86,7 +86,7 @@ def rounded(model: Any, inputs: Iterator[dict[str, np.ndarray]]) -> Any:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(inputs, None)
 
-    said = model.metadata_props.add()  # that constants are folded, see `formats._tidy`
+    said = model.metadata_props.add()  # that constants are folded, see `formats.tidy`
     said.key, said.value = "onnx.quant.pre_process", "onnxruntime.quant"
     with tempfile.TemporaryDirectory(prefix="codetr-int8-") as folder:
         path = Path(folder) / "model.onnx"

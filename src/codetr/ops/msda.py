@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from codetr.kernels.msda import deformable_attention as attention_kernel
-from codetr.kernels.msda import deformable_attention_gathered, deformable_attention_reference, msda, msda_reference
+from codetr.kernels.msda import (
+    deformable_attention_gathered,
+    deformable_attention_reference,
+    deformable_attention_sampled,
+    msda,
+    msda_reference,
+)
 from codetr.ops.choice import Operation
 from codetr.ops.export_form import gathers
 
@@ -29,11 +36,15 @@ def deformable_attention(
     zero. Returns [B, Q, H * D] in value's dtype.
 
     The environment variable CODETR_MSDA=reference|numba|triton overrides the choice; a UserError where that cannot be.
-    What is exported is the reference, or, where `with_gathers` says so, its form with gathers.
+    What is exported are forms that other runtimes do well: that with gathers where `with_gathers` says so.
     """
     if gathers():
-        return deformable_attention_gathered(value, spatial_shapes, reference, offsets, logits, valid_sizes)
-    run = attention_kernel if MSDA.takes_kernel(value, reference, offsets, logits) else deformable_attention_reference
+        run = deformable_attention_gathered
+    elif torch.compiler.is_exporting():
+        run = deformable_attention_sampled
+    else:
+        takes = MSDA.takes_kernel(value, reference, offsets, logits)
+        run = attention_kernel if takes else deformable_attention_reference
     return run(value, spatial_shapes, reference, offsets, logits, valid_sizes)
 
 
