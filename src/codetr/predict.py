@@ -29,12 +29,15 @@ def predict(config: DictConfig) -> Path:
     """
     # Imported here, so that --help and --cfg answer at once.
     from codetr.inference import load
+    from codetr.inference.film import is_film
 
     application.require(config, checkpoint="outputs/train/<date>/checkpoints/best.ckpt", images="photos")
     application.one_of(config, on_error=("stop", "skip"))
     trust = application.as_names(config.trust)
     model = load(config.checkpoint, device=config.device, weights=config.weights, trust=trust)
     model.views = application.views(config, model.views)
+    if is_film(config.images):
+        return _film(config, model)
     of_photos = config.annotations is None
     writer, sizes = _for_photos(config, model) if of_photos else _for_a_server(config, model)
     paths, threshold = writer.paths, config.score_threshold if of_photos else 0.0
@@ -89,6 +92,21 @@ def _for_a_server(config: DictConfig, model: Model | Exported) -> tuple[Writer, 
     ids = [one.id for one in listed.values()]
     writer = _writer(config, list(listed), [model.path, file], image_ids=ids, masks=model.finds_masks)
     return writer, {path: one.size for path, one in listed.items()}
+
+
+def _film(config: DictConfig, model: Model | Exported) -> Path:
+    """Of a film, a stream or a camera; returns the path of the JSON lines."""
+    from codetr.inference.film import Film
+    from codetr.inference.film_outputs import FilmWriter
+    from codetr.inference.film_run import Tracks, watch
+
+    if config.annotations is not None or config.formats:
+        raise UserError("annotations and formats are for images: of a film come lines of JSON and a film")
+    film = Film(str(config.images), config.every, config.start, config.end)
+    tracks = Tracks(film.rate / config.every, config.score_threshold) if config.track else None
+    with FilmWriter(Path(config.out), film, config.pictures, [model.path]) as writer:
+        print(watch(model, film, writer, tracks, config.score_threshold, config.batch_size))
+    return writer.path
 
 
 def _track(progress: Progress, items: Iterable[Any], total: int) -> Iterator[Any]:

@@ -74,7 +74,7 @@ def see(pictures: Sequence[Picture]) -> list[Found]:
 
 
 def _see(tile: Tensor) -> Detections:
-    boxes, colours = [], [int(colour) for colour in tile.unique() if colour]
+    boxes, colours = [], [int(colour) for colour in tile.unique().flip(0) if colour]  # best first
     for colour in colours:
         rows, columns = (tile == colour).nonzero(as_tuple=True)
         boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])

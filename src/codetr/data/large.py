@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from codetr.views.view import Picture
 
 SUFFIXES = {".tif", ".tiff"}
-_CACHE = 64  # MB of decoded blocks, which neighbouring windows share
+_CACHE = 64_000_000  # bytes of decoded blocks, which neighbouring windows share
 _PHOTOMETRIC = 262  # a TIFF tag
 _SEEN_AS_STORED = (1, 2, 3, 6)  # black is zero, RGB, palette, YCbCr
 _STRIP = 2**21  # pixels, about as many of which `overview` reads at once
@@ -73,7 +73,8 @@ class LargeTiff:
         from rasterio.windows import Window as Part
 
         try:
-            pixels = self._file.read(self._bands, window=Part(left, top, width, height))
+            with _environment():
+                pixels = self._file.read(self._bands, window=Part(left, top, width, height))
         except Exception as error:
             raise _unreadable(self.path, f"at row {top}, column {left}: {error}") from error
         if self._palette is not None:
@@ -122,15 +123,20 @@ def _refuse_others(path: Path) -> None:
         raise _unreadable(path, "window by window only upright images in RGB or grey can be read; convert it")
 
 
+def _environment() -> Any:
+    """Settings of GDAL: its cache, and no files beside the one that is opened."""
+    import rasterio
+
+    return rasterio.Env(GDAL_CACHEMAX=_CACHE, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR")
+
+
 def _opened(path: Path) -> Any:
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _environment():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        # No other format, whose files may name further files; nor files beside it.
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
-            return rasterio.open(path, driver="GTiff")
+        return rasterio.open(path, driver="GTiff")  # other formats' files may name further files
 
 
 @contextmanager
