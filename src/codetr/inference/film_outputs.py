@@ -177,7 +177,7 @@ class _Sound:
             if packet.dts * self._base > end:
                 self._waiting = packet
                 return
-            if packet.pts is not None and packet.pts >= self._shift:
+            if packet.pts is not None and (packet.pts >= self._shift or not self._start):
                 packet.pts, packet.dts = packet.pts - self._shift, packet.dts - self._shift
                 packet.stream = self._stream
                 self._output.mux(packet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ class Pictures(Dataset[tuple[int, Picture | Unreadable]]):
         try:
             height, width = seen_size(path)
         except UnreadableImage:  # of more bands than Pillow knows, or damaged: rasterio says which
-            return True
+            return importlib.util.find_spec("rasterio") is not None
         return self.max_pixels is not None and height * width > self.max_pixels
 
 
