@@ -22,7 +22,7 @@ from benchmarks import report
 from codetr import application
 from codetr.evaluation.inputs import inputs
 from codetr.inference import Exported, Model
-from codetr.views import TTA, WBF, Pixels, SoftNMS, Tiles, Views
+from codetr.views import TTA, WBF, Pixels, Tiles, Views
 from codetr.views.view import Part, whole
 
 NUMBERS = ("map", "map_50", "map_75", "mar_500")
@@ -36,18 +36,16 @@ def cases(size: int) -> dict[str, tuple[Views, ...]]:
         "tiles": (tiles,),
         "tiles and the whole": (Tiles(size=size, full=True),),
         "whole, 3 scales, mirrored": (TTA(),),
-        "whole, 3 scales, mirrored; soft-NMS": (TTA(merge=SoftNMS()),),
         "whole, 3 scales, mirrored; WBF": (TTA(merge=WBF()),),
         "tiles, mirrored both ways": (tiles, TTA(**flips)),
         "tiles, mirrored both ways; WBF": (tiles, TTA(**flips, merge=WBF())),
-        "tiles, 3 scales, mirrored; WBF": (tiles, TTA(merge=WBF())),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT, help="of experiment=trees (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison with the sum (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of the comparison with the sum (%(default)s)")
     options = parser.parse_args()
     model = codetr.load(options.checkpoint, device="cpu")
     config = application.compose("train", ["experiment=trees", "run_dir=nowhere"])
