@@ -1,11 +1,13 @@
 """Views on the demo's photograph: AP of the whole image, of tiles, of test-time augmentation and of both, and seconds.
 
-Of a checkpoint of `make demo`. Tiles are also compared with what predictions of each of them cost.
+Of a checkpoint of `make demo`. Tiles are also compared with what predictions of each of them cost. Finished rows are
+kept: an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -45,6 +47,7 @@ def cases(size: int) -> dict[str, tuple[Views, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT, help="of experiment=trees (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/views"), help="of finished rows (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of the comparison with the sum (%(default)s)")
     options = parser.parse_args()
     model = codetr.load(options.checkpoint, device="cpu")
@@ -56,15 +59,19 @@ def main() -> None:
     (batch,) = data.val_dataloader()
     (image,) = batch.pixels
     size = config.views.tiles.size
-    rows: dict[str, Any] = {}
+    done = options.out / "rows.json"
+    rows: dict[str, Any] = json.loads(done.read_text()) if done.exists() else {}
     for name, views in track(cases(size).items(), "views"):
-        start = time.perf_counter()
-        found = model.look(Pixels(image), 0.0, views)
-        seconds = time.perf_counter() - start
-        metric = instantiate(config.metrics, data.class_names)()
-        metric.update(*inputs(batch.image_ids, [found], batch.truth))
-        metric.compute()
-        rows[name] = {**metric.evaluations["bbox"].numbers, "seconds": seconds}
+        if name not in rows:
+            start = time.perf_counter()
+            found = model.look(Pixels(image), 0.0, views)
+            seconds = time.perf_counter() - start
+            metric = instantiate(config.metrics, data.class_names)()
+            metric.update(*inputs(batch.image_ids, [found], batch.truth))
+            metric.compute()
+            rows[name] = {**metric.evaluations["bbox"].numbers, "seconds": seconds}
+            options.out.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps(rows))
     times = beside_the_sum(model, image, Tiles(size=size), options.rounds)
     write(rows, times, image.shape[-2:])
 
