@@ -62,7 +62,7 @@ def test_predict_takes_other_views_or_none(run: Done, tmp_path: Path) -> None:
     model = load(run.checkpoint, device="cpu")
     cases = {
         "views=none": (),
-        "views=null": None,
+        "": None,  # those of the checkpoint
         "views=[tiles,tta] views.tiles.size=64 views.tta.scales=[1]": (Tiles(size=64), TTA(scales=[1])),
     }
     counts = []
@@ -171,14 +171,15 @@ def test_evaluation_by_views_has_masks_and_their_ap(
     monkeypatch.chdir(tmp_path)
     given = [f"checkpoint={segmenting.checkpoint}", "trainer=cpu", "+data.num_workers=0", "~callbacks.pictures"]
     numbers = []
-    for name, words in (("plain", "views=null"), ("tiles", "views=tiles"), ("tta", "views=tta views.tta.scales=[1]")):
+    for name, words in (("plain", ""), ("tiles", "views=tiles"), ("tta", "views=tta views.tta.scales=[1]")):
         evaluate(compose("eval", [*given, "~callbacks.progress", f"run_dir={name}", *words.split()]))
         numbers.append(json.loads((tmp_path / name / "metrics.json").read_text()))
     plain, tiles, tta = numbers
     assert plain["segm"]["map"] > 0.3
-    assert tiles["bbox"] == plain["bbox"]
-    assert tiles["segm"] == plain["segm"]
-    assert tta["bbox"]["map"] != plain["bbox"]["map"]
+    for key in ("map", "mar_100", "map_per_class", "segm"):
+        assert tiles[key] == plain[key]
+    assert tta["map"] != plain["map"]
+    assert tta["segm"]["map"] > 0.1
 
 
 def test_what_cannot_be_looked_at_is_named(model: Model, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def placed(
-    rle: dict[str, Any], corner: tuple[int, int], size: tuple[int, int], flips: Sequence[int] = ()
+    rle: dict[str, Any], corner: tuple[int, int], size: tuple[int, int], flips: tuple[int, ...] = ()
 ) -> dict[str, Any]:
     """Compressed run lengths of a part of an image -> of the image, which takes no memory for the image's pixels.
 

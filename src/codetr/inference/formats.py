@@ -57,7 +57,7 @@ class Csv:
     """predictions.csv, a row for every detection."""
 
     def __init__(self, out: Path, names: Sequence[Path]) -> None:
-        self.targets = [out / "predictions.csv"]
+        self.targets: Sequence[Path] = [out / "predictions.csv"]
         self._file: Growing | None = None
 
     def add(self, result: Result, image_id: int | str, name: Path) -> None:
@@ -82,7 +82,7 @@ class Parquet:
     def __init__(self, out: Path, names: Sequence[Path]) -> None:
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError("formats=[parquet] needs pyarrow: pip install 'codetr[parquet]'")
-        self.targets = [out / "predictions.parquet"]
+        self.targets: Sequence[Path] = [out / "predictions.parquet"]
         self._partial = out / f".predictions.parquet.{os.getpid()}.part"
         self._waiting: list[tuple[Any, ...]] = []
         self._writer: Any = None
@@ -133,7 +133,7 @@ class Yolo:
     def __init__(self, out: Path, names: Sequence[Path]) -> None:
         self._files = _by_stem(out / "yolo" / "labels", names, ".txt", "yolo")
         self._settings = out / "yolo" / "data.yaml"
-        self.targets = [*self._files.values(), self._settings]
+        self.targets: Sequence[Path] = [*self._files.values(), self._settings]
         self._named = False
 
     def add(self, result: Result, image_id: int | str, name: Path) -> None:
@@ -154,7 +154,7 @@ class Voc:
 
     def __init__(self, out: Path, names: Sequence[Path]) -> None:
         self._files = _by_stem(out / "voc", names, ".xml", "voc")
-        self.targets = [*self._files.values()]
+        self.targets: Sequence[Path] = [*self._files.values()]
 
     def add(self, result: Result, image_id: int | str, name: Path) -> None:
         classes = dict(zip(result.category_ids, result.class_names, strict=True))
@@ -171,7 +171,7 @@ class Crops:
 
     def __init__(self, out: Path, names: Sequence[Path]) -> None:
         self._folder = out / "crops"
-        self.targets = [*self._folder.rglob("*")]
+        self.targets: Sequence[Path] = [*self._folder.rglob("*")]
 
     def add(self, result: Result, image_id: int | str, name: Path) -> None:
         if not len(result):

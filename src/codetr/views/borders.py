@@ -67,8 +67,8 @@ def _likest(seen: Seen, pairs: Pairs, cut: Tensor) -> tuple[np.ndarray, np.ndarr
     order = chosen[pairs.iou[chosen].argsort(descending=True, stable=True)]
     a, b = pairs.better[order].numpy(), pairs.worse[order].numpy()
     view, count = seen.view.numpy(), len(seen.windows)
-    firsts = [np.unique(own * count + view[other], return_index=True)[1] for own, other in ((a, b), (b, a))]
-    mutual = np.intersect1d(*firsts)
+    of_a, of_b = (np.unique(own * count + view[other], return_index=True)[1] for own, other in ((a, b), (b, a)))
+    mutual = np.intersect1d(of_a, of_b)
     return a[mutual], b[mutual]
 
 
