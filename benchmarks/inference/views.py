@@ -127,11 +127,12 @@ def beside_the_sum(model: Model | Exported, image: Tensor, tiles: Tiles, rounds:
 
 def write(rows: dict[str, dict[str, float]], times: dict[str, float], size: tuple[int, int]) -> None:
     cells = [[name, *(f"{row[n]:.3f}" for n in NUMBERS), f"{row['views']}"] for name, row in rows.items()]
+    ratio = times["tiles"] / times["sum"]
     about = (
-        f"One photograph of {size[1]} x {size[0]} pixels with 279 trees, one checkpoint: differences of a few hundredths "
-        f"may be chance. What {times['count']:.0f} tiles cost: {times['tiles']:.2f} s, where predictions of each of them "
-        f"take {times['sum']:.2f} s: {times['tiles'] / times['sum']:.2f} times the sum ({torch.get_num_threads()} "
-        f"threads). `make bench NAME=inference/views`, {date.today()}, {report.machine()}."
+        f"One photograph of {size[1]} x {size[0]} pixels with 279 trees, one checkpoint: differences of a few "
+        f"hundredths may be chance. What {times['count']:.0f} tiles cost: {times['tiles']:.2f} s, where predictions of "
+        f"each of them take {times['sum']:.2f} s: {ratio:.2f} times the sum ({torch.get_num_threads()} threads). "
+        f"`make bench NAME=inference/views`, {date.today()}, {report.machine()}."
     )
     text = f"{report.table(('', *NUMBERS, 'views'), cells)}\n\n{about}"
     report.write("views", text, {"rows": rows, "tiles": times})
