@@ -98,7 +98,7 @@ class _Drawn:
     def __init__(self, path: Path, film: Film, size: tuple[int, int]) -> None:
         import av
 
-        self.path, self._start = path, film.start
+        self.path, self._start, self._step = path, film.start, film.every / film.rate
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._output = av.open(str(part_of(path)), "w")
@@ -137,7 +137,7 @@ class _Drawn:
         try:
             self._mux(self._stream.encode(None))
             if self._sound is not None:
-                self._sound.until(self._start + (self._last + 1) / _TICKS)
+                self._sound.until(self._start + self._last / _TICKS + self._step)
                 self._sound.close()
         finally:
             self._output.close()
