@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -37,8 +37,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from benchmarks import report
 from codetr import application
 from codetr.evaluation.inputs import inputs
-from codetr.tiles import Found
 from codetr.types import Batch, Detections
+from codetr.views import Found, Picture, Pixels
+from codetr.views.view import whole
 
 NUMBERS = ("map", "map_50", "map_75", "mar_500")
 ROWS = {"k2": "Co-DETR, K = 2", "k0": "the same, K = 0", "rival": "Faster R-CNN (torchvision)"}
@@ -214,21 +215,22 @@ def rival(config: DictConfig, budget: float) -> dict[str, Any]:
 
 def validated(model: FasterRCNN, config: DictConfig, data: Any) -> dict[str, Any]:
     """Tile by tile, by the same metric."""
-    tiles, metric = instantiate(config.tiles), instantiate(config.metrics, data.class_names)()
+    (tiles,), metric = application.views(config, ()), instantiate(config.metrics, data.class_names)()
     model.eval()
     model.transform.min_size = (tiles.size,)
     model.transform.max_size = 2 * tiles.size
+    data.val_pixels = True
     with torch.inference_mode():
         for batch in data.val_dataloader():
-            found = tiles(partial(see, model), batch.images, batch.frames.sizes)["val"]
-            metric.update(*inputs(batch.image_ids, batch.frames.to_files(found), batch.truth, masks=False))
+            found = tiles(partial(see, model), [Pixels(pixels) for pixels in batch.pixels])
+            metric.update(*inputs(batch.image_ids, [one["val"] for one in found], batch.truth, masks=False))
     metric.compute()
     return dict(metric.evaluations["bbox"].numbers)
 
 
-def see(model: FasterRCNN, images: Tensor, padding: Tensor, sizes: Tensor) -> Found:
-    found = model([image / 255 for image in images])
-    return {"val": [Detections(one["scores"], one["labels"] - 1, one["boxes"]) for one in found]}
+def see(model: FasterRCNN, pictures: Sequence[Picture]) -> list[Found]:
+    found = model([picture.read(whole(picture)) / 255 for picture in pictures])
+    return [{"val": Detections(one["scores"], one["labels"] - 1, one["boxes"])} for one in found]
 
 
 # -- results

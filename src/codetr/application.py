@@ -13,8 +13,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -40,6 +41,9 @@ from codetr.run_directory import (
     newest_run,
 )
 from codetr.trust import CONFIG_MODULE, check_run
+
+if TYPE_CHECKING:
+    from codetr.views import Views
 
 _NAME_IT = "name the directory, run_dir=outputs/mine: every process runs your program, and reads its own clock"
 
@@ -263,6 +267,17 @@ def _quoted(path: Path) -> str:
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolved, in containers that any reader of a checkpoint knows."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
+
+
+def views(config: DictConfig, otherwise: Sequence[Views]) -> tuple[Views, ...]:
+    """Those of the group `views`; `otherwise`, those of a checkpoint, where it is null. Raises UserError for others."""
+    from hydra.utils import instantiate
+
+    from codetr.views import made
+
+    if config.get("views") is None:
+        return tuple(otherwise)
+    return made(config.views, partial(instantiate, _convert_="all"))
 
 
 def require(config: DictConfig, **examples: str) -> None:

@@ -15,6 +15,9 @@ from packaging.requirements import Requirement
 FEATURES = {
     "loggers": "logger=wandb, logger=mlflow, logger=many",
     "supervision": "Result.to_supervision",
+    "tiff": "codetr predict views=tiles of TIFF files that do not fit into memory",
+    "parquet": "codetr predict formats=[parquet]",
+    "video": "codetr predict images=film.mp4, a stream or a camera; track=true",
     "albumentations": "augment@data=albumentations",
     "sweeps": "hydra/sweeper=optuna, hydra/launcher=submitit_local",
     "onnx": "codetr export format=onnx, tensorrt, triton, precision=int8, and running ONNX files",

@@ -66,7 +66,7 @@ def _of_checkpoint(config: DictConfig, model: Model) -> Validation:
         schedule=build(saved["schedule"]),
         settings={},
         normalise_over_step=False,
-        tiles=instantiate(config.tiles) if config.get("tiles") else model.tiles,
+        views=application.views(config, model.views),
     )
 
 
@@ -84,11 +84,10 @@ def _of_exported(config: DictConfig, model: Exported) -> Validation:
             f"metrics.max_detections={counted} counts more detections of an image than the {kept} that {model.path} "
             f"finds: evaluate with metrics.max_detections={kept}, or export with max_detections={counted}"
         )
-    if config.get("tiles"):
-        model.tiles = instantiate(config.tiles)
     metrics = instantiate(config.metrics, model.class_names)
     masks = metrics(iou_type="segm") if model.finds_masks else None
-    return Validated(partial(model.detect, score_threshold=0.0), metrics(), masks)
+    views = application.views(config, model.views)
+    return Validated(partial(model.detect, score_threshold=0.0), metrics(), masks, views)
 
 
 def _with_enough(postprocess: dict[str, Any], counted: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _about(config: DictConfig, model: Model, canvas: Canvas, max_detections: int
         max_detections=max_detections,
         score_threshold=config.score_threshold,
         step=model.step,
-        config={name: model.config[name] for name in ("postprocess", "data", "tiles") if name in model.config},
+        config={name: model.config[name] for name in ("postprocess", "data", "views") if name in model.config},
     )
 
 

@@ -50,7 +50,7 @@ class SoftNMS:
     min_score: float
 
     def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        factor = self._factor(box_iou(boxes, boxes).where(labels[:, :, None] == labels[:, None], 0))
+        factor = self.factor(box_iou(boxes, boxes).where(labels[:, :, None] == labels[:, None], 0))
         image = torch.arange(len(scores), device=scores.device)
         left, final, order = scores.clone(), [], []
         for _ in range(min(count, scores.shape[1])):  # each detection depends on all better ones
@@ -61,7 +61,7 @@ class SoftNMS:
         ranked = torch.stack(final, 1)
         return ranked, torch.stack(order, 1), ranked >= self.min_score
 
-    def _factor(self, iou: Tensor) -> Tensor:
+    def factor(self, iou: Tensor) -> Tensor:
         if self.method == "gaussian":
             return torch.exp(-(iou**2) / self.sigma)
         return torch.where(iou >= self.iou, 1 - iou, 1)

@@ -19,10 +19,10 @@ from codetr.models.detector import Detector
 from codetr.ops.normaliser import measure, normalised_by
 from codetr.optim import Schedule, set_again, settings_of
 from codetr.postprocess import PostProcess
-from codetr.tiles import Tiles, refuse_masks
 from codetr.trainer import fused_optimizer
-from codetr.types import MAIN, Batch, Detections, Memory, Seen, Targets
+from codetr.types import MAIN, Batch, Seen, Targets
 from codetr.validation import Validation
+from codetr.views import Found, Views
 
 
 class DetectionTask(Validation):
@@ -35,8 +35,8 @@ class DetectionTask(Validation):
     model: plain containers. normalise_over_step: where gradients of several batches are accumulated, losses are divided
     by what all of them hold together, for which each is first run without gradients; False: each by what it holds.
     compile: the backend of `torch.compile` for the losses of a step; None: as they are. Validation stays as it is.
-    tiles: how validation images are cut, see `codetr.tiles`; None: they are not.
-    Raises UserError where fewer detections of an image are kept than `metrics` counts, and for tiles with a mask head.
+    views: by which validation images are looked at, see `codetr.views`; none: as they come in batches.
+    Raises UserError where fewer detections of an image are kept than `metrics` counts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
 
@@ -52,17 +52,16 @@ class DetectionTask(Validation):
         settings: dict[str, Any],
         normalise_over_step: bool,
         compile: str | None = None,
-        tiles: Tiles | None = None,
+        views: Sequence[Views] = (),
     ) -> None:
-        super().__init__({"val": metrics()})
-        refuse_masks(tiles, detector.mask_head)
+        super().__init__({"val": metrics()}, views)
         if detector.mask_head is not None:
             self.metrics["val/segm"] = metrics(iou_type="segm")
         if evaluate_heads:
             self.metrics |= {f"val/branch/{name}": metrics() for name in detector.heads}
-        if tiles is None:  # of many tiles each may keep fewer
+        if not views:  # of several each may keep fewer
             require_enough(postprocess, self.counted, detector if evaluate_heads else None)
-        self.detector, self.criterion, self.postprocess, self.tiles = detector, criterion, postprocess, tiles
+        self.detector, self.criterion, self.postprocess = detector, criterion, postprocess
         self.evaluate_heads = evaluate_heads
         self.optimizer, self.schedule = optimizer, schedule
         self.settings, self.normalise_over_step = settings, normalise_over_step
@@ -171,28 +170,17 @@ class DetectionTask(Validation):
         for logger in self.loggers:
             logger.log_metrics(numbers, step)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
+    def find(self, batch: Batch, masks: bool) -> list[Found]:
         frames = batch.frames
-        if self.tiles is not None:
-            found = self.tiles(lambda *tiles: self._found(*tiles)[0], batch.images, frames.sizes)
-        else:
-            found, memory = self._found(batch.images, batch.padding, frames.sizes)
-        in_files = {name: frames.to_files(own) for name, own in found.items()}
-        if "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth):
-            in_files["val"] = with_masks(self.detector, memory, found["val"], frames)
-            self.evaluate("val/segm", in_files["val"], batch)
-        for name, own in in_files.items():
-            self.evaluate(name, own, batch)
-        return in_files["val"]
-
-    def _found(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple[dict[str, list[Detections]], Memory]:
-        """By the names of `metrics`, in network pixels."""
-        output = self.detector(images, padding)
-        found = {"val": self.postprocess(output.predictions[MAIN].last, sizes)}
+        output = self.detector(batch.images, batch.padding)
+        found = {"val": self.postprocess(output.predictions[MAIN].last, frames.sizes)}
         if self.evaluate_heads:
-            by_head = self.detector.detect_with_heads(output.memory, sizes)
+            by_head = self.detector.detect_with_heads(output.memory, frames.sizes)
             found |= {f"val/branch/{name}": own for name, own in by_head.items()}
-        return found, output.memory
+        in_files = {name: frames.to_files(own) for name, own in found.items()}
+        if masks:
+            in_files["val"] = with_masks(self.detector, output.memory, found["val"], frames)
+        return [dict(zip(in_files, one, strict=True)) for one in zip(*in_files.values(), strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["codetr"] = self.settings

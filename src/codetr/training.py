@@ -218,7 +218,7 @@ def _task(config: DictConfig, data: DetectionDataModule, settings: dict[str, Any
         settings=settings,
         normalise_over_step=config.normalise_over_step,
         compile=config.compile,
-        tiles=instantiate(config.tiles) if config.get("tiles") else None,
+        views=application.views(config, ()),
     )
     task.detector.freeze([config.freeze] if isinstance(config.freeze, str) else config.freeze)
     if task.criterion.fed_loss is not None:

@@ -22,7 +22,7 @@ from codetr.names import shown
 CONFIG_MODULE = "codetr.conf"
 # Parts of a checkpoint's configuration that are built from it, and the folders of conf/ that they are made of.
 PARTS = ("model", "criterion", "postprocess", "optimizer", "schedule", "data")
-OPTIONAL = ("tiles",)  # null in most
+OPTIONAL = ("views",)  # null in most
 _OF_MODEL, _OF_DATA = (*PARTS[:-1], *OPTIONAL), ("data", "augment")
 # Makes files, where and as many as the file says; a checkpoint's data is read, not made.
 _PREPARE = "prepare"

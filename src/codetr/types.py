@@ -123,6 +123,7 @@ class Batch(_Movable):
     images: [B, 3, H, W] uint8, padded right and below. padding: [B, H, W] bool.
     truth: per image, what the evaluator needs and the model must not see, on the CPU.
     ahead: in training, the other batches of the optimizer step that begins with this one; they stay on the CPU.
+    pixels: in a validation by views, each image as its file has it, [3, H, W] uint8, on the CPU; else none.
     """
 
     images: Tensor
@@ -131,6 +132,7 @@ class Batch(_Movable):
     image_ids: Tensor
     truth: list[Truth]
     ahead: tuple[Batch, ...] = ()
+    pixels: list[Tensor] = field(default_factory=list)
 
     @property
     def frames(self) -> Frames:
@@ -371,10 +373,13 @@ class Detections(_Movable):
 
     def above(self, score: float) -> Detections:
         """Those with at least this box score."""
-        keep = self.scores >= score
-        rle = None if self.rle is None else [r for r, k in zip(self.rle, keep.tolist(), strict=True) if k]
-        mask_scores = None if self.mask_scores is None else self.mask_scores[keep]
-        return Detections(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], rle, mask_scores)
+        return self.at((self.scores >= score).nonzero()[:, 0])
+
+    def at(self, index: Tensor) -> Detections:
+        """Those at these places, [m], in their order."""
+        rle = None if self.rle is None else [self.rle[i] for i in index.tolist()]
+        mask_scores = None if self.mask_scores is None else self.mask_scores[index]
+        return Detections(self.scores[index], self.labels[index], self.boxes_xyxy[index], rle, mask_scores)
 
 
 class QuerySource(Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightning.pytorch import LightningModule
 
@@ -10,14 +12,25 @@ from codetr.evaluation.inputs import inputs
 from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.names import tags
 from codetr.types import Batch, Detections
+from codetr.views import Eye, Found, Pixels, Views, through
 
 
 class Validation(LightningModule):
-    """metrics: by the names under which their numbers are logged, "val" among them; further ones may join."""
+    """metrics: by the names under which their numbers are logged, "val" among them, and "val/segm" of masks; further
+    ones may join. views: by which images are looked at, see `codetr.views`; none: as they come in batches."""
 
-    def __init__(self, metrics: dict[str, MeanAveragePrecision]) -> None:
+    def __init__(self, metrics: dict[str, MeanAveragePrecision], views: Sequence[Views] = ()) -> None:
         super().__init__()
-        self.metrics = metrics
+        self.metrics, self.views = metrics, tuple(views)
+
+    @abstractmethod
+    def find(self, batch: Batch, masks: bool) -> list[Found]:
+        """What is found in each image of a batch, in pixels of its file, by the names of `metrics`. masks: with masks,
+        where it finds some."""
+
+    def setup(self, stage: str) -> None:
+        if self.views:
+            self.trainer.datamodule.val_pixels = True  # type: ignore[attr-defined]
 
     @property
     def counted(self) -> int:
@@ -30,6 +43,23 @@ class Validation(LightningModule):
             metric.update([], [])  # a data set may have no masks: torchmetrics warns of a metric that saw no batch
             if metric.rules.federated:
                 metric.frequency = self.trainer.datamodule.val_set.frequencies  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
+        masks = "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth)
+        found = self._look(batch, masks)
+        for name in found[0]:
+            self.evaluate(name, [one[name] for one in found], batch)
+        boxes = [one["val"] for one in found]
+        if masks:
+            self.evaluate("val/segm", boxes, batch)
+        return boxes
+
+    def _look(self, batch: Batch, masks: bool) -> list[Found]:
+        if not self.views:
+            return self.find(batch, masks)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        eye = Eye(partial(self.find, masks=masks), data.val_transform, data.size_divisor, batch.images.device)
+        return through(self.views, eye)([Pixels(pixels) for pixels in batch.pixels])
 
     def evaluate(self, name: str, detections: list[Detections], batch: Batch) -> None:
         self.metrics[name].update(*inputs(batch.image_ids, detections, batch.truth, masks=name == "val/segm"))
@@ -55,6 +85,7 @@ class Validated(Validation):
 
     detect: a batch -> detections in pixels of the files.
     masks: metrics of masks, where it finds some.
+    views: see `Validation`.
     """
 
     def __init__(
@@ -62,13 +93,10 @@ class Validated(Validation):
         detect: Callable[[Batch], list[Detections]],
         metrics: MeanAveragePrecision,
         masks: MeanAveragePrecision | None,
+        views: Sequence[Views] = (),
     ) -> None:
-        super().__init__({"val": metrics} | ({} if masks is None else {"val/segm": masks}))
+        super().__init__({"val": metrics} | ({} if masks is None else {"val/segm": masks}), views)
         self.detect = detect
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Detections]:  # type: ignore[override]
-        detections = self.detect(batch)
-        self.evaluate("val", detections, batch)
-        if "val/segm" in self.metrics and all("rle" in truth for truth in batch.truth):
-            self.evaluate("val/segm", detections, batch)
-        return detections
+    def find(self, batch: Batch, masks: bool) -> list[Found]:
+        return [{"val": one} for one in self.detect(batch)]

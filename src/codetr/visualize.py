@@ -57,8 +57,9 @@ def draw_boxes(
     """A picture of `image` with labelled boxes, and masks filled with their colour, enlarged if it is small.
 
     image: [3, H, W] uint8. boxes: [n, 4] xyxy in pixels of `image`. labels, scores: [n]. rle: n masks as compressed
-    COCO run lengths, of what `image` shows in any resolution. Where objects overlap, the first is on top. More than
-    `CROWD` objects would disappear behind their captions: they get thin frames alone, whose colour tells the class.
+    COCO run lengths, of what `image` shows in any resolution. Where objects overlap, the first is on top. A caption
+    that would hide an object wherever it stood is left out, and more than `CROWD` objects get thin frames alone: the
+    colour tells the class.
     """
     picture = to_pil_image(image.cpu())
     scale = max(1.0, SMALLEST_SIDE / max(picture.size))
@@ -74,9 +75,13 @@ def draw_boxes(
     crowded = len(entries) > CROWD
     for box, label, _ in reversed(entries):
         _draw_frame(pen, box, class_color(label), max(2, round((1 if crowded else 3) * unit)))
-    taken: list[Box] = []
+    objects, taken = np.array([box for box, _, _ in entries]).reshape(-1, 4), np.zeros((0, 4))
     for box, label, caption in entries if not crowded else ():
-        taken.append(_draw_label(pen, picture.size, box, class_color(label), caption, round(13 * unit), taken))
+        font = _font(round(13 * unit))
+        plate = _place(_plate_size(pen, caption, font), box, picture.size, objects, taken)
+        if plate is not None:
+            _draw_label(pen, plate, class_color(label), caption, font)
+            taken = np.concatenate([taken, [plate]])
     return picture
 
 
@@ -94,33 +99,45 @@ def _draw_frame(pen: ImageDraw.ImageDraw, box: Box, color: Color, width: int) ->
     pen.rectangle(corners, outline=color, width=width)
 
 
-def _draw_label(
-    pen: ImageDraw.ImageDraw,
-    canvas: tuple[int, int],
-    box: Box,
-    color: Color,
-    caption: str,
-    size: int,
-    taken: list[Box],
-) -> Box:
-    """The caption on a coloured plate: above the box, else inside, else below, where no other plate is."""
-    font = _font(size)
-    width, height = pen.textlength(caption, font) + size * 0.7, size * 1.35
-    x0, y0, x1, y1 = box
-    places = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1 - height), (x0, y1)]
-    inside = [
-        (min(max(x, 0), max(canvas[0] - width, 0)), min(max(y, 0), max(canvas[1] - height, 0))) for x, y in places
-    ]
-    plates = [(x, y, x + width, y + height) for x, y in inside]
-    plate = next((p for p in plates if not any(_overlap(p, other) for other in taken)), plates[0])
-    pen.rounded_rectangle(plate, radius=size * 0.25, fill=color)
+def _plate_size(pen: ImageDraw.ImageDraw, caption: str, font: Any) -> tuple[float, float]:
+    """Width and height of the coloured plate of a caption."""
+    return pen.textlength(caption, font) + font.size * 0.7, font.size * 1.35
+
+
+def _place(
+    plate: tuple[float, float], box: Box, canvas: tuple[int, int], objects: np.ndarray, taken: np.ndarray
+) -> Box | None:
+    """Where a plate of this width and height hides least: around the box, above it first, else inside of it.
+
+    objects: [n, 4] boxes, of which none may be hidden by more than half. taken: [m, 4] plates, which it may not meet.
+    None: nowhere.
+    """
+    (width, height), (x0, y0, x1, y1) = plate, box
+    beside = [(x0, y0 - height), (x1 - width, y0 - height), (x0, y1), (x1 - width, y1), (x1, y0), (x0 - width, y0)]
+    corners = np.array([*beside, (x0, y0), (x0, y1 - height)])
+    corners = np.clip(corners, 0, np.maximum(np.array(canvas) - plate, 0))
+    places = np.concatenate([corners, corners + plate], 1)
+    areas = np.maximum((objects[:, 2:] - objects[:, :2]).prod(1), 1)
+    hidden = _shared(places, objects) / areas
+    free = (hidden.max(1) <= 0.5) & (_shared(places, taken).sum(1) == 0)
+    if not free.any():
+        return None
+    best = np.argmin(np.where(free, hidden.sum(1).round(2), np.inf))  # the first of those that hide as little
+    left, top, right, bottom = places[best].tolist()
+    return left, top, right, bottom
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Area that boxes share: [n, 4], [m, 4] -> [n, m]."""
+    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+    return sides.clip(min=0).prod(2)
+
+
+def _draw_label(pen: ImageDraw.ImageDraw, plate: Box, color: Color, caption: str, font: Any) -> None:
+    """The caption on its coloured plate."""
+    pen.rounded_rectangle(plate, radius=font.size * 0.25, fill=color)
     middle = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
     pen.text(middle, caption, fill=_readable(color), font=font, anchor="mm")
-    return plate
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _readable(background: Color) -> Color:

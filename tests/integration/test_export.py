@@ -20,7 +20,7 @@ from codetr.eval import evaluate
 from codetr.inference import Exported, Model
 from codetr.inference.model import load_checkpoint
 from codetr.predict import predict
-from codetr.tiles import Tiles
+from codetr.views import Tiles
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -42,7 +42,7 @@ def test_tiles_are_cut_for_the_file_too(onnx_file: Path, small: Trained, photos:
     model, eager = codetr.load(onnx_file), codetr.load(small.checkpoint, device="cpu")
     assert isinstance(model, Exported)
     assert isinstance(eager, Model)
-    model.tiles = eager.tiles = Tiles(size=2 * model.about.least_side, overlap=0.25, iou=0.5, batch_size=2)
+    model.views = eager.views = (Tiles(size=2 * model.about.least_side, batch_size=2),)
     wide = [np.tile(image, (1, 3, 1)) for image in photos[:2]]
     assert_same(model, eager, wide, batch=1)
 

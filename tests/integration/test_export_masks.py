@@ -14,10 +14,9 @@ from pycocotools import mask as coco_mask
 
 import codetr
 from codetr.application import compose
-from codetr.errors import UserError
 from codetr.eval import evaluate
-from codetr.inference import Exported, Model
-from codetr.tiles import Tiles
+from codetr.inference import Model
+from codetr.views import Tiles
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -71,9 +70,12 @@ def test_eval_of_the_file_has_the_mask_ap_of_the_checkpoint(
     assert true["map"] > 0.3
 
 
-def test_masks_are_not_put_together_from_tiles(file: Path, photos: list[np.ndarray]) -> None:
-    model = codetr.load(file)
-    assert isinstance(model, Exported)
-    model.tiles = Tiles(size=96, overlap=0.25, iou=0.5, batch_size=2)
-    with pytest.raises(UserError, match="masks are not put together from tiles"):
-        model.predict(photos[:1])
+def test_masks_come_back_from_tiles(file: Path, other: Model, photos: list[np.ndarray]) -> None:
+    """As those of the checkpoint do."""
+    wide = np.tile(photos[0], (1, 2, 1))
+    tiles = Tiles(size=96, batch_size=2)
+    (one,), (true,) = (model.predict(wide, score_threshold=0.02, views=tiles) for model in (codetr.load(file), other))
+    assert len(one) == len(true) > 5
+    torch.testing.assert_close(one.boxes_xyxy, true.boxes_xyxy, rtol=0, atol=1e-3)
+    assert (one.masks != true.masks).float().mean() <= 1e-3
+    assert one.masks.any()

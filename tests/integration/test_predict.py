@@ -187,3 +187,39 @@ def test_the_thinnest_images_go_through_the_detector(trained: "Trained", tmp_pat
         assert len(boxes)
         assert (boxes >= 0).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= [width + 1e-3, height + 1e-2]).all()
+
+
+def test_further_formats_lie_beside_the_predictions(trained: "Trained", tmp_path: Path) -> None:
+    """With the ids of the annotation file where one is given."""
+    more = [f"images={trained.images}", "pictures=false", "score_threshold=0.1"]
+    path = predict(compose("predict", [*options(trained, tmp_path / "a", *more), "formats=[csv,yolo,crops]"]))
+    found = load(path)
+    rows = (path.parent / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(found) > 5
+    assert len(list((path.parent / "crops").rglob("*.jpg"))) == len(found)
+    assert {file.name for file in (path.parent / "yolo" / "labels").iterdir()} == {f"{i}.txt" for i in range(5)}
+    ids = f"annotations={trained.images.parent}/truth.json"
+    path = predict(compose("predict", [*options(trained, tmp_path / "b", *more), ids, "formats=csv"]))
+    rows = (path.parent / "predictions.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[0] for row in rows} == {str(number) for number in range(100, 105)}
+    assert len(load(path)) > len(rows) == len(found)
+
+
+def test_a_film_leaves_lines_and_a_film(trained: "Trained", tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="not installed: codetr[video]")
+    with av.open(str(tmp_path / "film.mp4"), "w") as output:
+        stream = output.add_stream("mpeg4", rate=5)
+        stream.width, stream.height = 128, 96
+        stream.pix_fmt = "yuv420p"
+        for file in sorted(trained.images.iterdir()):
+            frame = av.VideoFrame.from_ndarray(np.asarray(Image.open(file)), format="rgb24")
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    more = [f"images={tmp_path}/film.mp4", "every=2", "track=true"]
+    path = predict(compose("predict", options(trained, tmp_path / "out", *more)))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["frame"] for line in lines] == [0, 2, 4]
+    assert all("track_id" in one for line in lines for one in line["objects"])
+    assert sorted(file.name for file in path.parent.iterdir()) == ["film.jsonl", "film.mp4"]
+    with pytest.raises(UserError, match="annotations and formats are for images"):
+        predict(compose("predict", [*options(trained, tmp_path / "out", *more), "formats=[csv]"]))

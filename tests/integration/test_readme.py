@@ -188,7 +188,7 @@ def test_every_training_takes_a_step(words: list[str], tmp_path: Path, monkeypat
     if any("num_queries" in word for word in given):
         small = [o for o in small if "num_queries" not in o]
     trees = "experiment=trees" in words  # whose backbone is small as it is, and whose tiles are its augmentation's
-    small += ["tiles.size=64" if trees else "model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
+    small += ["views.tiles.size=64" if trees else "model.detector.backbone.name=resnet10t", "trainer.precision=32-true"]
     small += ["~callbacks.progress", "trainer.max_epochs=1", "trainer.max_steps=1", "run_dir=run"]
     monkeypatch.chdir(tmp_path)
     fit(application.compose("train", [*given, *small]))

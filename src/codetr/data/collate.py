@@ -30,6 +30,7 @@ def collate(samples: Sequence[Sample], size_divisor: int, most_objects: int = 1,
         targets=targets,
         image_ids=torch.tensor([s.image_id for s in samples]),
         truth=[s.truth for s in samples],
+        pixels=[s.pixels for s in samples if s.pixels is not None],
     )
 
 

@@ -41,7 +41,8 @@ class DetectionDataModule(LightningDataModule):
     classes: selects and orders categories by name; None: all, as in the training file.
     on_error, verify: see `codetr.data.checks`.
     masks: samples of the training set have the objects' masks.
-    val_masks: the truth of the validation set has masks, as run lengths.
+    val_masks: the truth of the validation set has masks, as run lengths. (Who validates by views sets `val_pixels`:
+        batches of the validation set then also have the images as their files have them.)
     prepare: called once per node before anything is read, to make or fetch the data.
     mosaic, copy_paste, mixup: applied to training images behind `train_transform`, in this order (see
         `codetr.data.mixing`); copy-paste reads masks and wants images of one size.
@@ -101,7 +102,7 @@ class DetectionDataModule(LightningDataModule):
             DetectionDataset, reader=reader, on_error=on_error, verify=verify, cache=cache, max_pixels=max_pixels
         )
         self.train_transform, self.val_transform = train_transform, val_transform
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.size_divisor = batch_size, eval_batch_size, size_divisor
         self._loading: dict[str, Any] = {
             "size_divisor": size_divisor,
             "num_workers": num_workers,
@@ -110,7 +111,7 @@ class DetectionDataModule(LightningDataModule):
         self.seed = seed
         self.sampling, self.aspect_ratio_grouping = sampling, aspect_ratio_grouping
         self.classes, self.on_error = classes, on_error
-        self.masks, self.val_masks = bool(masks), bool(val_masks)
+        self.masks, self.val_masks, self.val_pixels = bool(masks), bool(val_masks), False
         self.prepare, self.colour = prepare, colour
         self.mixers = [mixer for mixer in (mosaic, copy_paste, mixup) if mixer is not None]
         self.scaled_decoding = scaled_decoding
@@ -185,7 +186,7 @@ class DetectionDataModule(LightningDataModule):
         sampler = EvalSampler(len(self.val_set), self.eval_batch_size, rank, world_size)
         # No other image takes the place of an unreadable one here: it would be scored twice.
         unreadable: Unreadable = "blank" if self.on_error == "skip" else "stop"
-        dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, unreadable)
+        dataset = TransformedDataset(self.val_set, self.val_transform, self.seed, unreadable, pixels=self.val_pixels)
         self._in_use["validation"] = dataset
         return BatchLoader(dataset, sampler, **self._loading)
 

@@ -41,6 +41,7 @@ class Sample:
     file_size: (height, width) of the file.
     truth: of all objects, crowds included.
     masks: [n, H, W] uint8, 1 on the object; None where the data set reads none.
+    pixels: [3, h, w] uint8, the image as its file has it, where it is wanted.
     """
 
     image: Image
@@ -51,6 +52,7 @@ class Sample:
     file_size: tuple[int, int]
     truth: Truth
     masks: Mask | None = None
+    pixels: Tensor | None = None
 
 
 def without_slivers(sample: Sample, boxes: Tensor) -> Sample:

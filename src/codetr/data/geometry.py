@@ -248,6 +248,18 @@ class Geometry(NamedTuple):
         transposed = self.transposed != isinstance(step, Transpose)
         return Geometry(self.file_size, rows, columns, (*self.steps, step), transposed)
 
+    def zoomed(self, factor: float) -> Geometry:
+        """The same with `factor` times as many rows and columns, of which no pixels are made in between."""
+        steps: list[Step] = list(self.steps)
+        if not any(isinstance(step, Resize) for step in steps):
+            steps.insert(0, Resize(*self.file_size, _BILINEAR, True))
+        first = next(place for place, step in enumerate(steps) if isinstance(step, Resize))
+        rows, columns = (Axis(side, 1.0, 0.0, 0.0, float(side)) for side in self.file_size)
+        found = Geometry(self.file_size, rows, columns)
+        for place, step in enumerate(steps):
+            found = found.then(step if place < first else _zoomed(step, factor))
+        return found
+
     def boxes(self, boxes: Tensor) -> Tensor:
         """xyxy [n, 4] in pixels of the file -> float32 in pixels of the image, of what is seen of them."""
         x, y = self.columns, self.rows
@@ -295,6 +307,23 @@ class Geometry(NamedTuple):
         for step in steps:
             image = _changed(image, step)
         return image
+
+
+def _zoomed(step: Step, factor: float) -> Step:
+    match step:
+        case Resize():
+            return step._replace(height=_times(step.height, factor), width=_times(step.width, factor))
+        case Canvas():
+            return step._replace(side=_times(step.side, factor))
+        case Window():
+            return Window(
+                *(round(value * factor) for value in step[:2]), *(_times(value, factor) for value in step[2:])
+            )
+    return step
+
+
+def _times(side: int, factor: float) -> int:
+    return max(1, round(side * factor))
 
 
 def _changed(image: Tensor, step: Step) -> Tensor:

@@ -97,6 +97,28 @@ def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     return coco_mask.decode(_rle(packed, size))
 
 
+def placed(
+    rle: dict[str, Any], corner: tuple[int, int], size: tuple[int, int], flips: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """Compressed run lengths of a part of an image -> of the image, which takes no memory for the image's pixels.
+
+    corner: (top, left) of the part. size: (height, width) of the image. flips: dimensions of the part, 0 for rows and 1
+    for columns, in which it was mirrored.
+    """
+    mask = np.flip(coco_mask.decode(rle), flips)
+    steps = np.diff(np.pad(mask.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # [columns, rows + 1]
+    begins, ends = (
+        (columns + corner[1]) * size[0] + rows + corner[0] for columns, rows in map(np.nonzero, (steps > 0, steps < 0))
+    )
+    apart = begins[1:] != ends[:-1]  # where a run goes on in the next column it is one
+    begins, ends = begins[np.r_[True, apart][: len(begins)]], ends[np.r_[apart, True][: len(ends)]]
+    marks = np.r_[0, np.stack([begins, ends], 1).ravel(), size[0] * size[1]]
+    counts = np.diff(marks).tolist()
+    counts = counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts
+    found = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": list(size), "counts": found["counts"].decode()}
+
+
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     """Compressed run lengths {size: [H, W], counts: str} of one mask [H, W]."""
     rle = coco_mask.encode(np.asfortranarray(mask))

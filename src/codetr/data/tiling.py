@@ -15,7 +15,7 @@ from codetr.data.readers.folder import progress
 from codetr.data.segmentations import decode, run_lengths
 from codetr.data.writers import Record, Split
 from codetr.errors import UserError
-from codetr.tiles import starts
+from codetr.views.kinds import starts
 
 _JPEG_QUALITY = 95
 TOO_SMALL, NEVER_WHOLE = "parts too small to be trained or counted", "objects that no tile shows whole"
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 def tiles_of(size: tuple[int, int], side: int, overlap: float) -> list[Tile]:
-    """Row by row. size: (height, width) of the image. side, overlap: see `codetr.tiles.starts`."""
+    """Row by row. size: (height, width) of the image. side, overlap: see `codetr.views.kinds.starts`."""
     height, width = size
     corners = product(starts(height, side, overlap), starts(width, side, overlap))
     return [Tile(x, y, min(side, width), min(side, height)) for y, x in corners]

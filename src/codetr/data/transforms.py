@@ -180,6 +180,7 @@ class TransformedDataset(Dataset[Sample]):
     masks: whether samples keep them.
     scaled_decoding: JPEGs which the transform makes much smaller are decoded at a fraction of their size (see
         `codetr.data.images.read_image`); of a transform that `codetr.data.geometry` knows.
+    pixels: samples also keep the image as its file has it.
     """
 
     def __init__(
@@ -192,8 +193,9 @@ class TransformedDataset(Dataset[Sample]):
         masks: bool = True,
         colour: Colour | None = None,
         scaled_decoding: bool = False,
+        pixels: bool = False,
     ) -> None:
-        self.dataset, self.seed, self.unreadable = dataset, seed, unreadable
+        self.dataset, self.seed, self.unreadable, self.pixels = dataset, seed, unreadable, pixels
         self.transform, self.mixers, self.masks, self.colour = transform, mixers, masks, colour
         self.scaled_decoding = scaled_decoding
         # Workers set what the process of the loader reads.
@@ -226,6 +228,8 @@ class TransformedDataset(Dataset[Sample]):
     def _augmented(self, index: int) -> Sample:
         geometry = self._drawn_before(index)
         sample = self.dataset.read(index, None if geometry is None else geometry.first_size)
+        if self.pixels:
+            sample = replace(sample, pixels=sample.image.as_subclass(Tensor))
         try:
             if geometry is None:
                 return transformed(sample, self.transform, self.colour)
@@ -264,7 +268,8 @@ class TransformedDataset(Dataset[Sample]):
         sample = transformed(without_objects(black, image_id, truth), self.transform)
         rows, columns = sample.scale
         scale = rows * _BLANK[0] / height, columns * _BLANK[1] / width
-        return replace(sample, scale=scale, file_size=(height, width))
+        pixels = black[:, :1, :1].expand(3, height, width) if self.pixels else None  # takes no memory
+        return replace(sample, scale=scale, file_size=(height, width), pixels=pixels)
 
 
 def without_objects(image: Tensor, image_id: int, truth: Truth | None = None) -> Sample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,7 +76,7 @@ def write_voc(target: Path, splits: Mapping[str, Split]) -> Counter[str]:
             stems.append(file.with_suffix("").as_posix())
             path = target / "Annotations" / file.with_suffix(".xml")
             path.parent.mkdir(parents=True, exist_ok=True)
-            _voc_xml(file.name, image, objects, classes).write(path, encoding="utf-8")
+            voc_xml(file.name, image, objects, classes).write(path, encoding="utf-8")
             lost["masks"] += sum(bool(o.get("segmentation")) for o in objects)
         (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
     return lost
@@ -95,7 +95,7 @@ def write_yolo(target: Path, splits: Mapping[str, Split]) -> Counter[str]:
             path = target / "labels" / name / PurePosixPath(split.names[image["id"]]).with_suffix(".txt")
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [o for o in objects if not o.get("iscrowd") and not o.get("ignore")]
-            path.write_text("".join(f"{labels[o['category_id']]} {_yolo_box(o['bbox'], image)}\n" for o in kept))
+            path.write_text("".join(f"{labels[o['category_id']]} {yolo_box(o['bbox'], image)}\n" for o in kept))
             lost["crowds and ignored objects"] += len(objects) - len(kept)
             lost["masks"] += sum(bool(o.get("segmentation")) for o in kept)
     settings = {"path": ".", **{name: f"images/{name}" for name in splits}, "names": dict(enumerate(classes))}
@@ -107,7 +107,8 @@ def _without_place(record: Record) -> Record:
     return {k: v for k, v in record.items() if k != "where"}
 
 
-def _voc_xml(file: str, image: Record, objects: list[Record], classes: Mapping[int, str]) -> ElementTree.ElementTree:
+def voc_xml(file: str, image: Record, objects: Sequence[Record], classes: Mapping[int, str]) -> ElementTree.ElementTree:
+    """file: name of the image. image: `height` and `width`. objects: `bbox` and `category_id`. classes: name by id."""
     root = ElementTree.Element("annotation")
     _add(root, filename=file)
     _add(ElementTree.SubElement(root, "size"), width=image["width"], height=image["height"], depth=3)
@@ -131,8 +132,8 @@ def _short(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def _yolo_box(bbox: list[float], image: Record) -> str:
-    """A box as text, with digits enough to read the same numbers back."""
+def yolo_box(bbox: list[float], image: Record) -> str:
+    """A box [x, y, width, height] as text, with digits enough to read the same numbers back."""
     x, y, w, h = bbox
     left, right = (min(max(v, 0), image["width"]) / image["width"] for v in (x, x + w))
     top, bottom = (min(max(v, 0), image["height"]) / image["height"] for v in (y, y + h))

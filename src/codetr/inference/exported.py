@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,9 @@ from codetr.inference.face import Face, size_divisor
 from codetr.inference.runtimes import RUNTIMES, Session, line
 from codetr.instances import pasted
 from codetr.postprocess import PostProcess
-from codetr.tiles import refuse_masks
 from codetr.trust import build, parts
-from codetr.types import MAIN, Batch, Detections, Masks
+from codetr.types import Batch, Detections, Masks
+from codetr.views import made
 
 
 class Pairs(NamedTuple):
@@ -68,17 +69,11 @@ class Exported(Face):
     @torch.inference_mode()
     def detect(self, batch: Batch, score_threshold: float) -> list[Detections]:
         frames = batch.frames
-        if self.tiles is not None:
-            refuse_masks(self.tiles, self.finds_masks or None)
-            of_tiles = self.tiles(lambda tiles, _, sizes: {MAIN: self._found(tiles, sizes)}, batch.images, frames.sizes)
-            return frames.to_files([one.above(score_threshold) for one in of_tiles[MAIN]])
+        pairs = self.pairs(batch.images, frames.sizes)
         if not self.finds_masks:
-            return frames.to_files([one.above(score_threshold) for one in self._found(batch.images, frames.sizes)])
-        found, masks = self._found_with_masks(self.pairs(batch.images, frames.sizes), score_threshold)
+            return frames.to_files([one.above(score_threshold) for one in self.postprocess.thinned(*pairs[:3])])
+        found, masks = self._found_with_masks(pairs, score_threshold)
         return pasted(found, masks, frames)
-
-    def _found(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        return self.postprocess.thinned(*self.pairs(images, sizes)[:3])
 
     def _found_with_masks(self, pairs: Pairs, score_threshold: float) -> tuple[list[Detections], list[Masks]]:
         assert pairs.masks is not None
@@ -135,7 +130,7 @@ def load_exported(path: Path, device: str | torch.device, trust: Sequence[str] =
         size_divisor=size_divisor(about.size_divisor, path),
         config=config,
         step=about.step,
-        tiles=build(config["tiles"], path) if "tiles" in config else None,
+        views=made(config.get("views", {}), partial(build, source=path)),
         about=about,
         postprocess=postprocess,
         session=session,

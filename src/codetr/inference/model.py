@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,9 @@ from codetr.inference.runtimes import SUFFIXES
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.nn.half import halve
-from codetr.tiles import refuse_masks
 from codetr.trust import build, parts
-from codetr.types import MAIN, Batch, Detections, Memory, Prediction
+from codetr.types import MAIN, Batch, Detections, Prediction
+from codetr.views import made
 
 Weights = Literal["ema", "raw"]
 
@@ -68,21 +69,12 @@ class Model(Face):
     def detect(self, batch: Batch, score_threshold: float) -> list[Detections]:
         halved = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if halved else nullcontext():
-            if self.tiles is not None:
-                refuse_masks(self.tiles, self.detector.mask_head)
-                every = self.tiles(lambda *tiles: {MAIN: self._found(*tiles)[0]}, batch.images, batch.frames.sizes)[
-                    MAIN
-                ]
-            else:
-                every, memory = self._found(batch.images, batch.padding, batch.frames.sizes)
+            output = self.detector(batch.images, batch.padding)
+            every = self.postprocess(output.predictions[MAIN].last, batch.frames.sizes)
             found = [one.above(score_threshold) for one in every]
             if not self.finds_masks:
                 return batch.frames.to_files(found)
-            return with_masks(self.detector, memory, found, batch.frames)
-
-    def _found(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple[list[Detections], Memory]:
-        output = self.detector(images, padding)
-        return self.postprocess(output.predictions[MAIN].last, sizes), output.memory
+            return with_masks(self.detector, output.memory, found, batch.frames)
 
 
 def load(
@@ -134,7 +126,7 @@ def load_checkpoint(
         postprocess=build(config["postprocess"], path),
         config=config,
         step=checkpoint.step,
-        tiles=build(config["tiles"], path) if "tiles" in config else None,
+        views=made(config.get("views", {}), partial(build, source=path)),
     )
     return model.to(device)
 

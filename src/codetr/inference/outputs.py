@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 import unicodedata
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from codetr.errors import UserError
 from codetr.evaluation.results import FILES, entries
-from codetr.files import atomically, cannot_write, part_of
+from codetr.files import atomically, part_of
+from codetr.inference import formats
+from codetr.inference.growing import Records, unfinished
 from codetr.inference.result import Result
 
 RESULTS = "predictions.json"
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # others are written as PNG
-_CLOSING = b"\n]\n"
 
 
 def names_below(paths: Sequence[Path]) -> list[Path]:
@@ -85,61 +85,6 @@ def _identities(path: Path) -> set[tuple[int, int]]:
         path = path.parent / path.readlink()
 
 
-class Records:
-    """A list of records in the JSON file `path`, which is there from `close` on, as a whole.
-
-    Until then it grows beside `path` and is valid JSON after every `add`, whether or not there was space for it; an
-    older file of the same name is deleted. Raises UserError for what the file system refuses.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("xb", buffering=0)
-            self._end = 1
-            self._put(0, b"[" + _CLOSING)
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-
-    def add(self, records: Sequence[dict[str, Any]]) -> None:
-        if not records:
-            return
-        data = (",\n" if self.count else "\n").encode() + ",\n".join(map(json.dumps, records)).encode()
-        try:
-            self._put(self._end, data + _CLOSING)
-        except OSError as error:
-            self._put(self._end, _CLOSING)  # over bytes that are there: a full disk takes them
-            self._file.truncate(self._end + len(_CLOSING))
-            raise cannot_write(self.path, error) from error
-        self._end += len(data)
-        self.count += len(records)
-
-    def _put(self, position: int, data: bytes) -> None:
-        self._file.seek(position)
-        while data:
-            data = data[self._file.write(data) :]
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self._file.close()
-            try:
-                self._partial.replace(self.path)
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
-
-    def close_early(self) -> None:
-        """What is there so far becomes `path` with ".part" in its name: nobody takes it for the whole."""
-        self.path = unfinished(self.path)
-        self.close()
-
-
-def unfinished(path: Path) -> Path:
-    return path.with_suffix(f".part{path.suffix}")
-
-
 def _of_boxes(result: Result, image_id: int | str) -> list[dict[str, Any]]:
     found = result.detections
     return entries(*_columns(result, image_id, found.scores), found.boxes_xyxy.numpy())
@@ -168,6 +113,7 @@ class Writer:
     paths: all files of the run, none twice; pictures keep their names, and their folders below the deepest common one.
     pictures: whether to draw at all.
     drawn_from: the least score of a drawn object.
+    formats: further ones, by name (see `codetr.inference.formats`), of what is drawn.
     inputs: other files that the run reads.
     image_ids: of each path.
     masks: whether the model finds some.
@@ -184,6 +130,7 @@ class Writer:
     image_ids: Sequence[int | str] | None = None
     masks: bool = False
     drawn_from: float = 0.0
+    formats: Sequence[str] = ()
     done: int = 0
 
     def __post_init__(self) -> None:
@@ -193,7 +140,9 @@ class Writer:
         own = [RESULTS] if self.image_ids is None else of_server
         files = [self.out / name for name in own]
         early = [] if self.image_ids is None else [unfinished(path) for path in files]
-        refuse_inputs([*targets, *map(part_of, targets), *files, *early], [*self.paths, *self.inputs])
+        self._others = formats.made(self.formats, self.out, names)
+        further = [path for other in self._others for path in other.targets]
+        refuse_inputs([*targets, *map(part_of, targets), *files, *early, *further], [*self.paths, *self.inputs])
         ids = range(len(names)) if self.image_ids is None else self.image_ids
         self._targets = dict(zip(self.paths, targets, strict=False))
         self._about = dict(zip(self.paths, zip(ids, names, strict=True), strict=True))
@@ -206,6 +155,8 @@ class Writer:
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
+        for other in self._others:
+            other.close()
         for file in self._files:
             if kind is None or self.image_ids is None:
                 file.close()
@@ -218,10 +169,13 @@ class Writer:
         image_id, name = self._about[result.path]
         for file, records in zip(self._files, self._forms(result, image_id, name.as_posix()), strict=True):
             file.add(records)
+        shown = result.above(self.drawn_from)
+        for other in self._others:
+            other.add(shown, image_id, name)
         if target := self._targets.get(result.path):
             # In memory: a full disk shows as what it is, not as an encoder's failure.
             content = io.BytesIO()
-            picture = result.above(self.drawn_from).plot()
+            picture = shown.plot()
             picture.save(content, PIL.Image.registered_extensions()[target.suffix.lower()], quality=92)
             with atomically(target) as part:
                 part.write_bytes(content.getvalue())

@@ -15,12 +15,17 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from codetr.data.images import read_image
+from codetr.data.large import SUFFIXES, LargeTiff, overview
 from codetr.errors import UserError
+from codetr.inference.sources import MAX_PIXELS
 from codetr.types import Detections
+from codetr.views import Picture, Pixels
 from codetr.visualize import draw_boxes
 
 if TYPE_CHECKING:
     import supervision
+
+_LONGEST = 8192  # side of the picture of an image that is too large to be drawn as it is
 
 
 @dataclass(repr=False)
@@ -88,13 +93,23 @@ class Result:
         return replace(self, detections=self.detections.above(score))
 
     def plot(self) -> Image.Image:
-        """The image with its boxes, names, scores and masks; a small one is enlarged until its labels are legible."""
-        pixels = self.pixels
-        if pixels is None:
-            assert self.path is not None, "a result without a file keeps its pixels"
-            pixels = read_image(self.path, self.size)
-        found = self.detections
-        return draw_boxes(pixels, found.boxes_xyxy, found.labels, self.class_names, found.scores, found.rle)
+        """The image with its boxes, names, scores and masks; a small one is enlarged until its labels are legible. One
+        that is too large to be decoded whole is drawn in small, without masks."""
+        picture, found = self.picture(), self.detections
+        if isinstance(picture, Pixels):
+            pixels, scale, rle = picture.image, 1.0, found.rle
+        else:
+            (pixels, scale), rle = overview(picture, _LONGEST), None
+        return draw_boxes(pixels, found.boxes_xyxy * scale, found.labels, self.class_names, found.scores, rle)
+
+    def picture(self) -> Picture:
+        """The image, to be read; of a TIFF file that is too large for the memory, window by window."""
+        if self.pixels is not None:
+            return Pixels(self.pixels)
+        assert self.path is not None, "a result without a file keeps its pixels"
+        if self.path.suffix.lower() in SUFFIXES and self.size[0] * self.size[1] > MAX_PIXELS:
+            return LargeTiff.of(self.path, None)
+        return Pixels(read_image(self.path, self.size))
 
     def _repr_png_(self) -> bytes:
         """The picture that a notebook shows."""

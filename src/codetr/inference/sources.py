@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from torch.utils.data import Dataset
 from codetr.data.collate import collate
 from codetr.data.dataset import Sample
 from codetr.data.images import UnreadableImage, pixels_of, read_image, seen_size, unreadable
+from codetr.data.large import SUFFIXES, LargeTiff
 from codetr.data.readers.folder import find_images
 from codetr.data.transforms import Transform, failed, transformed, without_objects
 from codetr.errors import UserError
 from codetr.types import Batch
+from codetr.views import Picture, Pixels
 
 Image: TypeAlias = str | Path | PIL.Image.Image | np.ndarray | Tensor
 Source: TypeAlias = Path | Tensor
@@ -105,6 +108,43 @@ class Images(Dataset[Item]):
 
     def _read(self, path: Path) -> Tensor:
         return read_image(path, self.sizes.get(path) or seen_size(path), self.max_pixels)
+
+
+class Pictures(Dataset[tuple[int, Picture | Unreadable]]):
+    """Images as they are, to be looked at through views, each with its place among the sources.
+
+    TIFF files of more than `max_pixels` pixels, or of bands that Pillow does not know, are read window by window, when
+    views ask for them. sizes, and what is not decoded: see `Images`.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], max_pixels: int | None, sizes: Mapping[Path, tuple[int, int]] | None = None
+    ) -> None:
+        self.sources, self.max_pixels, self.sizes = sources, max_pixels, sizes or {}
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> tuple[int, Picture | Unreadable]:
+        source = self.sources[index]
+        if not isinstance(source, Path):
+            return index, Pixels(source)
+        try:
+            if self._is_large(source):
+                return index, LargeTiff.of(source, self.max_pixels)
+            size = self.sizes.get(source) or seen_size(source)
+            return index, Pixels(read_image(source, size, self.max_pixels))
+        except (UnreadableImage, OSError) as error:
+            return index, Unreadable(source, str(error))
+
+    def _is_large(self, path: Path) -> bool:
+        if path.suffix.lower() not in SUFFIXES:
+            return False
+        try:
+            height, width = seen_size(path)
+        except UnreadableImage:  # of more bands than Pillow knows, or damaged: rasterio says which
+            return importlib.util.find_spec("rasterio") is not None
+        return self.max_pixels is not None and height * width > self.max_pixels
 
 
 @dataclass

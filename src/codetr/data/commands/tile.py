@@ -3,7 +3,7 @@
   python -m codetr.data tile from=voc source=aerial target=tiles size=400
   python -m codetr.data tile from=custom source=slides target=tiles size=1024 data.train_annotations=a.json ...
 
-Training takes the tiles; validation can take whole images, tile by tile (tiles=overlapping), so that every object is
+Training takes the tiles; validation can take whole images, tile by tile (views=tiles), so that every object is
 counted once: by default only the images of the training split are cut.
 
   from=FORMAT         voc, yolo, coco, or another value of data= for training
