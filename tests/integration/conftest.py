@@ -1,8 +1,10 @@
 """A small checkpoint whose own detections are the truth of a small data set."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from codetr.export import export
 from codetr.inference import Model, load
 
 NAMES = ["circle", "square", "star"]
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 
 @dataclass
@@ -122,3 +125,21 @@ def annotate(checkpoint: Path, paths: list[Path]) -> dict:
                 annotations[-1]["segmentation"] = one.detections.rle[len(annotations) - 1 - before]
     categories = [{"id": 9 - i, "name": name} for i, name in reversed(list(enumerate(NAMES)))]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, which keeps what pages complain about."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM.exists() and DRIVER.exists()):
+        pytest.skip("no Chromium here")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()

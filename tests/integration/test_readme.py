@@ -31,6 +31,7 @@ KNOWN = {
     "train",
     "eval",
     "predict",
+    "serve",
     "export",
     "report",
     "data",
