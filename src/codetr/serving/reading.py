@@ -1,4 +1,4 @@
-"""Bodies of requests to images for the network, within limits of bytes, time and pixels."""
+"""Bodies of requests to images, within limits of bytes, time and pixels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
+from torch import Tensor
 
-from codetr.data.dataset import Sample
 from codetr.data.images import pixels_of
-from codetr.data.transforms import Transform, transformed, without_objects
 from codetr.serving.limits import Refused
 
 # Pillow knows many more, some through programs of the system.
@@ -64,17 +63,17 @@ async def _file_of_form(request: Request, max_bytes: int) -> bytes:
     return content
 
 
-def sample_of(content: bytes, transform: Transform, max_pixels: int) -> Sample:
-    """The image of a file behind `transform`, with the pixels that `codetr predict` sees.
+def pixels_in(content: bytes, max_pixels: int) -> Tensor:
+    """The image in a file, [3, H, W] uint8 RGB, with the pixels that `codetr predict` sees.
 
     Raises Refused for what is no image, for one of more than `max_pixels` pixels before it is decoded, and for one that
-    does not go through `transform`.
+    does not decode.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(f"{image.width}x{image.height}", max_pixels)
-            pixels = pixels_of(image)
+            return pixels_of(image)
     except Refused:
         raise
     except Image.DecompressionBombError as error:
@@ -83,11 +82,6 @@ def sample_of(content: bytes, transform: Transform, max_pixels: int) -> Sample:
         raise Refused(422, f"this is no image of a kind that can be read here: {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble on
         raise Refused(422, f"the image cannot be decoded: {error or type(error).__name__}") from error
-    height, width = pixels.shape[1:]
-    try:
-        return transformed(without_objects(pixels, 0), transform)
-    except Exception as error:
-        raise Refused(422, f"the image of {width}x{height} pixels cannot be transformed: {error}") from error
 
 
 def _too_large(pixels: str, max_pixels: int) -> Refused:

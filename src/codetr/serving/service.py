@@ -11,30 +11,29 @@ from typing import NamedTuple
 
 import torch
 from starlette.requests import Request
+from torch import Tensor
 
-from codetr.data.collate import collate
-from codetr.data.dataset import Sample
-from codetr.data.transforms import transformed, without_objects
 from codetr.inference import Exported, Model, Result
 from codetr.serving.batching import Batches
 from codetr.serving.limits import Places, Refused
 from codetr.serving.metrics import Metrics
-from codetr.serving.reading import image_file, sample_of
+from codetr.serving.reading import image_file, pixels_in
 from codetr.serving.settings import Settings
 
 
 class Asked(NamedTuple):
-    """An image, and the least score of its objects."""
+    """An image, [3, H, W] uint8 RGB, and the least score of its objects."""
 
-    sample: Sample
+    pixels: Tensor
     threshold: float
 
 
 class Service:
     """Requests in, results out; the model runs in one thread, and images are decoded in others.
 
-    Images share a batch only where the network would see each on the same canvas alone: then an answer does not depend
-    on who else asks. No more images are decoded at a time than two batches hold; the others wait as files.
+    Images share a batch only where they have the same height, width and threshold: then none is padded more than alone,
+    and an answer does not depend on who else asks. No more images are decoded at a time than two batches hold; the
+    others wait as files.
     """
 
     def __init__(self, model: Model | Exported, settings: Settings) -> None:
@@ -62,8 +61,7 @@ class Service:
 
     def warm_up(self) -> None:
         """Detect in a blank image, for what is compiled or allocated at the first time."""
-        blank = without_objects(torch.zeros(3, 64, 64, dtype=torch.uint8), 0)
-        self._found([Asked(transformed(blank, self.model.transform), 1.0)])
+        self.model.predict(torch.zeros(3, 64, 64, dtype=torch.uint8))
 
     async def answer(self, request: Request, threshold: float) -> Result:
         """What the model finds in the image of a request, with at least the score `threshold`.
@@ -81,32 +79,18 @@ class Service:
 
     async def _detected(self, content: bytes, threshold: float) -> Result:
         loop = asyncio.get_running_loop()
-        given = content, self.model.transform, self.settings.max_pixels
         async with self._decoded:
-            sample = await loop.run_in_executor(self._readers, sample_of, *given)
-            return await self._batches.ask(Asked(sample, threshold), self._canvas(sample))
+            pixels = await loop.run_in_executor(self._readers, pixels_in, content, self.settings.max_pixels)
+            return await self._batches.ask(Asked(pixels, threshold), kind=(pixels.shape, threshold))
 
     def _coming(self) -> int:
         return self.places.taken - self._batches.waiting
 
-    def _canvas(self, sample: Sample) -> tuple[int, int]:
-        divisor = self.model.size_divisor
-        height, width = (-(-side // divisor) for side in sample.image.shape[-2:])
-        return height, width
-
     def _detect(self, asked: list[Asked]) -> list[Result]:
+        """Of one height, width and threshold."""
         start = time.perf_counter()
-        found = self._found(asked)
+        images = [one.pixels for one in asked]
+        found = self.model.predict(images, asked[0].threshold, batch_size=len(asked), max_pixels=None)
         self.metrics.images.observe(len(asked))
         self.metrics.model_seconds.observe(time.perf_counter() - start)
         return found
-
-    def _found(self, asked: list[Asked]) -> list[Result]:
-        model = self.model
-        batch = collate([one.sample for one in asked], model.size_divisor).to(model.device)
-        found = model.detect(batch, min(one.threshold for one in asked))
-        ids = model.category_ids or tuple(range(len(model.class_names)))
-        return [
-            Result(own.to("cpu"), one.sample.file_size, model.class_names, ids).above(one.threshold)
-            for one, own in zip(asked, found, strict=True)
-        ]
