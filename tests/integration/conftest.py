@@ -16,6 +16,7 @@ from PIL import Image
 from codetr import application
 from codetr.export import export
 from codetr.inference import Model, load
+from toy_model import NARROW, SIZES
 
 NAMES = ["circle", "square", "star"]
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -40,6 +41,18 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The same with a mask head, whose masks the annotations have."""
     mask_head = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
     return make(tmp_path_factory.mktemp("segmenting"), *mask_head)
+
+
+@pytest.fixture(scope="session")
+def sure(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A detector of toy size with masks, and scores of all sizes: random weights alone are sure of nothing."""
+    mask_head = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
+    model = load(make(tmp_path_factory.mktemp("sure"), *mask_head, *SIZES, NARROW).checkpoint, device="cpu")
+    assert isinstance(model, Model)
+    for head in model.detector.decoder.class_heads:
+        head.bias.data += 3
+        head.weight.data += 0.1 * torch.randn_like(head.weight)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from pycocotools import mask as coco_mask
 
 from codetr.application import compose
 from codetr.errors import UserError
-from codetr.inference import Exported, Model, Result, load
+from codetr.inference import Model, Result, load
 from codetr.serve import bound, serve, settings_of
 from served import process, served
 
@@ -40,20 +39,8 @@ SEEN = ("codetr_requests_served", "codetr_requests_total200")  # accepted: under
 
 
 @pytest.fixture(scope="module")
-def model(segmenting: Trained) -> Model | Exported:
-    """With masks, and scores of all sizes: random weights alone are sure of nothing."""
-    found = load(segmenting.checkpoint, device="cpu")
-    assert isinstance(found, Model)
-    torch.manual_seed(1)
-    for head in found.detector.decoder.class_heads:
-        head.bias.data += 3
-        head.weight.data += 0.1 * torch.randn_like(head.weight)
-    return found
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[httpx.Client]:
-    with served(model, "max_bytes=300_000", "max_pixels=1_000_000", "batch_wait=0.05") as client:
+def server(sure: Model) -> Iterator[httpx.Client]:
+    with served(sure, "max_bytes=300_000", "max_pixels=1_000_000", "batch_wait=0.05") as client:
         yield client
 
 
@@ -74,8 +61,8 @@ def files(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def expected(model: Model, files: list[Path]) -> list[Result]:
-    return [model.predict(path, score_threshold=0.2)[0] for path in files]
+def expected(sure: Model, files: list[Path]) -> list[Result]:
+    return [sure.predict(path, score_threshold=0.2)[0] for path in files]
 
 
 def same(answer: dict[str, Any], result: Result) -> None:
@@ -85,7 +72,7 @@ def same(answer: dict[str, Any], result: Result) -> None:
     assert [one["name"] for one in objects] == result.names
     assert [one["category_id"] for one in objects] == [result.category_ids[i] for i in result.labels.tolist()]
     np.testing.assert_allclose([one["score"] for one in objects], result.scores, atol=1e-5)
-    np.testing.assert_allclose([one["box"] for one in objects], result.boxes_xyxy, atol=1e-3)
+    np.testing.assert_allclose([one["box"] for one in objects] or np.zeros((0, 4)), result.boxes_xyxy, atol=1e-3)
     assert result.masks is not None
     for one, mask in zip(objects, result.masks.numpy(), strict=True):
         assert np.mean(coco_mask.decode(one["mask"]) != mask) < 1e-3
@@ -105,22 +92,22 @@ def test_answers_are_those_of_predict(server: httpx.Client, files: list[Path], e
 def test_answers_do_not_depend_on_who_else_asks(
     server: httpx.Client, files: list[Path], expected: list[Result]
 ) -> None:
-    """64 at a time, with other thresholds and with files that are none among them."""
+    """40, with other thresholds and with files that are none among them."""
 
     def ask(i: int) -> httpx.Response:
         content = b"\xff\xd8 broken" if i % 5 == 4 else files[i % 8].read_bytes()
         return server.post(f"/predict?threshold={0.2 if i % 2 else 0.5}", content=content)
 
     before = numbers(server)
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(ask, range(64)))
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, range(40)))
     for i, answer in enumerate(answers):
         assert answer.status_code == (422 if i % 5 == 4 else 200)
         if i % 5 != 4:
             result = expected[i % 8]
             same(answer.json(), result if i % 2 else result.above(0.5))
     after = numbers(server)
-    right = sum(i % 5 != 4 for i in range(64))
+    right = sum(i % 5 != 4 for i in range(40))
     assert after["codetr_batch_images_sum"] - before["codetr_batch_images_sum"] == right
     assert after["codetr_batch_images_count"] - before["codetr_batch_images_count"] < right
     assert after["codetr_requests_served"] == 0
@@ -196,9 +183,9 @@ def half_a_request(client: httpx.Client) -> socket.socket:
     return connection
 
 
-def test_too_many_at_a_time_are_told_when_to_come_again(model: Model, files: list[Path]) -> None:
+def test_too_many_at_a_time_are_told_when_to_come_again(sure: Model, files: list[Path]) -> None:
     """A request that never ends holds the only place, until its time is over."""
-    with served(model, "max_requests=1", "read_seconds=1") as client, half_a_request(client) as slow:
+    with served(sure, "max_requests=1", "read_seconds=1") as client, half_a_request(client) as slow:
         while numbers(client)["codetr_requests_served"] == 0:
             time.sleep(0.01)
         refused = client.post("/predict", content=files[0].read_bytes())
@@ -211,15 +198,15 @@ def test_too_many_at_a_time_are_told_when_to_come_again(model: Model, files: lis
         assert client.get("/health").status_code == 200
 
 
-def test_who_waits_too_long_is_told_so(model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    detect = model.detect
+def test_who_waits_too_long_is_told_so(sure: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    detect = sure.detect
 
     def slowly(*given: Any) -> Any:
         time.sleep(0.5)
         return detect(*given)
 
-    monkeypatch.setattr(model, "detect", slowly)
-    with served(model, "answer_seconds=0.2") as client:
+    monkeypatch.setattr(sure, "detect", slowly)
+    with served(sure, "answer_seconds=0.2") as client:
         answer = client.post("/predict", content=files[0].read_bytes())
         assert answer.status_code == 503
         assert "no answer within 0.2 seconds" in answer.json()["detail"]
@@ -227,9 +214,9 @@ def test_who_waits_too_long_is_told_so(model: Model, files: list[Path], monkeypa
 
 
 def test_a_fault_of_the_model_is_logged_and_not_told(
-    model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    sure: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    detect = model.detect
+    detect = sure.detect
 
     def fails(batch: Any, threshold: float) -> Any:
         if threshold == 0.7:
@@ -238,8 +225,8 @@ def test_a_fault_of_the_model_is_logged_and_not_told(
             raise UserError("this model takes other images")
         return detect(batch, threshold)
 
-    with served(model) as client:
-        monkeypatch.setattr(model, "detect", fails)
+    with served(sure) as client:
+        monkeypatch.setattr(sure, "detect", fails)
         content = files[0].read_bytes()
         answers = [client.post(f"/predict?threshold={score}", content=content) for score in (0.7, 0.8, 0.9)]
     assert [answer.status_code for answer in answers] == [500, 422, 200]
@@ -248,9 +235,9 @@ def test_a_fault_of_the_model_is_logged_and_not_told(
     assert any(record.exc_info and "a secret" in str(record.exc_info[1]) for record in caplog.records)
 
 
-def test_a_token_is_asked_for(model: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_asked_for(sure: Model, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CODETR_TOKEN", TOKEN)
-    with served(model) as client:
+    with served(sure) as client:
         for path in ("/", "/health", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200, path
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
@@ -270,9 +257,9 @@ def test_a_name_of_the_web_does_not_reach_this_machine(server: httpx.Client) -> 
         assert server.get("/health", headers={"Host": name}).status_code == status, name
 
 
-def test_what_is_said_of_model_and_interface(server: httpx.Client, model: Model) -> None:
+def test_what_is_said_of_model_and_interface(server: httpx.Client, sure: Model) -> None:
     told = server.get("/model").json()
-    assert [one["name"] for one in told["classes"]] == list(model.class_names)
+    assert [one["name"] for one in told["classes"]] == list(sure.class_names)
     assert told["max_bytes"] == 300_000
     schema = server.get("/openapi.json").json()
     assert set(schema["paths"]) == {"/health", "/model", "/metrics", "/predict"}

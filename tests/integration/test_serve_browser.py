@@ -6,40 +6,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from codetr.inference import Model, Result, load
+from codetr.inference import Model, Result
 from served import served
-
-if TYPE_CHECKING:
-    from conftest import Trained
 
 WIDE, PHONE = (1280, 900), (390, 844)
 FLOOR = 0.05  # the lowest score that the page asks for
 
 
 @pytest.fixture(scope="module")
-def model(segmenting: Trained) -> Model:
-    """With masks, and scores of all sizes."""
-    found = load(segmenting.checkpoint, device="cpu")
-    assert isinstance(found, Model)
-    torch.manual_seed(1)
-    for head in found.detector.decoder.class_heads:
-        head.bias.data += 3
-        head.weight.data += 0.1 * torch.randn_like(head.weight)
-    return found
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[httpx.Client]:
-    with served(model) as client:
+def server(sure: Model) -> Iterator[httpx.Client]:
+    with served(sure) as client:
         yield client
 
 
@@ -51,8 +35,8 @@ def photo(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def expected(model: Model, photo: Path) -> Result:
-    return model.predict(photo, score_threshold=FLOOR)[0]
+def expected(sure: Model, photo: Path) -> Result:
+    return sure.predict(photo, score_threshold=FLOOR)[0]
 
 
 def opened(browser: Any, server: httpx.Client, size: tuple[int, int] = WIDE, place: str = "") -> None:
@@ -206,9 +190,9 @@ def test_what_is_wrong_is_said(browser: Any, server: httpx.Client, photo: Path, 
     browser.get_log("browser")  # Chromium notes the refusal
 
 
-def test_a_token_is_asked_for_or_comes_with_the_address(browser: Any, model: Model, photo: Path) -> None:
+def test_a_token_is_asked_for_or_comes_with_the_address(browser: Any, sure: Model, photo: Path) -> None:
     token = "0123456789abcdef"
-    with served(model, f"token={token}") as server:
+    with served(sure, f"token={token}") as server:
         browser.get(str(server.base_url))
         field = browser.find_element("id", "token")
         assert field.is_displayed()
