@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import tempfile
-from collections import Counter
 from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import torch
+from rich.progress import track
 
 from benchmarks import report
 from benchmarks.serving.asking import Photos, Tally, ask, mixed_up, photographs
 from benchmarks.serving.server import Server, started
 
 NEWEST = "outputs/trees/*/checkpoints/best.ckpt"
+CASES = ((1, 1), (8, 1), (8, 2))  # largest batch, batches at once
 
 
 def main() -> None:
@@ -29,44 +33,54 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help=f"of trees; the newest of {NEWEST}")
     parser.add_argument("--overrides", nargs="*", default=[], help="of codetr serve")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="largest batches that are compared")
-    parser.add_argument("--size", type=int, default=400, help="height and width of the pieces of a photograph")
+    parser.add_argument("--size", type=int, default=256, help="height and width of the pieces of a photograph")
     parser.add_argument("--seconds", type=float, default=15, help="of each number of clients")
     parser.add_argument("--mixed", type=float, default=60, help="seconds of 64 clients with all kinds of requests")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; others are kept")
     options = parser.parse_args()
     checkpoint = options.checkpoint or max(Path().glob(NEWEST), key=lambda path: path.stat().st_mtime, default=None)
     if checkpoint is None:
         parser.error(f"there is no {NEWEST}: make demo leaves one, or give --checkpoint")
+    kept = report.folder / "serving.json"
+    record = json.loads(kept.read_text()) if kept.exists() and set(options.only) < set(PARTS) else {}
     with tempfile.TemporaryDirectory() as folder:
-        photos = photographs(Path(folder), checkpoint, options.size)
-    rows = [row for batch in options.batches for row in throughput(checkpoint, photos, batch, options)]
-    mixture = mixed(checkpoint, photos, options)
-    ends = {number.name: ended(checkpoint, photos, number, options) for number in (signal.SIGTERM, signal.SIGKILL)}
-    record = {"rows": rows, "mixture": mixture, "ends": ends}
+        whole = without_tiles(checkpoint, Path(folder))
+        photos = photographs(Path(folder), whole, options.size)
+        for name in options.only:
+            record[name] = PARTS[name](whole, photos, options)
     report.write("serving", markdown(record, options), record)
-    if wrong := [problem for part in (*rows, mixture, *ends.values()) for problem in part["wrong"]]:
+    if wrong := [problem for part in record.values() for one in part for problem in one["wrong"]]:
         raise SystemExit(f"{len(wrong)} requests were not answered as they should be: {wrong[:5]}")
 
 
-def throughput(checkpoint: Path, photos: Photos, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each number of clients, which send good images, one after the other."""
+def without_tiles(checkpoint: Path, folder: Path) -> Path:
+    """The same detector, which looks at images as a whole: the pieces are no larger than a tile."""
+    content = torch.load(checkpoint, weights_only=True)
+    for name in ("tiles", "views"):
+        content["codetr"]["config"].pop(name, None)
+    torch.save(content, folder / "whole.ckpt")
+    return folder / "whole.ckpt"
+
+
+def throughput(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each case and number of clients, which send good images, one after the other."""
     rows = []
-    with started(checkpoint, f"batch_size={batch}", *options.overrides) as server:
-        asyncio.run(clients(server, photos, 2, 2.0, ("good",)))  # what comes first is slower
-        for count in options.clients:
-            before = server.numbers()
-            tally = asyncio.run(clients(server, photos, count, options.seconds, ("good",)))
-            after = server.numbers()
-            grown = {name: after[name] - before.get(name, 0) for name in after}
-            rows.append(
-                {
+    for batch, at_once in track(CASES, "servers"):
+        with started(checkpoint, f"batch_size={batch}", f"at_once={at_once}", *options.overrides) as server:
+            asyncio.run(clients(server, photos, 2, 2.0, ("good",)))  # what comes first is slower
+            for count in options.clients:
+                before = server.numbers()
+                tally = asyncio.run(clients(server, photos, count, options.seconds, ("good",)))
+                after = server.numbers()
+                grown = {name: after[name] - before.get(name, 0) for name in after}
+                own = {
                     "clients": count,
                     "batch": batch,
+                    "at once": at_once,
                     "images per batch": grown["codetr_batch_images_sum"] / grown["codetr_batch_images_count"],
-                    "share of the model": grown["codetr_batch_seconds_sum"] / tally.seconds,
-                    **tally.numbers(),
+                    "share of the model": grown["codetr_batch_seconds_sum"] / tally.seconds / at_once,
                 }
-            )
+                rows.append(own | tally.numbers())
     return rows
 
 
@@ -88,7 +102,7 @@ async def clients(server: Server, photos: Photos, count: int, seconds: float, ki
     return tally
 
 
-def mixed(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> dict[str, Any]:
+def mixture(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> list[dict[str, Any]]:
     """64 clients with all kinds of requests, of which the server takes 48 at a time; its memory once a second."""
     memory: list[float] = []
 
@@ -113,17 +127,22 @@ def mixed(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> dict
         tally.wrong.append(f"{sum(tally.counts.values())} requests, {answered:.0f} answers")
     quarter = max(1, len(memory) // 4)
     used = {"second quarter": mean(memory[quarter : 2 * quarter]), "last quarter": mean(memory[-quarter:])}
-    return {"counts": dict(sorted(tally.counts.items())), "memory": used | {"peak": max(memory)}, **tally.numbers()}
+    about = {"seconds": options.mixed, "memory": used | {"peak": max(memory)}}
+    return [{"counts": dict(sorted(tally.counts.items())), **about, **tally.numbers()}]
 
 
-def ended(checkpoint: Path, photos: Photos, number: signal.Signals, options: argparse.Namespace) -> dict[str, Any]:
+def ends(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> list[dict[str, Any]]:
     """16 clients on connections of their own, and a signal while all are being served."""
+    return [_ended_by(number, checkpoint, photos, options) for number in (signal.SIGTERM, signal.SIGKILL)]
+
+
+def _ended_by(number: signal.Signals, checkpoint: Path, photos: Photos, options: argparse.Namespace) -> dict[str, Any]:
     with started(checkpoint, *options.overrides) as server:
         tally = asyncio.run(_ended(server, photos, number))
         status = server.process.wait(60)
     if number == signal.SIGTERM and (tally.counts["good, 200"] != 16 or status != 128 + number):
         tally.wrong.append(f"SIGTERM: {dict(tally.counts)}, status {status}")
-    return {"counts": dict(tally.counts), "status": status, "wrong": tally.wrong}
+    return {"signal": number.name, "counts": dict(tally.counts), "status": status, "wrong": tally.wrong}
 
 
 async def _ended(server: Server, photos: Photos, number: signal.Signals) -> Tally:
@@ -141,23 +160,36 @@ async def _ended(server: Server, photos: Photos, number: signal.Signals) -> Tall
     return tally
 
 
+PARTS = {"throughput": throughput, "mixture": mixture, "ends": ends}
+
+
 def markdown(record: dict[str, Any], options: argparse.Namespace) -> str:
-    rows = record["rows"]
-    alone = {row["clients"]: row["per second"] for row in rows if row["batch"] == min(options.batches)}
+    parts = {"throughput": _rates, "mixture": _mixture, "ends": _ends}
+    made = (
+        f"Pieces of {options.size} x {options.size} pixels; the clients share the machine, on which more may have run; "
+        f"`make bench NAME=serving/load`, {date.today()}, {report.machine()}."
+    )
+    return "\n\n".join([*(parts[name](record[name]) for name in parts if name in record), made])
+
+
+def _rates(rows: list[dict[str, Any]]) -> str:
+    alone = {row["clients"]: row["per second"] for row in rows if (row["batch"], row["at once"]) == CASES[0]}
     head = [
         "clients",
         "largest batch",
+        "at once",
         "images/s",
         "against one at a time",
         "p50",
         "p95",
-        "images per batch",
+        "per batch",
         "model busy",
     ]
     cells = [
         [
             str(row["clients"]),
             str(row["batch"]),
+            str(row["at once"]),
             f"{row['per second']:.1f}",
             f"{row['per second'] / alone[row['clients']]:.2f}",
             f"{row['p50'] * 1000:.0f} ms",
@@ -165,28 +197,34 @@ def markdown(record: dict[str, Any], options: argparse.Namespace) -> str:
             f"{row['images per batch']:.1f}",
             f"{100 * row['share of the model']:.0f} %",
         ]
+        for row in sorted(rows, key=lambda row: row["clients"])
+    ]
+    return report.table(head, cells)
+
+
+def _mixture(rows: list[dict[str, Any]]) -> str:
+    (row,) = rows
+    counts = row["counts"]
+    kinds = sorted({name.partition(", ")[0] for name in counts})
+    statuses = sorted({name.partition(", ")[2] for name in counts})
+    cells = [[kind, *(str(counts.get(f"{kind}, {status}", 0)) for status in statuses)] for kind in kinds]
+    memory = row["memory"]
+    about = (
+        f"64 clients for {row['seconds']:g} s, 48 served at a time: {sum(counts.values())} requests, by the status of "
+        f"their answers; {len(row['wrong'])} wrong. Memory of the server: {memory['second quarter']:.0f} MiB in the "
+        f"second quarter, {memory['last quarter']:.0f} MiB in the last, at most {memory['peak']:.0f} MiB."
+    )
+    return f"{report.table(['requests', *statuses], cells)}\n\n{about}"
+
+
+def _ends(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{row['signal']} while 16 are served: {row['counts'].get('good, 200', 0)} whole and right answers, "
+        f"{row['counts'].get('good, broken off', 0)} connections broken off, {len(row['wrong'])} wrong, "
+        f"status {row['status']}."
         for row in rows
     ]
-    mixture, ends = record["mixture"], record["ends"]
-    statuses = Counter[str]()
-    for name, count in mixture["counts"].items():
-        statuses[name.rpartition(", ")[2]] += count
-    counted = ", ".join(f"{count} with {status}" for status, count in sorted(statuses.items()))
-    memory = mixture["memory"]
-    whole, lost = (ends["SIGKILL"]["counts"].get(name, 0) for name in ("good, 200", "good, broken off"))
-    about = (
-        f"Mixed: 64 clients for {options.mixed:g} s, good, broken, huge, slow and unending requests, 48 served at a "
-        f"time: {sum(statuses.values())} requests, {counted}; {len(mixture['wrong'])} wrong. Memory of the server: "
-        f"{memory['second quarter']:.0f} MiB in the second quarter, {memory['last quarter']:.0f} MiB in the last, at "
-        f"most {memory['peak']:.0f} MiB. SIGTERM with 16 accepted: "
-        f"{ends['SIGTERM']['counts'].get('good, 200', 0)} answered. SIGKILL with 16 accepted: {whole} whole answers, "
-        f"{lost} connections broken off, no half answer taken for one."
-    )
-    made = (
-        f"Pieces of {options.size} x {options.size} pixels, {options.seconds:g} s each; clients share the machine, on "
-        f"which more may have run; `make bench NAME=serving/load`, {date.today()}, {report.machine()}."
-    )
-    return "\n\n".join([report.table(head, cells), about, made])
+    return " ".join(lines)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,17 @@ def serve(config: DictConfig) -> None:
         from codetr.serving.app import create_app
     except ImportError as error:
         raise UserError(f"codetr serve needs more packages ({error}): pip install 'codetr[serve]'") from error
+    import torch
+
     from codetr.inference import load
 
     signal.signal(signal.SIGTERM, _end)
     with bound(settings.host, config.port) as listener:
         trust = application.as_names(config.trust)
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.at_once))
         model = load(config.checkpoint, device=config.device, weights=config.weights, trust=trust)
+        if model.path.suffix == ".xml" and settings.at_once > 1:
+            raise UserError(f"at_once={settings.at_once}: OpenVINO takes one batch at a time here; take at_once=1")
         app = create_app(model, settings)
         host, port = settings.host, listener.getsockname()[1]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -76,6 +81,7 @@ def settings_of(config: DictConfig) -> Settings:
         score_threshold=config.score_threshold,
         batch_size=config.batch_size,
         batch_wait=config.batch_wait,
+        at_once=config.at_once,
         readers=config.readers,
         max_bytes=config.max_bytes,
         max_pixels=config.max_pixels,
