@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.progress import track
+from rich.console import Console
 
 from benchmarks import report
 from benchmarks.serving.asking import Photos, Tally, ask, mixed_up, photographs
@@ -47,7 +47,8 @@ def main() -> None:
         whole = without_tiles(checkpoint, Path(folder))
         photos = photographs(Path(folder), whole, options.size)
         for name in options.only:
-            record[name] = PARTS[name](whole, photos, options)
+            with Console(stderr=True).status(f"{name} ..."):
+                record[name] = PARTS[name](whole, photos, options)
     report.write("serving", markdown(record, options), record)
     if wrong := [problem for part in record.values() for one in part for problem in one["wrong"]]:
         raise SystemExit(f"{len(wrong)} requests were not answered as they should be: {wrong[:5]}")
@@ -65,7 +66,7 @@ def without_tiles(checkpoint: Path, folder: Path) -> Path:
 def throughput(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each case and number of clients, which send good images, one after the other."""
     rows = []
-    for batch, at_once in track(CASES, "servers"):
+    for batch, at_once in CASES:
         with started(checkpoint, f"batch_size={batch}", f"at_once={at_once}", *options.overrides) as server:
             asyncio.run(clients(server, photos, 2, 2.0, ("good",)))  # what comes first is slower
             for count in options.clients:

@@ -190,6 +190,7 @@ def test_what_is_wrong_is_said(browser: Any, server: httpx.Client, photo: Path, 
     browser.get_log("browser")  # Chromium notes the refusal
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for_or_comes_with_the_address(browser: Any, sure: Model, photo: Path) -> None:
     token = "0123456789abcdef"
     with served(sure, f"token={token}") as server:
