@@ -258,6 +258,12 @@ def test_a_name_of_the_web_does_not_reach_this_machine(server: httpx.Client) -> 
         assert server.get("/health", headers={"Host": name}).status_code == status, name
 
 
+def test_a_page_of_another_site_is_not_answered(server: httpx.Client, files: list[Path]) -> None:
+    for site, status in (("cross-site", 403), ("same-origin", 200), ("none", 200)):
+        answer = server.post("/predict", content=files[0].read_bytes(), headers={"Sec-Fetch-Site": site})
+        assert answer.status_code == status, site
+
+
 def test_what_is_said_of_model_and_interface(server: httpx.Client, sure: Model) -> None:
     told = server.get("/model").json()
     assert [one["name"] for one in told["classes"]] == list(sure.class_names)
@@ -267,7 +273,7 @@ def test_what_is_said_of_model_and_interface(server: httpx.Client, sure: Model) 
     post = schema["paths"]["/predict"]["post"]
     assert {p["name"]: p["schema"].get("default") for p in post["parameters"]} == {"threshold": 0.3, "classes": []}
     assert set(post["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
-    assert set(post["responses"]) == {"200", "400", "401", "408", "413", "422", "429", "503"}
+    assert set(post["responses"]) == {"200", "400", "401", "403", "408", "413", "422", "429", "503"}
     docs = server.get("/docs").text
     assert not re.search(r"""(src|href)=["']https?:""", docs)
     for path in re.findall(r"""(?:src|href)=["'](/[^"']+)""", docs):

@@ -41,6 +41,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "no image in it",
         401: "the token is missing or another one",
+        403: "asked by a page of another site",
         408: "it took too long to arrive",
         413: "too many bytes or pixels",
         422: "the image cannot be read, or a value is none",
@@ -64,8 +65,8 @@ def create_app(model: Model | Exported, settings: Settings) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.names, www_redirect=False)
     _say_why(app)
     _public(app, service)
-    known = [Depends(_checked(settings.token))] if settings.token is not None else []
-    _private(app, service, known)
+    token = [] if settings.token is None else [Depends(_checked(settings.token))]
+    _private(app, service, [Depends(_refuse_other_sites), *token])
     return app
 
 
@@ -85,7 +86,7 @@ def _public(app: FastAPI, service: Service) -> None:
 
 
 def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
-    """Routes that take a token, where there is one."""
+    """Routes for programs and for our own page, with a token where there is one."""
     model, settings, metrics = service.model, service.settings, service.metrics
 
     @app.get("/model", dependencies=dependencies)
@@ -138,6 +139,12 @@ def _checked(token: str) -> Callable[[HTTPAuthorizationCredentials | None], None
             raise Refused(401, "give the token of this server, Authorization: Bearer TOKEN")
 
     return check
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """A page of the web cannot read an answer, but it could keep the model busy from any browser on this machine."""
+    if request.headers.get("sec-fetch-site") == "cross-site":
+        raise Refused(403, "pages of other sites are not answered")
 
 
 def _say_why(app: FastAPI) -> None:
