@@ -25,7 +25,7 @@ from benchmarks.serving.asking import Photos, Tally, ask, mixed_up, photographs
 from benchmarks.serving.server import Server, started
 
 NEWEST = "outputs/trees/*/checkpoints/best.ckpt"
-CASES = ((1, 1), (8, 1), (8, 2))  # largest batch, batches at once
+BATCHES = (1, 8)  # the largest that are compared
 
 
 def main() -> None:
@@ -64,10 +64,10 @@ def without_tiles(checkpoint: Path, folder: Path) -> Path:
 
 
 def throughput(checkpoint: Path, photos: Photos, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each case and number of clients, which send good images, one after the other."""
+    """A row for each largest batch and number of clients, which send good images, one after the other."""
     rows = []
-    for batch, at_once in CASES:
-        with started(checkpoint, f"batch_size={batch}", f"at_once={at_once}", *options.overrides) as server:
+    for batch in BATCHES:
+        with started(checkpoint, f"batch_size={batch}", *options.overrides) as server:
             asyncio.run(clients(server, photos, 2, 2.0, ("good",)))  # what comes first is slower
             for count in options.clients:
                 before = server.numbers()
@@ -77,9 +77,8 @@ def throughput(checkpoint: Path, photos: Photos, options: argparse.Namespace) ->
                 own = {
                     "clients": count,
                     "batch": batch,
-                    "at once": at_once,
                     "images per batch": grown["codetr_batch_images_sum"] / grown["codetr_batch_images_count"],
-                    "share of the model": grown["codetr_batch_seconds_sum"] / tally.seconds / at_once,
+                    "share of the model": grown["codetr_batch_seconds_sum"] / tally.seconds,
                 }
                 rows.append(own | tally.numbers())
     return rows
@@ -174,11 +173,10 @@ def markdown(record: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def _rates(rows: list[dict[str, Any]]) -> str:
-    alone = {row["clients"]: row["per second"] for row in rows if (row["batch"], row["at once"]) == CASES[0]}
+    alone = {row["clients"]: row["per second"] for row in rows if row["batch"] == 1}
     head = [
         "clients",
         "largest batch",
-        "at once",
         "images/s",
         "against one at a time",
         "p50",
@@ -190,7 +188,6 @@ def _rates(rows: list[dict[str, Any]]) -> str:
         [
             str(row["clients"]),
             str(row["batch"]),
-            str(row["at once"]),
             f"{row['per second']:.1f}",
             f"{row['per second'] / alone[row['clients']]:.2f}",
             f"{row['p50'] * 1000:.0f} ms",

@@ -34,17 +34,12 @@ def serve(config: DictConfig) -> None:
         from codetr.serving.app import create_app
     except ImportError as error:
         raise UserError(f"codetr serve needs more packages ({error}): pip install 'codetr[serve]'") from error
-    import torch
-
     from codetr.inference import load
 
     signal.signal(signal.SIGTERM, _end)
     with bound(settings.host, config.port) as listener:
         trust = application.as_names(config.trust)
-        torch.set_num_threads(max(1, torch.get_num_threads() // settings.at_once))
         model = load(config.checkpoint, device=config.device, weights=config.weights, trust=trust)
-        if model.path.suffix == ".xml" and settings.at_once > 1:
-            raise UserError(f"at_once={settings.at_once}: OpenVINO takes one batch at a time here; take at_once=1")
         app = create_app(model, settings)
         host, port = settings.host, listener.getsockname()[1]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -81,7 +76,6 @@ def settings_of(config: DictConfig) -> Settings:
         score_threshold=config.score_threshold,
         batch_size=config.batch_size,
         batch_wait=config.batch_wait,
-        at_once=config.at_once,
         readers=config.readers,
         max_bytes=config.max_bytes,
         max_pixels=config.max_pixels,
@@ -93,6 +87,8 @@ def settings_of(config: DictConfig) -> Settings:
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket that has the address, and does not listen yet. Raises UserError where it cannot be had."""
+    if type(port) is not int or not 0 <= port < 2**16:  # the system would take its lowest 16 bits
+        raise UserError(f"port={port}: must be a whole number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as left:  # open where binding fails
@@ -100,9 +96,10 @@ def bound(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             left.pop_all()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"host={host} port={port}: {reason}; take another, port=0 finds one") from error
+    except OSError as error:
+        raise UserError(
+            f"host={host} port={port}: {error.strerror or error}; take another, port=0 finds one"
+        ) from error
     return listener
 
 

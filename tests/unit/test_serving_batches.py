@@ -35,12 +35,11 @@ def asked(
     largest: int = 4,
     wait: float = 60.0,
     coming: int = 99,
-    at_once: int = 1,
 ) -> list:
     """The answers to `questions`; none may take longer than ten seconds."""
 
     async def main() -> list:
-        batches = Batches(run, largest, wait, lambda: coming, at_once)
+        batches = Batches(run, largest, wait, lambda: coming)
         work = asyncio.create_task(batches.work())
         try:
             async with asyncio.timeout(10):
@@ -51,8 +50,7 @@ def asked(
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_everybody_gets_their_own_answer_once(at_once: int) -> None:
+def test_everybody_gets_their_own_answer_once() -> None:
     """200 of three kinds at random moments."""
     model, draw = Squares(seconds=0.001), random.Random(0)
 
@@ -63,7 +61,7 @@ def test_everybody_gets_their_own_answer_once(at_once: int) -> None:
     async def questions(batches: Batches[int, int]) -> list[int]:
         return await asyncio.gather(*(one(batches, i) for i in range(200)))
 
-    assert asked(model, questions, wait=0.01, at_once=at_once) == [i**2 for i in range(200)]
+    assert asked(model, questions, wait=0.01) == [i**2 for i in range(200)]
     assert Counter(i for batch in model.seen for i in batch) == Counter(range(200))
     assert {len({i % 3 for i in batch}) for batch in model.seen} == {1}
     assert 1 < max(map(len, model.seen)) <= 4
@@ -94,20 +92,6 @@ def test_nobody_waits_longer_than_said() -> None:
 
     (lasted,) = asked(Squares(), questions, wait=0.2)
     assert lasted >= 0.2
-
-
-def test_several_are_computed_at_once() -> None:
-    """Each of two waits in its thread until the other is there."""
-    both = threading.Barrier(2, timeout=5)
-
-    def meet(items: list[int]) -> list[int]:
-        both.wait()
-        return items
-
-    async def questions(batches: Batches[int, int]) -> list[int]:
-        return await asyncio.gather(batches.ask(1, "a"), batches.ask(2, "b"))
-
-    assert asked(meet, questions, coming=0, at_once=2) == [1, 2]
 
 
 def test_the_oldest_kind_comes_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +25,8 @@ from codetr.serving.metrics import KIND
 from codetr.serving.pages import page
 from codetr.serving.service import Service
 from codetr.serving.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 Threshold = Annotated[float, Query(ge=0, le=1, description="objects of a lower score are left out")]
 Classes = Annotated[list[str], Query(description="names of the classes that are wanted; none: all")]
@@ -120,6 +123,9 @@ def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
         except (Refused, UserError) as error:
             status = error.status if isinstance(error, Refused) else 422
             raise
+        except Exception as error:
+            _log.exception("POST /predict failed")
+            raise Refused(status, "the server failed; its log says why") from error
         finally:
             metrics.requests.labels(status).inc()
         return Response(content, media_type="application/json")
@@ -165,8 +171,3 @@ def _say_why(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         reasons = [f"{one['loc'][-1]}: {one['msg']}" for one in error.errors()]
         return JSONResponse({"detail": "; ".join(reasons)}, 422)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        """Starlette logs it too."""
-        return JSONResponse({"detail": "the server failed; its log says why"}, 500)

@@ -26,11 +26,10 @@ class _Waiting(Generic[In, Out]):
 class Batches(Generic[In, Out]):
     """Gathers what is asked into batches of one kind, the oldest first, and has them answered.
 
-    run: items of a batch -> their answers, in order; called in a thread of its own.
+    run: items of a batch -> their answers, in order; called in a thread of its own, for one batch after the other.
     largest: items of a batch, at most.
-    wait: seconds that an item waits for others, at most, once a thread is free.
+    wait: seconds that an item waits for others, at most, when nothing is computed.
     coming: how many are on their way here; while there are none, nothing waits.
-    at_once: batches that are computed at one time, each in a thread.
     """
 
     def __init__(
@@ -39,13 +38,12 @@ class Batches(Generic[In, Out]):
         largest: int,
         wait: float,
         coming: Callable[[], int],
-        at_once: int = 1,
     ) -> None:
-        self.run, self.largest, self.wait, self.coming, self.at_once = run, largest, wait, coming, at_once
+        self.run, self.largest, self.wait, self.coming = run, largest, wait, coming
         self.held = 0  # asked, and not answered yet
         self._waiting: list[_Waiting[In, Out]] = []
         self._arrived = asyncio.Event()
-        self._threads = ThreadPoolExecutor(at_once, "batches")
+        self._thread = ThreadPoolExecutor(1, "batches")
 
     async def ask(self, item: In, kind: Hashable) -> Out:
         """The answer to `item`, in a batch with others of its kind. Raises what `run` raises for this item alone."""
@@ -64,15 +62,10 @@ class Batches(Generic[In, Out]):
     async def work(self) -> None:
         """Answers until it is cancelled: a task beside those that ask."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(self.at_once):
-                    tasks.create_task(self._one_after_the_other())
+            while True:
+                await self._answer(await self._gathered())
         finally:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _one_after_the_other(self) -> None:
-        while True:
-            await self._answer(await self._gathered())
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _gathered(self) -> list[_Waiting[In, Out]]:
         loop = asyncio.get_running_loop()
@@ -95,7 +88,7 @@ class Batches(Generic[In, Out]):
         """Where a batch fails, each of its items is tried alone: one that is bad does not spoil the others."""
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(self._threads, self.run, [one.item for one in batch])
+            found = await loop.run_in_executor(self._thread, self.run, [one.item for one in batch])
             pairs = list(zip(batch, found, strict=True))
         except Exception as error:
             for one in batch:

@@ -29,22 +29,20 @@ class Asked(NamedTuple):
 
 
 class Service:
-    """Requests in, results out; the model runs in threads of its own, and images are decoded in others.
+    """Requests in, results out; the model runs in one thread, and images are decoded in others.
 
     Images share a batch only where they have the same height, width and threshold: then none is padded more than alone,
-    and an answer does not depend on who else asks. No more images are decoded than batches are computed, and one more,
-    can hold; the others wait as files.
+    and an answer does not depend on who else asks. No more images are decoded than two batches hold; the others wait as
+    files.
     """
 
     def __init__(self, model: Model | Exported, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.places = Places(settings.max_requests)
         self.metrics = Metrics(lambda: self.places.taken)
-        self._decoded = asyncio.Semaphore((1 + settings.at_once) * settings.batch_size)
+        self._decoded = asyncio.Semaphore(2 * settings.batch_size)
         self._readers = ThreadPoolExecutor(settings.readers, "readers")
-        self._batches = Batches[Asked, Result](
-            self._detect, settings.batch_size, settings.batch_wait, self._coming, settings.at_once
-        )
+        self._batches = Batches[Asked, Result](self._detect, settings.batch_size, settings.batch_wait, self._coming)
         self._work: asyncio.Task[None] | None = None
 
     @asynccontextmanager

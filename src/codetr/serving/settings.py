@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from codetr.errors import UserError
 
 LEAST_TOKEN = 16  # characters
-_COUNTS = ("batch_size", "at_once", "readers", "max_bytes", "max_pixels", "max_requests")
+_COUNTS = ("batch_size", "readers", "max_bytes", "max_pixels", "max_requests")
 _NUMBERS = {"score_threshold": 0, "batch_wait": 0, "read_seconds": 0.1, "answer_seconds": 0.1}
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -20,7 +20,6 @@ class Settings:
     score_threshold: of requests that name none.
     batch_size: images that the network sees at once.
     batch_wait: seconds that an image waits for others, at most, while some are on their way.
-    at_once: batches that are computed at one time, which share the threads of a CPU.
     readers: threads that decode images.
     max_bytes: of a request. max_pixels: of an image, by its header.
     max_requests: that are read, wait and are computed at one time; more are refused.
@@ -34,7 +33,6 @@ class Settings:
     score_threshold: float
     batch_size: int
     batch_wait: float
-    at_once: int
     readers: int
     max_bytes: int
     max_pixels: int
