@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
+from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -64,7 +65,7 @@ def create_app(model: Model | Exported, settings: Settings) -> FastAPI:
         async with service.running():
             yield
 
-    app = FastAPIOffline(redoc_url=None, title="codetr", lifespan=lifespan)
+    app = FastAPIOffline(redoc_url=None, title="codetr", version=version("codetr"), lifespan=lifespan)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.names, www_redirect=False)
     _say_why(app)
     _public(app, service)

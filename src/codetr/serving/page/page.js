@@ -148,8 +148,9 @@ function draw() {
   const canvas = $("canvas");
   if (!state.size) return;
   const {width, height} = state.size;
-  const room = $("stage").clientWidth - 28;
-  const scale = Math.min(room / width, Math.max(260, innerHeight - 190) / height, 6);
+  const room = $("bar").clientWidth;
+  const high = innerWidth > 820 ? Math.max(260, innerHeight - 190) : innerHeight / 2;  // on a phone the list needs some
+  const scale = Math.min(room / width, high / height, 6);
   const ratio = devicePixelRatio || 1;
   const [w, h] = [width * scale, height * scale];
   Object.assign(canvas, {width: Math.round(w * ratio), height: Math.round(h * ratio)});
@@ -192,12 +193,14 @@ function frame(pen, one, scale) {
 }
 
 function label(pen, visible, scale, width) {
-  const wanted = visible.length > CROWD ? visible.filter(one => one === state.lit) : visible;
+  const alone = visible.length <= 8;  // few may have labels that are wider than themselves
+  const wanted = visible.filter(one => visible.length <= CROWD || one === state.lit);
   const taken = [];
   pen.font = "600 13px system-ui, 'DejaVu Sans', sans-serif";
   for (const one of [...wanted].sort((a, b) => (b === state.lit) - (a === state.lit))) {
     const text = `${one.name} ${one.score.toFixed(2)}`;
     const w = pen.measureText(text).width + 10;
+    if (w > 1.5 * scale * (one.box[2] - one.box[0]) && !alone && one !== state.lit) continue;
     const x = Math.max(0, Math.min(one.box[0] * scale - 1, width - w));
     const y = Math.max(0, one.box[1] * scale - 20);
     if (taken.some(([a, b, c]) => a < x + w && x < c && Math.abs(b - y) < 19)) continue;
