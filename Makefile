@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-shapes studies compare-heads compare-kinds compare-parts compare-groups compare-mixtures parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
+.PHONY: help install demo demo-shapes serve studies compare-heads compare-kinds compare-parts compare-groups compare-mixtures parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ demo: install ## Train a Co-DETR (K = 2) on photographs of trees: mAP, pictures,
 
 demo-shapes: install ## The same from random weights on the embedded, drawn data set, in outputs/demo/<date>
 	$(BIN)/python -m codetr.train experiment=demo
+
+serve: install ## The detector of the newest `make demo` behind HTTP, with a page for browsers: ARGS="port=8080"
+	@newest=$$(ls -t outputs/trees/*/checkpoints/best.ckpt 2>/dev/null | head -n 1); \
+	test -n "$$newest" || { echo "error: there is no outputs/trees/*/checkpoints/best.ckpt; make demo leaves one"; exit 2; }; \
+	exec $(BIN)/python -m codetr.serve checkpoint=$$newest $(ARGS)
 
 studies: compare-heads compare-kinds compare-parts compare-groups compare-mixtures ## All studies below (hours): the tables of docs/results.md
 

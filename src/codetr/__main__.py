@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a detector, or go on with a training",
     "eval": "COCO's and LVIS' numbers of a checkpoint",
     "predict": "objects in images: pictures and predictions.json",
+    "serve": "a detector behind HTTP, with a page for browsers",
     "export": "one file for ONNX Runtime, OpenVINO, TensorRT, Triton or PyTorch without codetr",
     "report": "a page on what a run learned and where it fails, or on which of several runs is better",
     "data": "check, show and convert data sets",

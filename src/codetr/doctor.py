@@ -22,6 +22,7 @@ FEATURES = {
     "sweeps": "hydra/sweeper=optuna, hydra/launcher=submitit_local",
     "onnx": "codetr export format=onnx, tensorrt, triton, precision=int8, and running ONNX files",
     "openvino": "codetr export format=openvino, and running its files",
+    "serve": "codetr serve",
     "dev": "make check, make test",
 }
 _VARIABLES = (

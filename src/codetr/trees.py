@@ -31,7 +31,7 @@ def prepare(root: str, size: int, overlap: float, visible: float) -> None:
     size, overlap, visible: of the tiles, see `codetr data tile`. Raises UserError without the package, and for a folder
     that holds something else.
     """
-    photographs = _folder()
+    photographs = photographs_folder()
     target = Path(root)
     made = {"from": f"deepforest {version('deepforest')}", "size": size, "overlap": overlap, "visible": visible}
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,8 @@ def prepare(root: str, size: int, overlap: float, visible: float) -> None:
             writers.write_coco(partial, splits)
 
 
-def _folder() -> Path:
-    """Where the package keeps its photographs."""
+def photographs_folder() -> Path:
+    """Where the package keeps its photographs. Raises UserError without it."""
     found = importlib.util.find_spec("deepforest")
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the photographs of trees come with the package deepforest, which is not here: {_INSTALL}")

@@ -1,8 +1,10 @@
 """A small checkpoint whose own detections are the truth of a small data set."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from PIL import Image
 from codetr import application
 from codetr.export import export
 from codetr.inference import Model, load
+from toy_model import NARROW, SIZES
 
 NAMES = ["circle", "square", "star"]
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 
 @dataclass
@@ -37,6 +41,18 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The same with a mask head, whose masks the annotations have."""
     mask_head = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
     return make(tmp_path_factory.mktemp("segmenting"), *mask_head)
+
+
+@pytest.fixture(scope="session")
+def sure(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A detector of toy size with masks, and scores of all sizes: random weights alone are sure of nothing."""
+    mask_head = ("model/mask_head=refine_mask", "model.detector.mask_head.iou.hidden_width=16")
+    model = load(make(tmp_path_factory.mktemp("sure"), *mask_head, *SIZES, NARROW).checkpoint, device="cpu")
+    assert isinstance(model, Model)
+    for head in model.detector.decoder.class_heads:
+        head.bias.data += 3
+        head.weight.data += 0.1 * torch.randn_like(head.weight)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +138,21 @@ def annotate(checkpoint: Path, paths: list[Path]) -> dict:
                 annotations[-1]["segmentation"] = one.detections.rle[len(annotations) - 1 - before]
     categories = [{"id": 9 - i, "name": name} for i, name in reversed(list(enumerate(NAMES)))]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, which keeps what pages complain about."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM.exists() and DRIVER.exists()):
+        pytest.skip("no Chromium here")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()

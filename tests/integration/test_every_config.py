@@ -45,6 +45,7 @@ ELSEWHERE = {
     "latency": "test_benchmark_latency.py",
     "eval": "test_eval.py",
     "predict": "test_predict.py",
+    "serve": "test_serve.py",
     "export": "test_export.py",
     "check": "test_check.py",
     "show": "test_readme.py",

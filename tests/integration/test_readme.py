@@ -32,6 +32,7 @@ KNOWN = {
     "train",
     "eval",
     "predict",
+    "serve",
     "export",
     "report",
     "data",

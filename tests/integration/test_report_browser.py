@@ -1,7 +1,6 @@
 """Pages of reports in a real browser: nothing is complained about, sorting and switching work."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,7 @@ import pytest
 from codetr.reporting import comparison, page
 from made_run import make
 
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 WIDE, PHONE = (1280, 900), (390, 844)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not (CHROMIUM.exists() and DRIVER.exists()):
-        pytest.skip("no Chromium here")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
 
 
 def opened(browser: Any, path: Path, size: tuple[int, int] = WIDE) -> float:
