@@ -32,6 +32,7 @@ KNOWN = {
     "eval",
     "predict",
     "export",
+    "analyse",
     "report",
     "data",
     "convert",
