@@ -168,7 +168,7 @@ def test_scores_of_every_head_reach_the_memory(run: Path) -> None:
     for sign in (1, -1):
         moved = replace(memory, tokens=memory.tokens.detach() + sign * 1e-2 * slope / slope.norm())
         with patch.object(opened.detector, "encode", lambda *_, moved=moved: moved):
-            shifted.append(Conflict(1, 0.01, 1)._scores(opened, batch)[1]["atss"].item())
+            shifted.append(Conflict(1, 0.01, 1)._scores(opened, batch)[1]["atss"].detach().item())
     assert (shifted[0] - shifted[1]) / 2e-2 == pytest.approx(float(slope.norm()), rel=0.02)
 
 
