@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-shapes studies compare-heads compare-kinds compare-parts compare-groups figures parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
+.PHONY: help install demo demo-shapes studies compare-heads compare-kinds compare-parts compare-groups compare-mixtures figures parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,14 +29,15 @@ demo: install ## Train a Co-DETR (K = 2) on photographs of trees: mAP, pictures,
 demo-shapes: install ## The same from random weights on the embedded, drawn data set, in outputs/demo/<date>
 	$(BIN)/python -m codetr.train experiment=demo
 
-studies: compare-heads compare-kinds compare-parts compare-groups ## All studies below (hours): the tables of docs/results.md
+studies: compare-heads compare-kinds compare-parts compare-groups compare-mixtures ## All studies below (hours): the tables of docs/results.md
 
 compare-heads: ## Co-DETR, same budget: 0, 1, 2 auxiliary heads, three seeds
 compare-kinds: ## Co-DETR, table 8: each of the seven heads alone, against none
 compare-parts: ## Co-DETR, table 9: auxiliary head, positive queries, both
 compare-groups: ## Group DETR: 1, 3, 11 groups and naive one-to-many assignment
+compare-mixtures: ## What no paper has: heads, groups, hybrid and denoising queries, alone and in pairs
 
-compare-heads compare-kinds compare-parts compare-groups: install
+compare-heads compare-kinds compare-parts compare-groups compare-mixtures: install
 	$(BIN)/python -m benchmarks training/compare $(@:compare-%=%)
 
 STUDY ?= heads

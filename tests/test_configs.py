@@ -18,6 +18,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 EXPECTED = {
     "compare": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn"}),
     "compare_groups": ([], {"main"}),
+    "compare_mixtures": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn"}),
     "conditional_detr_r50": ([], {"main"}),
     "dab_deformable_detr_r50": ([], {"main"}),
     "dab_detr_r50": ([], {"main"}),

@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where its runs are; default: outputs/<experiment>")
     parser.add_argument("--images", type=int, default=200)
     options = parser.parse_args()
+    if unknown := set(options.names) - FIGURES.keys():
+        parser.error(f"there is no figure {', '.join(sorted(unknown))}")
     out = options.runs or Path("outputs") / STUDIES[options.study].experiment
     for name in options.names or FIGURES:
         figure = FIGURES[name]

@@ -45,6 +45,16 @@ def _heads(*names: str) -> list[str]:
     return [f"model/auxiliary_head=[{','.join(names)}]"]
 
 
+CO, GROUP = _heads("faster_rcnn_small", "atss"), ["model.query_groups=3"]
+HYBRID = [
+    "+model/query@model.detector.queries.hybrid=hybrid",
+    "model.detector.queries.hybrid.num_queries=120",
+    "model.detector.queries.hybrid.repeats=3",
+]
+DENOISING = [
+    "+model/query@model.detector.queries.denoising=denoising",
+    "model.detector.queries.denoising.num_queries=30",
+]
 NMS_IOU = 0.6
 STUDIES = {
     "heads": Study(
@@ -96,6 +106,24 @@ STUDIES = {
             ],
         },
         suppressed=("1 group", "one-to-many: 1 group of as many queries, 11 matches per object"),
+    ),
+    "mixtures": Study(
+        "What no paper has: auxiliary heads, groups, hybrid and denoising queries, alone and in pairs",
+        "compare_mixtures",
+        {
+            "one-to-one alone": _heads(),
+            "Co: ATSS": _heads("atss"),
+            "Co: Faster R-CNN, ATSS": CO,
+            "3 groups": [*_heads(), *GROUP],
+            "hybrid": [*_heads(), *HYBRID],
+            "denoising": [*_heads(), *DENOISING],
+            "Co + 3 groups": [*CO, *GROUP],
+            "Co + hybrid": [*CO, *HYBRID],
+            "Co + denoising": [*CO, *DENOISING],
+            "3 groups + hybrid": [*_heads(), *GROUP, *HYBRID],
+            "3 groups + denoising": [*_heads(), *GROUP, *DENOISING],
+            "hybrid + denoising": [*_heads(), *HYBRID, *DENOISING],
+        },
     ),
 }
 

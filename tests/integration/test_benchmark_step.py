@@ -1,8 +1,6 @@
 """`codetr benchmark step`: its parts add up to the whole, each gets its own, and the command writes what it says."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import forked
 from codetr import application
 from codetr.benchmark import parts
 from codetr.benchmark.commands import step as command
@@ -108,13 +107,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     arguments = [*SMALL, *ARGUMENTS, "against=[reference]", f"out={tmp_path / 'new'}"]
-    process = subprocess.run(
-        [sys.executable, "-m", "codetr", "benchmark", "step", *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = forked.run("codetr", "benchmark", "step", *arguments, cwd=tmp_path, env=environment())
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "new.json").read_text())
     assert set(result["times"]) == {"training step", "inference"}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import codetr
+import forked
 from toy import data_overrides, environment, make_coco
 
 BUNDLE = "co_dino_5scale_swin"
@@ -35,12 +35,11 @@ SMALL = [
 CONFIG = ["config=co_dino_5scale_swin_large_1x_coco", "overrides=[" + ",".join(f"'{value}'" for value in SMALL) + "]"]
 
 
-def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"codetr.{module}", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+def run(folder: Path, module: str, *arguments: str) -> CompletedProcess[str]:
+    return forked.run(f"codetr.{module}", *arguments, cwd=folder, env=environment())
 
 
-def convert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def convert(folder: Path, *arguments: str) -> CompletedProcess[str]:
     return run(folder, "convert", *arguments)
 
 

@@ -2,15 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torchvision.ops import box_convert, box_iou
 
+import forked
 from codetr.application import compose
 from codetr.errors import UserError
 from codetr.eval import evaluate
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 NUMBERS = ("map", "map_50", "map_75", "mar_1", "mar_100")
 
 
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "codetr.eval", "trainer=cpu", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def run(folder: Path, *overrides: str) -> CompletedProcess[str]:
+    return forked.run("codetr.eval", "trainer=cpu", *overrides, cwd=folder, env={**os.environ, "COLUMNS": "100"})
 
 
 def numbers(folder: Path) -> dict:

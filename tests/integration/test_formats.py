@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from codetr.data.__main__ import run
 from codetr.shapes import PRESETS, generate
 from toy import data_overrides, environment, overrides
@@ -39,9 +38,8 @@ def custom(root: Path) -> list[str]:
 def trained(folder: Path, *data: str) -> list[dict[str, float]]:
     """Everything that is logged, step by step."""
     toy = [o for o in overrides(folder) if o not in data_overrides(folder)]
-    command = [sys.executable, "-m", "codetr.train", *toy, *data, "augment@data=small", "data.num_workers=0"]
-    command += ["data.batch_size=4", "trainer.max_epochs=2", f"run_dir={folder}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    own = ["augment@data=small", "data.num_workers=0", "data.batch_size=4", "trainer.max_epochs=2"]
+    done = forked.run("codetr.train", *toy, *data, *own, f"run_dir={folder}", cwd=folder, env=environment())
     assert done.returncode == 0, done.stderr
     (log,) = folder.rglob("metrics.csv")
     with log.open() as file:

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import forked
 from codetr.application import compose
 from codetr.predict import predict
 from toy import CLASSES, environment, make_coco, overrides
@@ -24,8 +23,8 @@ def test_masks_from_training_to_predictions(tmp_path: Path) -> None:
     data = tmp_path / "data"
     make_coco(data, train=2, val=2)
     options = [option for option in overrides(data) if option != "~callbacks.report"]
-    command = [sys.executable, "-m", "codetr.train", *options, *MASK_HEAD, "trainer.max_epochs=1", "run_dir=run"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    given = [*options, *MASK_HEAD, "trainer.max_epochs=1", "run_dir=run"]
+    done = forked.run("codetr.train", *given, cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     (log,) = (tmp_path / "run").rglob("metrics.csv")
     with log.open() as file:

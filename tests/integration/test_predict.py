@@ -3,9 +3,8 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from omegaconf import open_dict
 from PIL import Image
 
+import forked
 from codetr.application import compose
 from codetr.errors import UserError
 from codetr.eval import evaluate
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from conftest import Trained
 
 
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "codetr.predict", "num_workers=0", "device=cpu", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def run(folder: Path, *overrides: str) -> CompletedProcess[str]:
+    return forked.run("codetr.predict", "num_workers=0", "device=cpu", *overrides, cwd=folder, env=os.environ)
 
 
 def test_files_in_annotated_pictures_and_results_out(trained: "Trained", tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import forked
 from codetr import application
 from codetr.data.commands.convert import main as convert
 from codetr.data.commands.tile import main as tile
@@ -203,7 +204,8 @@ def lines(section: str = OWN_DATA) -> list[str]:
 
 def script(given: list[str]) -> str:
     """The commands as their modules: the test of the wheel has the command itself."""
-    return "\n".join(["set -e", 'codetr() { python -m "codetr.$1" "${@:2}"; }', *given])
+    function = f'codetr() {{ {sys.executable} {forked.__file__} {forked.server()} "codetr.$1" "${{@:2}}"; }}'
+    return "\n".join(["set -e", function, *given])
 
 
 def bash(text: str, folder: Path) -> subprocess.CompletedProcess[str]:

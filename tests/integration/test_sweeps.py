@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import forked
 from codetr import application
 from toy import environment, make_coco, overrides
 
@@ -49,8 +48,7 @@ def sweep(data: Path, cwd: Path, *given: str) -> None:
         "hydra.sweep.dir=sweep",
         "-m",
     ]
-    command = [sys.executable, "-m", "codetr.train", *own, *given, *more]
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    done = forked.run("codetr.train", *own, *given, *more, cwd=cwd, env=environment())
     assert done.returncode == 0, done.stderr
 
 
