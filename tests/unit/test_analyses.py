@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from codetr.kernels.msda import msda_reference
+from hydra.utils import instantiate
 from scipy.stats import entropy
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from codetr.assign.hungarian import MatchingCost
 from codetr.errors import UserError
 from codetr.models.detector import Detector
 from codetr.types import MAIN, Frames, Memory, Output, Positives, Prediction, QueryGroup, Targets
-from toy_model import detector
+from toy_model import compose, detector
 
 THRESHOLDS = torch.linspace(0, 1, 11)
 CLASSES = ("a", "b", "c")
@@ -276,3 +277,18 @@ def test_any_group_can_be_kept() -> None:
     torch.testing.assert_close(made(images, padding).predictions[MAIN].boxes, together["group_3"].boxes)
     with pytest.raises(UserError, match="group=4: this detector has 3 groups of main queries"):
         made.keep_group(4)
+
+
+def test_without_losses_of_the_decoder_the_encoder_learns_from_the_head_alone() -> None:
+    """The ATSS curve of Co-DETR's figure 2: docs/analyses.md."""
+    alone = ("criterion.focal=0", "criterion.l1=0", "criterion.giou=0")
+    given = ("model/auxiliary_head=[atss]", "model.detector.collaborative=null")
+    made, images, padding, targets = looked_at(*given)
+    criterion = instantiate(compose(*given, *alone, "model.num_classes=3").criterion)
+    weights = list(made.encoder.parameters())
+    losses = criterion(made(images, padding, targets), targets)
+    of_head = [value for name, value in losses.items() if name.startswith("head_atss/")]
+    every = torch.autograd.grad(torch.stack(list(losses.values())).sum(), weights, retain_graph=True)
+    own = torch.autograd.grad(torch.stack(of_head).sum(), weights)
+    torch.testing.assert_close(every, own)
+    assert any(slope.abs().max() > 0 for slope in own)
