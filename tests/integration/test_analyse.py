@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "codetr": {"config": config, "class_names": list(CLASSES)},
             "global_step": step,
         }
-        for path in (f"snapshots/step_{step:08d}.ckpt", "checkpoints/best.ckpt"):
+        for path in (f"snapshots/step_{step:08d}.ckpt", f"checkpoints/{'last' if step == 4 else 'best'}.ckpt"):
             (folder / "toy_seed0" / path).parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, folder / "toy_seed0" / path)
     return folder / "toy_seed0"
@@ -195,5 +195,7 @@ def test_patterns_and_labels(run: Path) -> None:
     first, second = analyse.opened(application.compose("analyse", given))
     assert (first.name, first.label, len(first.kept)) == ("toy_seed0", "toy", 3)
     assert (second.final().step, len(second.kept)) == (4, 0)
-    first, second = analyse.opened(application.compose("analyse", [*given, "labels=[a,a]"]))
+    assert first.final().step == 2
+    first, second = analyse.opened(application.compose("analyse", [*given, "labels=[a,a]", "checkpoint=last"]))
     assert first.label == second.label == "a"
+    assert first.final().step == 4

@@ -177,6 +177,9 @@ OTHER = {
     "places",
     "content",
     "unused",
+    "of",
+    "foreground",
+    "checkpoint",
 }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from codetr.analyses.subject import Result, Snapshot, Subject, by_label
 from codetr.errors import UserError
 from codetr.names import plotted
 from codetr.nn.boxes import best_pairs
-from codetr.types import MAIN, Batch, Memory
+from codetr.types import MAIN, AuxiliaryHead, Batch, Memory
 
 DECODER = "decoder"
 
@@ -98,8 +98,8 @@ class Conflict:
         found = {DECODER: list(best_pairs(main, sizes, self.top)[0])}
         assert detector.adapter is not None, "heads have one"
         pyramid = detector.adapter(memory)
-        for name, head in detector.heads.items():
-            found[name] = [one.scores for one in head.detect(pyramid, sizes)]  # type: ignore[operator, union-attr]
+        for name, head in cast("Mapping[str, AuxiliaryHead]", detector.heads).items():
+            found[name] = [one.scores for one in head.detect(pyramid, sizes)]
         scores = {name: torch.cat([one[: self.top] for one in own]).logit(1e-6).sum() for name, own in found.items()}
         for name, score in scores.items():
             if not score.requires_grad:

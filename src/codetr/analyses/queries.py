@@ -14,9 +14,9 @@ those of Faster R-CNN are its sampled regions, the objects themselves among them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from codetr.analyses.matched import objects_of_queries, places
 from codetr.analyses.subject import Result, Snapshot, Subject, by_label
 from codetr.errors import UserError
 from codetr.nn.boxes import center_size
-from codetr.types import MAIN, Batch, Positives, Targets
+from codetr.types import MAIN, AuxiliaryHead, Batch, Positives, Targets
 
 COLOURS = {"faster_rcnn": "tab:blue", "atss": "tab:orange"}  # of figure 7a
 
@@ -100,7 +100,7 @@ class Queries:
         original = places(detector, output, MAIN)
         matched = objects_of_queries(output, MAIN, targets, snapshot.cost)
         examples = [_example(batch, i, original, matched) for i in _with_objects(targets)[: max(0, wanted)]]
-        for name, head in detector.heads.items():
+        for name, head in cast("Mapping[str, AuxiliaryHead]", detector.heads).items():
             positives = head(pyramid, targets).positives
             for i in range(len(matched)):
                 own, of = customised(positives, targets, i)
