@@ -13,7 +13,7 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from codetr.analyses.conflict import distances, distributions, divergences, grad_cam, mean_distance
-from codetr.analyses.discriminability import area, inside, iof_iob, score_map
+from codetr.analyses.discriminability import area, inside, iof_iob, score_map, spread
 from codetr.analyses.groups import matching_distances, perturbation_distance
 from codetr.analyses.instability import changed
 from codetr.analyses.matched import objects_of_queries
@@ -60,6 +60,11 @@ def test_shares_and_their_area_by_counting() -> None:
         assert (share, other) == (sum(inner) / len(inner), sum(outer) / len(outer))
     pairs = [float(a > b) for a in score[foreground] for b in score[~foreground]]
     assert area(iof, iob) == pytest.approx(np.mean(pairs))
+
+
+def test_points_of_a_curve_are_spread_over_iob() -> None:
+    iob = torch.tensor([1.0, 1.0, 0.99, 0.7, 0.69, 0.68, 0.3, 0.0, 0.0])
+    assert spread(iob, 5).tolist() == [0, 3, 6, 7]  # at most 1, 0.75, 0.5, 0.25, 0
 
 
 def test_every_level_counts_alike_and_the_padding_not_at_all() -> None:

@@ -157,7 +157,7 @@ def _matrices(subjects: Sequence[Subject], heads: Mapping[str, list[str]], matri
             axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small", color=ink)
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize="small")
         axis.set_yticks(range(len(names)), names, fontsize="small")
-        named(axis, subject.name, legend=False)
+        named(axis, subject.label, legend=False)
     return figure
 
 
@@ -171,7 +171,7 @@ def _means(means: dict[str, dict[str, float | int | None]]) -> Any:
 def _maps(examples: Mapping[str, list[tuple[np.ndarray, dict[str, Tensor]]]]) -> Any:
     """A row per label and image: the image, and where each head looks."""
     rows = [(label, *one) for label, own in examples.items() for one in own]
-    figure, axes = plots(len(rows), 1 + max(len(maps) for _, _, maps in rows), 2.4, 2.4)
+    figure, axes = plots(len(rows), 1 + max(len(maps) for _, _, maps in rows), 1.9, 1.9)
     for line, (label, image, maps) in zip(axes, rows, strict=True):
         for axis in line:
             axis.set_axis_off()

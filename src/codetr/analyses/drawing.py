@@ -57,6 +57,7 @@ def bars(axis: Any, heights: Heights, number: int = 0, of: int = 1, name: str | 
     """A bar per label with its spread. heights: see `by_label`. number, of: which one of so many bars per label. name:
     of this one."""
     places = np.arange(len(heights)) + (number - (of - 1) / 2) * 0.8 / of
-    means, spreads = ([one[key] or 0.0 for one in heights.values()] for key in ("mean", "spread"))
+    means, spreads = [[one[key] or 0.0 for one in heights.values()] for key in ("mean", "spread")]
     axis.bar(places, means, 0.8 / of, yerr=spreads, color=colour(number), capsize=3, label=name)
+    axis.set_ylim(0, max(1.4 * max(means), axis.get_ylim()[1]))  # room for a legend
     axis.set_xticks(range(len(heights)), [plotted(label) for label in heights], rotation=20, ha="right")

@@ -23,7 +23,7 @@ KEYS = ("map", "map_50", "map_75")
 @dataclass(frozen=True)
 class EveryGroup:
     def __call__(self, subjects: Sequence[Subject]) -> Result:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for subject in subjects:
             for number, (name, own) in enumerate(self._evaluated(subject).items(), 1):
                 rows.append({"run": subject.name, "label": subject.label, "group": number, "name": name, **own})

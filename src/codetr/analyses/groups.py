@@ -30,7 +30,8 @@ EXACT = "donot_use_mm_for_euclid_dist"  # of `torch.cdist`: nothing is as far fr
 @dataclass(frozen=True)
 class Groups:
     def __call__(self, subjects: Sequence[Subject]) -> Result:
-        rows, points = [], {}
+        rows: list[dict[str, Any]] = []
+        points: dict[str, Tensor] = {}
         for subject in subjects:
             for snapshot in subject.history():
                 where, pd, md = self._measured(snapshot, subject)

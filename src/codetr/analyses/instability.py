@@ -35,7 +35,8 @@ class Instability:
     layer: int
 
     def __call__(self, subjects: Sequence[Subject]) -> Result:
-        rows, means = [], []
+        rows: list[dict[str, Any]] = []
+        means: list[float] = []
         for subject in subjects:
             if len(subject.kept) < 2:
                 raise UserError(
@@ -53,7 +54,7 @@ class Instability:
 
     @torch.no_grad()
     def _matched(self, snapshot: Snapshot, subject: Subject) -> list[Tensor]:
-        found = []
+        found: list[Tensor] = []
         for batch in subject.batches():
             output = snapshot.detector(batch.images, batch.padding)
             found += objects_of_queries(output, MAIN, batch.targets, snapshot.cost, self.layer).cpu()

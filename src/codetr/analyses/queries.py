@@ -72,7 +72,8 @@ class Queries:
     examples: int
 
     def __call__(self, subjects: Sequence[Subject]) -> Result:
-        rows, examples = [], {}
+        rows: list[dict[str, Any]] = []
+        examples: dict[str, list[Example]] = {}
         for subject in subjects:
             snapshot = subject.final()
             if not snapshot.detector.heads:
@@ -166,7 +167,7 @@ def _colour(name: str, number: int) -> str:
 
 def _places(examples: dict[str, list[Example]]) -> Any:
     """Figure 7a: a row per label. Red: the original positive."""
-    figure, axes = plots(len(examples), max(1, *(len(own) for own in examples.values())), 2.8, 3.0)
+    figure, axes = plots(len(examples), max(1, *(len(own) for own in examples.values())), 2.3, 2.5)
     for line, (label, own) in zip(axes, examples.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
