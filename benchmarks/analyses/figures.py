@@ -126,7 +126,7 @@ def main() -> None:
         numbers = json.loads(target.with_name(f"{name}.json").read_text())
         rows = rows_of(numbers, figure)
         titles = ["variant", *(["head"] if len(rows[0]) > len(figure.columns) + 2 else []), *figure.columns.values()]
-        about = f"{options.images} validation images; `make figures STUDY={options.study}`."
+        about = f"`python -m benchmarks analyses/figures --study {options.study} --images {options.images}`."
         report.write(name, f"{report.table([*titles, 'seeds'], rows)}\n\n{about}")
 
 

@@ -58,5 +58,6 @@ def _picture(subjects: Sequence[Subject], rows: Sequence[dict[str, Any]]) -> Any
         groups, maps = [row["group"] for row in own], [row["map"] for row in own]
         axes[0, 0].plot(groups, maps, label=subject.label if first else None, **style)
     axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_xticks(sorted({row["group"] for row in rows}))
     named(axes[0, 0], "every group alone", "group", "mAP")
     return figure
