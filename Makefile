@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-shapes serve studies compare-heads compare-kinds compare-parts compare-groups compare-mixtures parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
+.PHONY: help install demo demo-shapes serve studies compare-heads compare-kinds compare-parts compare-groups compare-mixtures figures parity test test-all check format modes accumulation chaos soak bench gpu tune links measure export-matrix readme wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ compare-mixtures: ## What no paper has: heads, groups, hybrid and denoising quer
 
 compare-heads compare-kinds compare-parts compare-groups compare-mixtures: install
 	$(BIN)/python -m benchmarks training/compare $(@:compare-%=%)
+
+STUDY ?= heads
+figures: install ## The papers' figures, from the checkpoints of a study: STUDY=groups (docs/analyses.md)
+	$(BIN)/python -m benchmarks analyses/figures --study $(STUDY)
 
 parity: install ## Our models against the official code's recorded tensors, a line per stage: BUNDLES="dir ..."
 	$(BIN)/python tests/parity/check.py $(BUNDLES)

@@ -96,7 +96,6 @@ class TaskAlignedHead(nn.Module):
             "giou": (giou.where(found.positive, 0) * quality).sum() / total,
         }
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         logits, boxes = self.predict(pyramid)

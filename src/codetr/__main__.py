@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": "objects in images: pictures and predictions.json",
     "serve": "a detector behind HTTP, with a page for browsers",
     "export": "one file for ONNX Runtime, OpenVINO, TensorRT, Triton or PyTorch without codetr",
+    "analyse": "the papers' figures of your own runs: features, matching, heads, queries, groups",
     "report": "a page on what a run learned and where it fails, or on which of several runs is better",
     "data": "check, show and convert data sets",
     "convert": "official Co-DETR, transformers, timm and torchvision weights into ours, and back",

@@ -55,6 +55,7 @@ def _of_checkpoint(config: DictConfig, model: Model) -> Validation:
     from codetr.trust import build as build_part
 
     saved, build = model.config, partial(build_part, source=model.path)
+    model.detector.keep_group(config.group)
     kept = _with_enough(saved["postprocess"], config.metrics.max_detections)
     return DetectionTask(
         detector=model.detector,
@@ -75,8 +76,8 @@ def _of_exported(config: DictConfig, model: Exported) -> Validation:
 
     from codetr.validation import Validated
 
-    for key in ("postprocess", "evaluate_heads"):
-        if config.get(key):
+    for key, plain in {"postprocess": None, "evaluate_heads": False, "group": 1}.items():
+        if config.get(key, plain) != plain:
             raise UserError(f"{key}: {model.path} is an exported file, whose graph is what it is; give its checkpoint")
     counted, kept = config.metrics.max_detections, model.about.max_detections
     if kept < counted:

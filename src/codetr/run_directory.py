@@ -18,7 +18,7 @@ from codetr.files import atomically
 LAST = Path("checkpoints") / "last.ckpt"
 GENERATIONS = "checkpoints/last*.ckpt"  # and those before it: any of them is enough to go on
 SAVED_CONFIG = Path(".hydra") / "config.yaml"
-OWN = ("checkpoints", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
+OWN = ("checkpoints", "snapshots", "tensorboard", "csv", ".hydra")  # what `overwrite=true` deletes of a run
 _NOW = re.compile(r"\$\{now:[^}]*\}")
 
 

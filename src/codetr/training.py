@@ -156,8 +156,8 @@ def _with_best(config: DictConfig, trainer: Trainer, task: DetectionTask, data: 
     from codetr.callbacks.resume import Checkpoints
     from codetr.checkpoint import load_weights
 
-    saved, folder = trainer.checkpoint_callback, Path(config.run_dir)
-    best = saved.best_model_path if isinstance(saved, Checkpoints) else ""
+    saved, folder = [own for own in trainer.checkpoint_callbacks if isinstance(own, Checkpoints)], Path(config.run_dir)
+    best = saved[0].best_model_path if saved else ""
     if not best or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return Run(folder)
     task.load_detector(load_weights(best).weights)

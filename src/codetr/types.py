@@ -426,7 +426,8 @@ class Encoder(Protocol):
 class AuxiliaryHead(Protocol):
     """A head with one-to-many assignment on the pyramid.
 
-    detect: what it finds on its own, in network pixels; sizes: [B, 2] (height, width) of the images, as in `Frames`.
+    detect: what it finds on its own, best first, in network pixels; sizes: [B, 2] (height, width) of the images, as in
+        `Frames`. Whether its scores keep a gradient is the caller's choice.
     """
 
     def __call__(self, pyramid: Pyramid, targets: Targets) -> HeadOutput: ...

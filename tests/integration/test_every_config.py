@@ -43,6 +43,15 @@ ELSEWHERE = {
     "benchmark": "test_benchmark_step.py",
     "estimate": "test_estimate.py",
     "latency": "test_benchmark_latency.py",
+    "analyse": "test_analyse.py",
+    "figure/discriminability": "test_analyse.py",
+    "figure/instability": "test_analyse.py",
+    "figure/conflict": "test_analyse.py",
+    "figure/queries": "test_analyse.py",
+    "figure/groups": "test_analyse.py",
+    "figure/every_group": "test_analyse.py",
+    "callbacks/snapshots": "test_analyse.py",
+    "callbacks/instability": "test_analyse.py",
     "eval": "test_eval.py",
     "predict": "test_predict.py",
     "serve": "test_serve.py",
@@ -174,6 +183,9 @@ OTHER = {
     "places",
     "content",
     "unused",
+    "of",
+    "foreground",
+    "checkpoint",
 }
 
 

@@ -34,6 +34,7 @@ KNOWN = {
     "predict",
     "serve",
     "export",
+    "analyse",
     "report",
     "data",
     "convert",

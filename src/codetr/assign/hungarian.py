@@ -80,12 +80,13 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
     Costs of predictions that are not finite count as the highest: their losses are not finite, whatever they match.
     """
     return [
-        _targets_of(_matched_index(problem, targets, cost), targets, problem.class_agnostic) for problem in problems
+        _targets_of(matched_objects(problem, targets, cost), targets, problem.class_agnostic) for problem in problems
     ]
 
 
-def _matched_index(problem: Problem, targets: Targets, cost: MatchingCost) -> Tensor:
-    """[L, B, N]: the object that owns each query, -1 for none."""
+@torch.no_grad()
+def matched_objects(problem: Problem, targets: Targets, cost: MatchingCost) -> Tensor:
+    """The object that owns each query, among those of its image, -1 for none: [L, B, N]."""
     found = []
     for costs in _costs(problem, targets, cost):
         counts = targets.counts.repeat(len(costs))

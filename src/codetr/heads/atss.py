@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -69,7 +68,6 @@ class ATSSHead(nn.Module):
             "centerness": entropy.where(positive, 0).sum() / count,
         }
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is class probability times centerness."""
         dense = self.predictor(pyramid)

@@ -90,7 +90,6 @@ class FasterRCNNHead(nn.Module):
             "giou": giou.where(regions.positive, 0).sum() / count,
         }
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; a region may appear with several classes."""
         logits, deltas = self.rpn(pyramid)

@@ -110,7 +110,6 @@ class FCOSHead(nn.Module):
             "centerness": entropy.where(positive, 0).sum() / count,
         }
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is class probability times centerness."""
         dense = self.predict(pyramid)

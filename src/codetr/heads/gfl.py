@@ -88,7 +88,6 @@ class GFLHead(nn.Module):
         """[..., 4, bins] logits -> [..., 4] expected distances in strides."""
         return (distances.softmax(-1) * self.bins).sum(-1)
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         logits, distances = self.predict(pyramid)

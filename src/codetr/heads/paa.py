@@ -92,7 +92,6 @@ class PAAHead(nn.Module):
             "iou": entropy.where(positive, 0).sum() / count.clamp(min=1),
         }
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first; the score is the geometric mean of class probability and IoU."""
         dense = self.predictor(pyramid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from codetr.assign.max_iou import assign_max_iou
@@ -78,7 +77,6 @@ class RetinaNetHead(nn.Module):
             self.box_loss: error.where(positive, 0).sum() / count,
         }
 
-    @torch.no_grad()
     def detect(self, pyramid: Pyramid, sizes: Tensor) -> list[Detections]:
         """Boxes in network pixels, best first."""
         dense = self.predictor(pyramid)

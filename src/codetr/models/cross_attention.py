@@ -50,12 +50,7 @@ class ConditionalCrossAttention(nn.Module):
 
     def forward(self, content: Tensor, placement: Placement, reference: Tensor, memory: Memory) -> Tensor:
         """content: [B, N, C]; the placement must bring a location. Returns [B, N, C]."""
-        query, key = self.query(content), self.key(memory.tokens)
-        key_position = self.key_position(memory.position)
-        if placement.added is not None:
-            query, key = query + placement.added, key + key_position
-        query = torch.cat([self._heads(query), self._heads(self.query_location(placement.location))], -1)
-        key = torch.cat([self._heads(key), self._heads(key_position)], -1)
+        query, key = self.query_key(content, placement, memory)
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -64,6 +59,15 @@ class ConditionalCrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.output(out.transpose(1, 2).flatten(2))
+
+    def query_key(self, content: Tensor, placement: Placement, memory: Memory) -> tuple[Tensor, Tensor]:
+        """[B, H, N, 2 C / H] and [B, H, S, 2 C / H], from whose products the weights come."""
+        query, key = self.query(content), self.key(memory.tokens)
+        key_position = self.key_position(memory.position)
+        if placement.added is not None:
+            query, key = query + placement.added, key + key_position
+        query = torch.cat([self._heads(query), self._heads(self.query_location(placement.location))], -1)
+        return query, torch.cat([self._heads(key), self._heads(key_position)], -1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, n, C] -> [B, H, n, C / H]."""

@@ -129,14 +129,15 @@ class Decoder(nn.Module):
         return torch.cat(positions, 1) if positions else None
 
     def _references(self, groups: dict[str, QueryGroup]) -> Tensor:
-        references = {name: self._reference(name, group) for name, group in groups.items()}
+        references = {name: self.reference(name, group) for name, group in groups.items()}
         size = references[MAIN].shape[-1]
         for name, reference in references.items():
             if reference.shape[-1] < size:
                 raise ValueError(f"query group {name!r} refers to points, but the main group to boxes")
         return torch.cat([reference[..., :size] for reference in references.values()], 1)
 
-    def _reference(self, name: str, group: QueryGroup) -> Tensor:
+    def reference(self, name: str, group: QueryGroup) -> Tensor:
+        """Where the queries of a group start, points or boxes: [B, N, 2 or 4]. name: of the group, for messages."""
         if group.reference is not None:
             return group.reference
         if self.reference_head is None or group.position is None:

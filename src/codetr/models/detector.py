@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -32,6 +33,7 @@ from codetr.types import (
 )
 
 Adapter = Callable[[Memory], Pyramid]
+_REPLICA = re.compile(r"group_\d+")  # what `build_detector` calls the further groups of main queries
 
 
 class Detector(nn.Module):
@@ -116,6 +118,29 @@ class Detector(nn.Module):
         for name, source in self.queries.items():
             if name == MAIN or context.targets is not None:
                 context.groups[name] = source(context)
+
+    def decode(self, memory: Memory) -> dict[str, Prediction]:
+        """What inference predicts from a memory: of the main group alone, by its name."""
+        context = QueryContext(memory)
+        self._ask_sources(context)
+        return self.decoder(context.groups, memory)
+
+    @property
+    def main_groups(self) -> list[str]:
+        """Names of the groups of main queries (Group DETR), the one that inference keeps first."""
+        return [name for name in self.queries if name == MAIN or _REPLICA.fullmatch(name)]
+
+    def keep_group(self, number: int) -> None:
+        """Let inference keep another one of the groups of main queries (Group DETR, footnote 2).
+
+        number: from 1, the one that it keeps already. The two change places. Raises UserError where there is no such
+        group.
+        """
+        names = self.main_groups
+        if not 1 <= number <= len(names):
+            raise UserError(f"group={number}: this detector has {len(names)} groups of main queries")
+        name = names[number - 1]
+        self.queries[MAIN], self.queries[name] = self.queries[name], self.queries[MAIN]
 
     def detect(self, images: Tensor, padding: Tensor) -> Prediction:
         """The last layer's predictions of the main group: logits [B, N, K], boxes [B, N, 4]."""

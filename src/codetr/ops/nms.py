@@ -17,7 +17,7 @@ def best_after_nms(
     (index [B, min(count, N)], best first, kept [B, min(count, N)]); places beyond an image's survivors are not kept.
     """
     # A box without area suppresses nothing. Dropping it instead would make the host wait for the number that is left.
-    boxes = boxes.float().where(valid[..., None], 0)
-    kept = survivors(boxes, scores.float(), groups, iou) & valid
+    boxes = boxes.detach().float().where(valid[..., None], 0)
+    kept = survivors(boxes, scores.detach().float(), groups, iou) & valid
     index = largest(scores.masked_fill(~kept, -torch.inf), count)
     return index, kept.gather(1, index)
