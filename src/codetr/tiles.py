@@ -103,9 +103,9 @@ class Tiles:
         return Detections(scores[left], labels[left], boxes[left])
 
 
-def refuse_masks(tiles: Tiles | None, mask_head: object | None) -> None:
-    """Raises UserError for tiles with a mask head."""
-    if tiles is not None and mask_head is not None:
+def refuse_masks(tiles: Tiles | None, masks: object | None) -> None:
+    """masks: what finds some, None where nothing does. Raises UserError for tiles with masks."""
+    if tiles is not None and masks is not None:
         raise UserError("tiles: masks are not put together from tiles; detect in whole images, tiles=null")
 
 

@@ -47,7 +47,7 @@ class Model(Face):
 
     @property
     def finds_masks(self) -> bool:
-        return self.detector.mask_head is not None
+        return self.detector.finds_masks
 
     def to(self, device: str | torch.device) -> Model:
         """Move the detector, and return this model. device: as PyTorch names it, or "auto": a GPU if there is one.
@@ -69,7 +69,7 @@ class Model(Face):
         halved = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if halved else nullcontext():
             if self.tiles is not None:
-                refuse_masks(self.tiles, self.detector.mask_head)
+                refuse_masks(self.tiles, self.finds_masks or None)
                 every = self.tiles(lambda *tiles: {MAIN: self._found(*tiles)[0]}, batch.images, batch.frames.sizes)[
                     MAIN
                 ]
@@ -78,7 +78,8 @@ class Model(Face):
             found = [one.above(score_threshold) for one in every]
             if not self.finds_masks:
                 return batch.frames.to_files(found)
-            return with_masks(self.detector, memory, found, batch.frames)
+            in_files = with_masks(self.detector, memory, found, batch.frames)
+            return [one.above(score_threshold) for one in in_files]  # where masks change the scores
 
     def _found(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple[list[Detections], Memory]:
         output = self.detector(images, padding)
