@@ -43,12 +43,14 @@ def of_queries(detections: list[Detections], frames: Frames) -> list[Detections]
     within = (frames.file_sizes * frames.scale).round().long()  # a canvas may surround the image
     within = within.minimum(frames.sizes).clamp(min=1)
     return [
-        _in_file(found, tuple(size), tuple(file_size))
-        for found, size, file_size in zip(detections, within.tolist(), frames.file_sizes.tolist(), strict=True)
+        _in_file(found, (height, width), (file_height, file_width))
+        for found, (height, width), (file_height, file_width) in zip(
+            detections, within.tolist(), frames.file_sizes.tolist(), strict=True
+        )
     ]
 
 
-def _in_file(found: Detections, size: tuple[int, ...], file_size: tuple[int, ...]) -> Detections:
+def _in_file(found: Detections, size: tuple[int, int], file_size: tuple[int, int]) -> Detections:
     """size: (height, width) of the image in the network; file_size: in its file."""
     assert found.cells is not None
     at_once = max(1, PIXELS_PER_PASS // (8 * max(size[0] * size[1], file_size[0] * file_size[1])))
@@ -65,9 +67,9 @@ def _in_file(found: Detections, size: tuple[int, ...], file_size: tuple[int, ...
     return Detections(scores[order], found.labels[order], torch.cat(boxes)[order], ranked, scores[order])
 
 
-def _resized(cells: CellMasks, size: tuple[int, ...], file_size: tuple[int, ...]) -> Tensor:
+def _resized(cells: CellMasks, size: tuple[int, int], file_size: tuple[int, int]) -> Tensor:
     """[n, *file_size] logits; by way of the network's pixels, as the original does it."""
     height, width = (side * cells.stride for side in cells.logits.shape[1:])
-    whole = interpolate(cells.logits[None], (height, width), mode="bilinear", align_corners=False)
+    whole = interpolate(cells.logits[:, None], (height, width), mode="bilinear", align_corners=False)
     image = whole[..., : size[0], : size[1]]
-    return interpolate(image, tuple(file_size), mode="bilinear", align_corners=False)[0]
+    return interpolate(image, file_size, mode="bilinear", align_corners=False)[:, 0]

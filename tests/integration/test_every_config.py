@@ -53,6 +53,8 @@ ELSEWHERE = {
     "data/yolo": "test_formats.py",
     "metrics/lvis": "test_lvis.py",
     "callbacks/results": "test_results.py",
+    "criterion/masks": "test_mask2former_run.py",
+    "postprocess/masks": "test_mask2former_run.py",
     "tiles/overlapping": "test_tiles_run.py",
     "trainer/gpu": "modes.py",
     "trainer/ddp": "modes.py",

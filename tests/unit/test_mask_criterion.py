@@ -75,7 +75,7 @@ def test_pixels_of_objects_are_read_as_from_a_copy_of_floats() -> None:
     found = objects_at_points(goal.masks, objects, shares * torch.tensor([width, height]))
     chosen = torch.stack([own[index] for own, index in zip(goal.masks, objects, strict=True)]).float()
     expected = grid_sample(chosen.flatten(0, 1)[:, None], shares.flatten(0, 1)[:, None] * 2 - 1, align_corners=False)
-    torch.testing.assert_close(found, expected[:, 0, 0].view_as(found), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected[:, 0, 0].view_as(found), rtol=0, atol=1e-4)
 
 
 def test_costs_equal_their_definition() -> None:
@@ -191,18 +191,16 @@ def test_groups_at_once_are_groups_one_by_one() -> None:
         for (name, rule), p in zip(rules.items(), predictions.values(), strict=True)
     }
 
-    def losses(*names: str) -> dict[str, Tensor]:
-        """The cost draws its points once for all groups of one kind."""
-        parts: dict[str, Tensor] = {}
-        for kind in (("main", "group_2"), ("hybrid",)):
-            if own := [name for name in kind if name in names]:
-                torch.manual_seed(7)
-                parts |= criterion()(output(**{name: (groups[name], predictions[name]) for name in own}), goal)
-        return parts
+    def losses(*names: str, draws: int = 0) -> dict[str, Tensor]:
+        """draws: made before. The cost draws its points once for all groups of one kind."""
+        torch.manual_seed(7)
+        for _ in range(draws):
+            torch.rand(2, COST.num_points, 2)
+        return criterion()(output(**{name: (groups[name], predictions[name]) for name in names}), goal)
 
     together = losses("main", "group_2", "hybrid")
     for name in groups:
-        for key, value in losses(name).items():
+        for key, value in losses(name, draws=int(name == "hybrid")).items():
             torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
     assert together["main/0/mask"] != together["group_2/0/mask"]
 

@@ -47,16 +47,17 @@ class MaskCost:
         with x depends on both.
         """
         assert prediction.masks is not None
-        logits = prediction.masks.embeddings.float() @ found  # [l, B, N, P]
-        wanted = truth.transpose(1, 2)
+        layers, _, queries = prediction.logits.shape[:3]
+        own = prediction.masks.embeddings.float().transpose(0, 1).flatten(1, 2)  # images first: no copies of `found`
+        logits, wanted = own @ found, truth.transpose(1, 2)
         entropy = (softplus(logits).sum(-1, keepdim=True) - logits @ wanted) / self.num_points
         inside = logits.sigmoid()
         both = inside.sum(-1, keepdim=True) + truth.sum(-1)[:, None]
         dice = 1 - (2 * (inside @ wanted) + 1) / (both + 1)
+        masks = (self.mask_weight * entropy + self.dice_weight * dice).unflatten(1, (layers, queries)).transpose(0, 1)
         columns = labels[None, :, None].expand(*prediction.logits.shape[:3], -1)
         classes = prediction.logits.float().softmax(-1).gather(-1, columns)
-        cost = self.mask_weight * entropy + self.dice_weight * dice - self.class_weight * classes
-        return cost.transpose(-1, -2).contiguous()
+        return (masks - self.class_weight * classes).transpose(-1, -2).contiguous()
 
 
 def truth_at(points: Tensor, maps: Tensor, stride: int, targets: Targets) -> Tensor:

@@ -45,6 +45,7 @@ def settings(weights: Weights) -> dict[str, object]:
         "model.detector.encoder.ffn_width": rows("encoder.layers.0.ffn.linear1.weight"),
         "model.detector.encoder.num_layers": recognise.count(own, r"encoder\.layers\.(\d+)\."),
         "model.detector.encoder.mask_width": rows("encoder.pixels.bias"),
+        "model.detector.decoder.mask_width": rows("encoder.pixels.bias"),
         "model.detector.decoder.num_layers": recognise.count(own, r"decoder\.layers\.(\d+)\."),
         "model.detector.main.num_queries": rows("queries.main.position.weight"),
     }
