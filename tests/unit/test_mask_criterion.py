@@ -78,6 +78,7 @@ def test_pixels_of_objects_are_read_as_from_a_copy_of_floats() -> None:
     torch.testing.assert_close(found, expected[:, 0, 0].view_as(found), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
 def test_costs_equal_their_definition() -> None:
     goal, p = targets(3, 1), prediction(2)
     torch.manual_seed(7)
@@ -109,6 +110,7 @@ def test_matching_is_optimal() -> None:
         assert got == pytest.approx(min(float(cost[layer, 0, 0, a] + cost[layer, 0, 1, b]) for a, b in pairs))
 
 
+@torch.no_grad()
 def test_losses_written_out() -> None:
     """Of known targets, query by query; empty places count for nothing."""
     goal, p = targets(3, 1), prediction(2)
@@ -137,14 +139,14 @@ def test_losses_written_out() -> None:
         assert float(losses[f"atss/{layer}/dice"]) == pytest.approx(0.5 * 3 * dices / positives, rel=1e-4)
 
 
+@torch.no_grad()
 def test_the_loss_at_random_points_is_that_of_the_whole_mask_in_the_mean() -> None:
     goal, p = targets(2, 1), prediction(2)
     known = Known(goal.labels[:, :1].expand(-1, QUERIES), torch.zeros(2, QUERIES, 4), torch.zeros(2, QUERIES).long())
     given = output(main=(group(known), p))
     whole = criterion()(given, goal)["main/0/mask"]
     anywhere = criterion(UncertainPoints(count=200, oversample=1.0, share=0.0))
-    with torch.no_grad():
-        drawn = torch.stack([anywhere(given, goal)["main/0/mask"] for _ in range(60)])
+    drawn = torch.stack([anywhere(given, goal)["main/0/mask"] for _ in range(60)])
     assert abs(float(drawn.mean() - whole)) < 4 * float(drawn.std() / 60**0.5)
 
 

@@ -160,7 +160,9 @@ def _images(config: DictConfig) -> str:
     train, test = config.data.train_transform, config.data.val_transform
     if "canvas" in train:
         paste = ", copy-paste" if config.data.get("copy_paste") else ""
-        return f"large-scale jitter on {train.canvas} pixels{paste}; evaluated at {test.get('canvas', test.get('size'))}"
+        return (
+            f"large-scale jitter on {train.canvas} pixels{paste}; evaluated at {test.get('canvas', test.get('size'))}"
+        )
     short = train.short_sides
     return f"short side {short[0]} to {short[-1]}, long at most {train.long_side}; evaluated at {test.size}"
 
