@@ -3,6 +3,7 @@
 Weights are random, and come to ours as the command converts what the library saves.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.models.resnet.configuration_resnet import ResNetConfig
 from transformers.models.swin.configuration_swin import SwinConfig
 
 from codetr import application
-from codetr.convert import huggingface
+from codetr.convert import huggingface, weights
 from codetr.mask_criterion import MaskCriterion
 from codetr.models.detector import Detector
 from codetr.types import Frames, Known, Output, Prediction, QueryContext, Targets
@@ -123,6 +124,16 @@ def test_classes_and_masks_of_every_layer(models: Models) -> None:
         close(masks, their_masks)
     assert (dense(found)[-1] > 0).float().mean() > 0.05  # some cells are inside, some are not
     assert (dense(found)[-1] < 0).float().mean() > 0.05
+
+
+def test_the_way_back(models: Models) -> None:
+    """To the very tensors that the library saves, but for what it computes on its own."""
+    saved = revert_weight_conversion(models.theirs, models.theirs.state_dict())
+    back, report = weights.to_official(models.ours.state_dict(), models.ours)
+    report.require_fit("ours")
+    left_out = re.compile(r"criterion\.|num_batches_tracked|swin\.layernorm")
+    assert back.keys() == {name for name in saved if not left_out.search(name)}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in back.items())
 
 
 class Theirs:

@@ -66,6 +66,19 @@ def cut(weights: Weights) -> Weights:
     return {name: _finest_first(name, tensor) for name, tensor in out.items()}
 
 
+def join(weights: Weights) -> Weights:
+    """The opposite of `cut`."""
+    out = {name: _finest_first(name, tensor) for name, tensor in weights.items()}  # to turn around twice is nothing
+    for parts, whole in _JOINED.items():
+        for name in [name for name in out if f".{whole}." in name]:
+            for part, tensor in zip(parts, out.pop(name).chunk(len(parts)), strict=True):
+                out[name.replace(f".{whole}.", f".{part}.")] = tensor
+    for name in [name for name in out if ".cross_attn.query." in name]:
+        names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        out[name.replace(".query.", ".in_proj_")] = torch.cat([out.pop(part) for part in names])
+    return out
+
+
 def _finest_first(name: str, tensor: Tensor) -> Tensor:
     if name.endswith(("level_embed", "level_embed.weight")):
         return tensor.flip(0)
