@@ -130,4 +130,6 @@ class MaskPostProcess:
         logits = (queries @ pixels.maps.float().flatten(2)).unflatten(2, pixels.maps.shape[2:])
         boxes = tight_boxes((logits > 0).flatten(0, 1).to(torch.uint8)).unflatten(0, index.shape) * pixels.stride
         parts = zip(scores, index % num_classes, clip(boxes, sizes), logits, strict=True)
-        return [Detections(*best, cells=CellMasks(masks, pixels.stride)) for *best, masks in parts]
+        return [
+            Detections(score, label, box, cells=CellMasks(masks, pixels.stride)) for score, label, box, masks in parts
+        ]

@@ -248,10 +248,10 @@ class Prediction:
 
     def split(self, sizes: Sequence[int] | int, dim: int) -> list[Prediction]:
         """Parts of these sizes along layers (0) or queries (2)."""
-        logits, boxes = self.logits.split(sizes, dim), self.boxes.split(sizes, dim)  # type: ignore[arg-type]
+        logits, boxes = self.logits.split(sizes, dim), self.boxes.split(sizes, dim)
         if self.masks is None:
             return [Prediction(*part) for part in zip(logits, boxes, strict=True)]
-        masks = [QueryMasks(e, self.masks.pixels) for e in self.masks.embeddings.split(sizes, dim)]  # type: ignore[arg-type]
+        masks = [QueryMasks(e, self.masks.pixels) for e in self.masks.embeddings.split(sizes, dim)]
         return [Prediction(*part) for part in zip(logits, boxes, masks, strict=True)]
 
     @staticmethod

@@ -258,7 +258,7 @@ def test_losses_and_gradients(models: Models, counts: tuple[int, ...]) -> None:
     idle = []
     for name, parameter in models.ours.named_parameters():
         largest = float(gradients[name].abs().max())
-        close(_gradient(parameter), gradients[name], 10 * max(largest, 1.0))
+        close(_gradient(parameter), gradients[name], 100 * max(largest, 1.0))  # 1e-3: pairs of norms nearly cancel
         idle += [name] if largest < 1e-6 else []
     assert all(name.endswith("key.bias") for name in idle), idle
 
