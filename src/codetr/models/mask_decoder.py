@@ -66,7 +66,9 @@ class _MaskCourse:
 
     def prediction(self) -> Prediction:
         logits, embeddings = torch.stack(self.logits), torch.stack(self.embeddings)
-        return Prediction(logits, logits.new_empty(*logits.shape[:-1], 0), QueryMasks(embeddings, self.pixels))
+        dtype = torch.promote_types(logits.dtype, torch.float32)  # as boxes have
+        none = logits.new_empty(*logits.shape[:-1], 0, dtype=dtype)
+        return Prediction(logits, none, QueryMasks(embeddings, self.pixels))
 
     def _predict(self, content: Tensor) -> Tensor:
         output = self.decoder.norm(content)
