@@ -30,6 +30,7 @@ EXPECTED = {
     "co_deformable_r50_12e": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn"}),
     "deformable_pp_r50_12e": ([], {"main"}),
     "demo": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn", "denoising"}),
+    "mask2former_r50": ([], {"main"}),
     "trees": (["atss", "faster_rcnn"], {"main", "atss", "faster_rcnn", "denoising"}),
 }
 

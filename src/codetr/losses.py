@@ -34,6 +34,13 @@ def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     return 1 - (intersection / (union + EPS) - (hull - union) / (hull + EPS))
 
 
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 - the Dice coefficient of masks at points, with 1 added above and below (Milletari et al. 2016, V-Net):
+    [..., P], [..., P] in 0..1 -> [...]."""
+    found = logits.sigmoid()
+    return 1 - (2 * (found * targets).sum(-1) + 1) / (found.sum(-1) + targets.sum(-1) + 1)
+
+
 class ClassLoss(Protocol):
     def __call__(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor: ...
 

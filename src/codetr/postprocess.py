@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from codetr.nn.boxes import best_pairs
+from codetr.nn.boxes import best_pairs, clip, tight_boxes
+from codetr.ops.gather import take
 from codetr.ops.nms import best_after_nms
-from codetr.types import Detections, Prediction
+from codetr.types import CellMasks, Detections, Prediction
 
 
 class Suppression(Protocol):
@@ -73,6 +74,8 @@ class PostProcess:
     suppression: applied to as many pairs as there are queries; None: none, as one-to-one matching promises.
     """
 
+    of_masks = False
+
     def __init__(self, max_detections: int, suppression: Suppression | None) -> None:
         self.max_detections, self.suppression = max_detections, suppression
 
@@ -102,3 +105,31 @@ class PostProcess:
             return [(one, torch.arange(len(one), device=one.device)) for one in scores]
         scores, index, kept = self.suppression(boxes, scores, labels, self.max_detections)
         return [(score[k], i[k]) for score, i, k in zip(scores, index, kept, strict=True)]
+
+
+class MaskPostProcess:
+    """The `max_detections` best (query, class) pairs of an image with the masks of their queries, for decoders that
+    predict masks (Mask2Former); a query may appear with several classes.
+
+    How sure a mask is joins the score where the mask gets the pixels of the file, in `codetr.instances`.
+    """
+
+    of_masks = True
+
+    def __init__(self, max_detections: int) -> None:
+        self.max_detections = max_detections
+
+    def __call__(self, prediction: Prediction, sizes: Tensor) -> list[Detections]:
+        """prediction: one layer, [B, N, ...]. sizes: [B, 2] (height, width) of the images in the network."""
+        assert prediction.masks is not None, "DetectionTask compares it with the detector"
+        pixels = prediction.masks.pixels
+        scores = prediction.logits.float().softmax(-1)[..., :-1]
+        num_classes = scores.shape[-1]
+        scores, index = scores.flatten(1).topk(min(self.max_detections, scores[0].numel()), dim=1)
+        queries = take(prediction.masks.embeddings.float(), index // num_classes)
+        logits = (queries @ pixels.maps.float().flatten(2)).unflatten(2, pixels.maps.shape[2:])
+        boxes = tight_boxes((logits > 0).flatten(0, 1).to(torch.uint8)).unflatten(0, index.shape) * pixels.stride
+        parts = zip(scores, index % num_classes, clip(boxes, sizes), logits, strict=True)
+        return [
+            Detections(score, label, box, cells=CellMasks(masks, pixels.stride)) for score, label, box, masks in parts
+        ]

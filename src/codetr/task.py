@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from codetr import resume
-from codetr.criterion import Criterion
+from codetr.criterion import GroupCriterion
 from codetr.errors import UserError
 from codetr.evaluation.mean_ap import MeanAveragePrecision
 from codetr.instances import with_masks
 from codetr.models.detector import Detector
 from codetr.ops.normaliser import measure, normalised_by
 from codetr.optim import Schedule, set_again, settings_of
-from codetr.postprocess import PostProcess
+from codetr.postprocess import MaskPostProcess, PostProcess
 from codetr.trainer import fused_optimizer
 from codetr.types import MAIN, Batch, Seen, Targets
 from codetr.validation import Validation
@@ -29,22 +29,23 @@ class DetectionTask(Validation):
     """Trains and evaluates `detector`.
 
     metrics: (iou_type="bbox" or "segm") -> metric. The task's `metrics` are a dict of them, by the names under which
-    their numbers are logged: "val", of boxes; "val/segm", of masks, with a mask head and where the validation set has
+    their numbers are logged: "val", of boxes; "val/segm", of masks, where the detector finds and the validation set has
     masks (`data.val_masks`); "val/branch/<head>", with `evaluate_heads`, of every auxiliary head on its own, with its
     suppression (Co-DETR, table 11). optimizer: (module, fused) -> optimizer. settings: what a checkpoint says about its
     model: plain containers. normalise_over_step: where gradients of several batches are accumulated, losses are divided
     by what all of them hold together, for which each is first run without gradients; False: each by what it holds.
     compile: the backend of `torch.compile` for the losses of a step; None: as they are. Validation stays as it is.
     views: by which validation images are looked at, see `codetr.views`; none: as they come in batches.
-    Raises UserError where fewer detections of an image are kept than `metrics` counts.
+    Raises UserError where fewer detections of an image are kept than `metrics` counts, and for losses or detections
+    that are not of what the detector predicts.
     Losses go to the loggers every `log_every_n_steps` steps of the trainer, in one device-to-host copy.
     """
 
     def __init__(
         self,
         detector: Detector,
-        criterion: Criterion,
-        postprocess: PostProcess,
+        criterion: GroupCriterion,
+        postprocess: PostProcess | MaskPostProcess,
         metrics: Callable[..., MeanAveragePrecision],
         evaluate_heads: bool,
         optimizer: Callable[..., torch.optim.Optimizer],
@@ -55,7 +56,8 @@ class DetectionTask(Validation):
         views: Sequence[Views] = (),
     ) -> None:
         super().__init__({"val": metrics()}, views)
-        if detector.mask_head is not None:
+        require_alike(detector, criterion, postprocess)
+        if detector.finds_masks:
             self.metrics["val/segm"] = metrics(iou_type="segm")
         if evaluate_heads:
             self.metrics |= {f"val/branch/{name}": metrics() for name in detector.heads}
@@ -178,7 +180,7 @@ class DetectionTask(Validation):
             by_head = self.detector.detect_with_heads(output.memory, frames.sizes)
             found |= {f"val/branch/{name}": own for name, own in by_head.items()}
         in_files = {name: frames.to_files(own) for name, own in found.items()}
-        if masks:
+        if masks or self.detector.decoder.predicts_masks:
             in_files["val"] = with_masks(self.detector, output.memory, found["val"], frames)
         return [dict(zip(in_files, one, strict=True)) for one in zip(*in_files.values(), strict=True)]
 
@@ -199,7 +201,20 @@ def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return torch.compile(function, backend=backend, options=options)
 
 
-def require_enough(postprocess: PostProcess, counted: int, evaluated: Detector | None) -> None:
+def require_alike(detector: Detector, criterion: object, postprocess: object) -> None:
+    """Raises UserError for losses or detections of boxes where masks are predicted, or of masks where boxes are."""
+    masks = detector.decoder.predicts_masks
+    for key, part in (("criterion", criterion), ("postprocess", postprocess)):
+        if getattr(part, "of_masks", False) != masks:
+            fitting = "masks" if masks else "focal" if key == "criterion" else "top_k"
+            predicted = "masks" if masks else "boxes"
+            raise UserError(
+                f"{key}: {type(part).__name__} does not take the {predicted} that "
+                f"model.detector.decoder predicts; choose {key}={fitting}"
+            )
+
+
+def require_enough(postprocess: PostProcess | MaskPostProcess, counted: int, evaluated: Detector | None) -> None:
     """counted: detections of an image that metrics count. evaluated: the detector whose heads are, too. What a part of
     another package keeps, it may not tell."""
     kept = {"postprocess": getattr(postprocess, "max_detections", None)}

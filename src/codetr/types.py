@@ -10,7 +10,7 @@ the network input wherever a name ends in `_xyxy`. Masks named `padding` are Tru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
@@ -150,12 +150,26 @@ class Seen:
 
 
 @dataclass
+class Pixels:
+    """Embeddings of the cells of the images: the product of a query's with a cell's is the logit of the query's mask.
+
+    maps: [B, E, h, w], right and below of the images too. stride: network pixels per cell. tokens: [B, S, E], the same
+    at the places of the memory's tokens, without gradient.
+    """
+
+    maps: Tensor
+    stride: int
+    tokens: Tensor
+
+
+@dataclass
 class Memory:
     """The encoder's output, or its input: all levels flattened, finest first.
 
     tokens: [B, S, C]. position: [B, S, C]. padding: [B, S], right and below on each level. spatial_shapes: (height,
     width) per level, plain integers. valid_sizes: [B, L, 2] int32 (height, width) of the part of each level that is
-    not padding. valid_ratios: [B, L, 2] (width, height), its share of the level.
+    not padding. valid_ratios: [B, L, 2] (width, height), its share of the level. pixels: what masks are made of, None
+    where none are predicted.
     """
 
     tokens: Tensor
@@ -164,6 +178,7 @@ class Memory:
     spatial_shapes: Shapes
     valid_sizes: Tensor
     valid_ratios: Tensor
+    pixels: Pixels | None = None
 
     def levels(self) -> list[Tensor]:
         """The tokens as feature maps: [B, C, H_l, W_l] per level."""
@@ -201,16 +216,58 @@ class Pyramid:
 
 
 @dataclass
+class QueryMasks:
+    """Masks of queries, as factors: a mask for every query and cell would be the largest tensor by far.
+
+    embeddings: [..., N, E]. pixels: of the images, shared by all queries.
+    """
+
+    embeddings: Tensor
+    pixels: Pixels
+
+
+@dataclass
 class Prediction:
-    """logits: [..., N, K] before the sigmoid. boxes: [..., N, 4] normalised cxcywh."""
+    """Of queries in stacked layers, [L, B, N, ...], or in one, [B, N, ...].
+
+    logits: [..., N, K] before the sigmoid; beside masks [..., N, K + 1] before the softmax, "no object" last. boxes:
+    [..., N, 4] normalised cxcywh; beside masks [..., N, 0], none. masks: where they are what is predicted.
+    """
 
     logits: Tensor
     boxes: Tensor
+    masks: QueryMasks | None = None
 
     @property
     def last(self) -> Prediction:
         """That of the last of the stacked layers."""
-        return Prediction(self.logits[-1], self.boxes[-1])
+        return self._map(lambda part: part[-1])
+
+    @property
+    def stacked(self) -> Prediction:
+        """One layer as the only one of a stack."""
+        return self._map(lambda part: part[None])
+
+    def split(self, sizes: Sequence[int] | int, dim: int) -> list[Prediction]:
+        """Parts of these sizes along layers (0) or queries (2)."""
+        logits, boxes = self.logits.split(sizes, dim), self.boxes.split(sizes, dim)
+        if self.masks is None:
+            return [Prediction(*part) for part in zip(logits, boxes, strict=True)]
+        masks = [QueryMasks(e, self.masks.pixels) for e in self.masks.embeddings.split(sizes, dim)]
+        return [Prediction(*part) for part in zip(logits, boxes, masks, strict=True)]
+
+    @staticmethod
+    def joined(parts: Sequence[Prediction], dim: int) -> Prediction:
+        """The opposite of `split`, of predictions on the same images."""
+        logits, boxes = torch.cat([part.logits for part in parts], dim), torch.cat([part.boxes for part in parts], dim)
+        masks = [part.masks for part in parts if part.masks is not None]
+        if not masks:
+            return Prediction(logits, boxes)
+        return Prediction(logits, boxes, QueryMasks(torch.cat([m.embeddings for m in masks], dim), masks[0].pixels))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Prediction:
+        masks = None if self.masks is None else QueryMasks(change(self.masks.embeddings), self.masks.pixels)
+        return Prediction(change(self.logits), change(self.boxes), masks)
 
 
 @dataclass(frozen=True)
@@ -231,7 +288,8 @@ class Positives:
 
     boxes_xyxy: [B, N, 4] candidate boxes (anchors, points, RoIs). features: [B, N, C]. labels: [B, N], -1 where
     the candidate is not positive. target_boxes_xyxy: [B, N, 4], meaningful on positives. positive, negative:
-    [B, N] bool; a candidate that is neither (ignored, padding) is never used.
+    [B, N] bool; a candidate that is neither (ignored, padding) is never used. objects: [B, N], which of the targets a
+    positive is of; None: not told, and decoders that predict masks cannot use them.
     """
 
     boxes_xyxy: Tensor
@@ -240,6 +298,7 @@ class Positives:
     target_boxes_xyxy: Tensor
     positive: Tensor
     negative: Tensor
+    objects: Tensor | None = None
 
 
 @dataclass
@@ -263,6 +322,10 @@ class TargetRule(Protocol):
         """The targets of every layer, labels [L, B, N], from the solutions of the problems."""
         ...
 
+    def most(self, num_objects: int, num_queries: int) -> int:
+        """How many of an image's queries can be positive at most."""
+        ...
+
 
 @dataclass
 class Known:
@@ -270,16 +333,29 @@ class Known:
 
     labels: [B, N], or [L, B, N] of stacked layers; -1 for background.
     boxes: [B, N, 4] or [L, B, N, 4] normalised cxcywh, meaningful where labels >= 0.
+    objects: like labels, which of the image's objects it is, meaningful there too; None: not told, and there are no
+        masks to learn.
     """
 
     labels: Tensor
     boxes: Tensor
+    objects: Tensor | None = None
 
     def problems(self, prediction: Prediction, class_agnostic: bool) -> list[Problem]:
         return []
 
     def known(self, solutions: list[Known], num_layers: int) -> Known:
-        return Known(self.labels.expand(num_layers, -1, -1), self.boxes.expand(num_layers, -1, -1, -1))
+        objects = None if self.objects is None else self.objects.expand(num_layers, -1, -1)
+        return Known(self.labels.expand(num_layers, -1, -1), self.boxes.expand(num_layers, -1, -1, -1), objects)
+
+    def most(self, num_objects: int, num_queries: int) -> int:
+        return num_queries
+
+    def split(self, layers: Sequence[int]) -> list[Known]:
+        """Of stacked layers so many each."""
+        parts = [part.split(list(layers)) for part in (self.labels, self.boxes)]
+        objects = [None] * len(layers) if self.objects is None else self.objects.split(list(layers))
+        return [Known(*part) for part in zip(*parts, objects, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -294,6 +370,9 @@ class Matching:
     def known(self, solutions: list[Known], num_layers: int) -> Known:
         (solution,) = solutions
         return solution
+
+    def most(self, num_objects: int, num_queries: int) -> int:
+        return min(num_objects * self.repeats, num_queries)
 
 
 @dataclass
@@ -357,12 +436,21 @@ class Output:
 
 
 @dataclass
+class CellMasks(_Movable):
+    """Masks on the cells of a padded image. logits: [n, h, w]. stride: network pixels per cell."""
+
+    logits: Tensor
+    stride: int
+
+
+@dataclass
 class Detections(_Movable):
     """What was found in one image, best first.
 
     scores: [n]. labels: [n]. boxes_xyxy: [n, 4], in network pixels from every part of a detector, in pixels of the file
     behind `Frames.to_files`. With instance masks, in files alone: rle: n compressed COCO run lengths {size, counts}.
-    mask_scores: [n].
+    mask_scores: [n]. cells: masks of queries, before `codetr.instances` takes them to the file; the scores are then
+    those of the classes alone, and the boxes enclose the cells.
     """
 
     scores: Tensor
@@ -370,6 +458,7 @@ class Detections(_Movable):
     boxes_xyxy: Tensor
     rle: list[dict[str, Any]] | None = None
     mask_scores: Tensor | None = None
+    cells: CellMasks | None = None
 
     def above(self, score: float) -> Detections:
         """Those with at least this box score."""
@@ -379,7 +468,8 @@ class Detections(_Movable):
         """Those at these places, [m], in their order."""
         rle = None if self.rle is None else [self.rle[i] for i in index.tolist()]
         mask_scores = None if self.mask_scores is None else self.mask_scores[index]
-        return Detections(self.scores[index], self.labels[index], self.boxes_xyxy[index], rle, mask_scores)
+        cells = None if self.cells is None else replace(self.cells, logits=self.cells.logits[index])
+        return Detections(self.scores[index], self.labels[index], self.boxes_xyxy[index], rle, mask_scores, cells)
 
 
 class QuerySource(Protocol):
@@ -416,9 +506,13 @@ class Neck(Protocol):
 
 
 class Encoder(Protocol):
-    """The levels of a neck and the padding of the images [B, H, W] -> memory."""
+    """The levels of a neck and the padding of the images [B, H, W] -> memory.
+
+    num_levels: that it takes. memory_levels: so many of them, the coarsest, are levels of the memory.
+    """
 
     num_levels: int
+    memory_levels: int
 
     def __call__(self, levels: list[Tensor], padding: Tensor) -> Memory: ...
 

@@ -14,6 +14,7 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from codetr.mask_criterion import MaskCriterion
 from codetr.models.detector import Detector
 from codetr.nn.deformable_attention import DeformableAttention
 from codetr.queries.collaborative import CollaborativeQueries
@@ -28,7 +29,7 @@ def resolve(config: DictConfig) -> Facts:
     detector, trained = _build(OmegaConf.to_yaml(config.model, resolve=True), OmegaConf.to_yaml(config.optimizer))
     facts = {**detector, **trained, **_training(config), **_loss(config, detector["heads"]), **_data(config.data)}
     post = config.postprocess
-    facts |= {"detections": post.max_detections, "suppression": _suppression(post.suppression)}
+    facts |= {"detections": post.max_detections, "suppression": _suppression(post.get("suppression"))}
     facts |= {
         "evaluate_heads": config.evaluate_heads,
         "ema": config.callbacks.ema.decay if "ema" in config.callbacks else False,
@@ -104,7 +105,7 @@ def _rates(detector: Detector, groups: list[dict[str, Any]]) -> Facts:
     """`lr` of everything that no other kind holds, and the others as factors of it (of the greatest of several)."""
     of = {id(p): group for group in groups for p in group["params"]}
     offsets = {id(p) for m in detector.modules() if isinstance(m, DeformableAttention) for p in _of(m.sampling_offsets)}
-    reference = {id(p) for p in _of(detector.decoder.reference_head)}
+    reference = {id(p) for p in _of(getattr(detector.decoder, "reference_head", None))}
     rates: dict[str, set[float]] = {"lr": set(), "lr_backbone": set(), "lr_offsets": set(), "lr_reference": set()}
     decays, undecayed = set(), set()
     for name, parameter in detector.named_parameters():
@@ -147,6 +148,8 @@ def _training(config: DictConfig) -> Facts:
 
 def _loss(config: DictConfig, heads: list[str]) -> Facts:
     criterion = instantiate(config.criterion, _convert_="all")
+    if isinstance(criterion, MaskCriterion):
+        return _mask_loss(criterion)
     name = type(criterion.class_loss).__name__
     cost = criterion.matching_cost
     facts = {
@@ -158,6 +161,19 @@ def _loss(config: DictConfig, heads: list[str]) -> Facts:
     if heads:
         facts["lambda_2"] = _one({criterion.lambda_2_by_head.get(head, criterion.lambda_2) for head in heads})
     return facts
+
+
+def _mask_loss(criterion: MaskCriterion) -> Facts:
+    """Of detectors without auxiliary heads."""
+    cost, points = criterion.matching_cost, criterion.points
+    return {
+        "class_loss": "softmax",
+        "no_object": criterion.no_object,
+        "loss_weights": [criterion.class_weight, criterion.mask_weight, criterion.dice_weight],
+        "matching_cost": [cost.class_weight, cost.mask_weight, cost.dice_weight],
+        "points": [points.count, points.oversample, points.share, cost.num_points],
+        "fed_loss": False,
+    }
 
 
 def _suppression(node: DictConfig | None) -> str:
@@ -177,7 +193,8 @@ def _data(data: DictConfig) -> Facts:
     if recipe._target_.endswith("large_scale_jitter"):
         facts |= {"canvas": recipe.canvas, "scale_range": list(recipe.scale_range), "flip": recipe.flip}
         none: Facts = {"short": [], "long": 0, "crop_short": [], "crop": []}
-        return facts | none | {"eval_size": [data.val_transform.canvas] * 2}
+        test = data.val_transform
+        return facts | none | {"eval_size": [test.canvas] * 2 if "canvas" in test else [test.size, test.max_size]}
     flip, cropped, last = instantiate(recipe, _convert_="all").transforms
     before, crop = cropped.transforms
     facts |= {"short": list(last.min_size), "long": last.max_size, "crop_short": list(before.min_size)}

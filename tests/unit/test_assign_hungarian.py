@@ -121,7 +121,10 @@ def test_every_problem_equals_scipy_on_its_own() -> None:
             assert len(queries) == count * problem.repeats
             mine = COST(
                 Prediction(
-                    *(x[layer : layer + 1, image : image + 1, queries] for x in vars(problem.prediction).values())
+                    *(
+                        x[layer : layer + 1, image : image + 1, queries]
+                        for x in (problem.prediction.logits, problem.prediction.boxes)
+                    )
                 ),
                 labels[None, queries],
                 boxes[None, queries],

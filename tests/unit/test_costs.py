@@ -24,10 +24,10 @@ def estimator(*overrides: str) -> Estimator:
     return Estimator(application.compose("train", [*SMALL, *overrides]), CLASSES, OBJECTS)
 
 
-def step(*overrides: str, batch: int = 2) -> Step:
+def step(*overrides: str, batch: int = 2, masks: bool = False) -> Step:
     """A real one."""
     config = application.compose("train", [*SMALL, "static_shapes=true", *overrides])
-    return Step(config, draw(batch, SIZE, OBJECTS, CLASSES, CPU), CLASSES, CPU)
+    return Step(config, draw(batch, SIZE, OBJECTS, CLASSES, CPU, masks), CLASSES, CPU)
 
 
 def test_the_ledger_counts_what_lives() -> None:
@@ -77,6 +77,16 @@ def test_it_counts_what_pytorch_counts() -> None:
         real.train()
     peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
     assert found.memory == pytest.approx(peak, rel=0.02)
+
+
+def test_it_counts_masks_of_queries() -> None:
+    """The arithmetic of a real step, the second forward pass of the masks included."""
+    few = ["criterion.points.count=50", "criterion.matching_cost.num_points=50"]
+    masks = ("model=mask2former_tiny", "criterion=masks", "postprocess=masks", *few)
+    found, real = estimator(*masks).training(2, SIZE), step(*masks, masks=True)
+    with FlopCounterMode(display=False) as counter:
+        real.train()
+    assert found.flops == counter.get_total_flops() > 0
 
 
 def test_weights_are_those_of_the_detector() -> None:

@@ -17,6 +17,7 @@ TINY = "model=co_deformable_tiny"
         ([TINY, "+model/auxiliary_head@model.detector.heads.second=mask_rcnn"], (True, False)),
         ([TINY, "model/mask_head=refine_mask"], (True, True)),
         (["experiment=official/co_deformable_detr_mask_r50_1x_coco"], (True, False)),
+        (["experiment=mask2former_r50"], (True, True)),
         (["experiment=official/co_dino_5scale_vit_large_coco_instance"], (True, True)),
         ([TINY, "model/mask_head=refine_mask", "data.val_masks=false"], (True, False)),
         ([TINY, "data.masks=true", "data.val_masks=true"], (True, True)),

@@ -106,6 +106,14 @@ def test_other_detectors_of_static_shapes_wait_for_nothing(model: str) -> None:
     assert not places
 
 
+def test_masks_of_queries_do_not_make_the_host_wait() -> None:
+    small = ["model=mask2former_tiny", "criterion=masks", "criterion.points.count=40"]
+    small += ["criterion.matching_cost.num_points=40", "model.query_groups=2"]
+    places, losses = waits(*small, masks=True)
+    assert not places
+    assert losses.isfinite().all()
+
+
 @pytest.mark.parametrize("head", ["paa", "gfl", "fcos", "retinanet"])
 def test_one_stage_heads_do_not_wait(head: str) -> None:
     """Only their queries' number makes the host wait, where it is not static."""

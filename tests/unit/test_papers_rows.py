@@ -142,11 +142,14 @@ def test_finished_rows_appear_in_the_page(tmp_path: Path) -> None:
     (tmp_path / "rows" / "co_detr_t3_deformable_pp_k2.json").write_text(json.dumps({"map": 0.4937, "map_50": 0.67}))
     branches = {"map": 0.49, "branches": {"atss": {"map": 0.4812}}}
     (tmp_path / "rows" / "co_detr_t11_atss_k2.json").write_text(json.dumps(branches))
+    masks = {"map": 0.1, "segm": {"map": 0.3717}}
+    (tmp_path / "rows" / "group_detr_t3_mask2former.json").write_text(json.dumps(masks))
     cells = [[cell.strip() for cell in line.split("|")] for line in markdown(ROWS, tmp_path).splitlines()]
     assert {(row[1], row[4]) for row in cells if len(row) > 5 and row[4] in ("49.4", "48.1")} == {
         ("Deformable-DETR++, K = 2", "49.4"),
         ("ATSS, K = 2", "48.1"),
     }
+    assert {row[7] for row in cells if len(row) > 8 and row[1] == "Mask2Former"} == {"37.2"}  # of masks
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.slow) for name in RUNNABLE)])

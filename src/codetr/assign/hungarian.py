@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from codetr.types import Known, Prediction, Problem, Targets
 CACHED = 2**17  # costs computed at a time on a CPU
 
 
+class Cost(Protocol):
+    """What it costs that a query serves an object."""
+
+    def of(self, problem: Problem, targets: Targets) -> list[Tensor]:
+        """[l, B, M, N] each, of all layers of the problem together, in their order."""
+        ...
+
+
 @dataclass(frozen=True)
 class MatchingCost:
     """Weights of the focal, L1 and GIoU costs, and the focal constants."""
@@ -23,6 +32,15 @@ class MatchingCost:
     giou: float
     alpha: float
     gamma: float
+
+    def of(self, problem: Problem, targets: Targets) -> list[Tensor]:
+        """On a CPU so few layers at a time that what lies between stays in the cache: twice as fast."""
+        labels = torch.zeros_like(targets.labels) if problem.class_agnostic else targets.labels
+        logits = problem.prediction.logits
+        block = len(logits)
+        if logits.device.type == "cpu":
+            block = max(1, CACHED // max(1, labels.shape[1] * logits[0, ..., 0].numel()))
+        return [self(part, labels, targets.boxes) for part in problem.prediction.split(block, 0)]
 
     def __call__(self, prediction: Prediction, labels: Tensor, boxes: Tensor) -> Tensor:
         """prediction: [L, B, N, ...].
@@ -71,10 +89,11 @@ def _halved(boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list[Known]:
+def match(problems: list[Problem], targets: Targets, cost: Cost) -> list[Known]:
     """Solve every layer and image of every problem exactly.
 
-    Returns, per problem, targets for its queries: labels [L, B, N] (-1 background) and boxes [L, B, N, 4] cxcywh.
+    Returns, per problem, targets for its queries: labels [L, B, N] (-1 background), boxes [L, B, N, 4] cxcywh, and
+    which object it is.
     When an image has more (repeated) objects than queries, the cheapest subset is matched.
 
     Costs of predictions that are not finite count as the highest: their losses are not finite, whatever they match.
@@ -85,24 +104,13 @@ def match(problems: list[Problem], targets: Targets, cost: MatchingCost) -> list
 
 
 @torch.no_grad()
-def matched_objects(problem: Problem, targets: Targets, cost: MatchingCost) -> Tensor:
+def matched_objects(problem: Problem, targets: Targets, cost: Cost) -> Tensor:
     """The object that owns each query, among those of its image, -1 for none: [L, B, N]."""
     found = []
-    for costs in _costs(problem, targets, cost):
+    for costs in cost.of(problem, targets):
         counts = targets.counts.repeat(len(costs))
         found.append(assign(costs.flatten(0, 1), counts, problem.repeats).unflatten(0, costs.shape[:2]))
     return torch.cat(found)
-
-
-def _costs(problem: Problem, targets: Targets, cost: MatchingCost) -> list[Tensor]:
-    """[l, B, M, N] each; on a CPU so few layers at a time that what lies between stays in the cache: twice as fast."""
-    labels = torch.zeros_like(targets.labels) if problem.class_agnostic else targets.labels
-    logits, boxes = problem.prediction.logits, problem.prediction.boxes
-    block = len(logits)
-    if logits.device.type == "cpu":
-        block = max(1, CACHED // max(1, labels.shape[1] * boxes[0, ..., 0].numel()))
-    parts = zip(logits.split(block), boxes.split(block), strict=True)
-    return [cost(Prediction(*part), labels, targets.boxes) for part in parts]
 
 
 def _targets_of(matched_index: Tensor, targets: Targets, class_agnostic: bool) -> Known:
@@ -110,4 +118,4 @@ def _targets_of(matched_index: Tensor, targets: Targets, class_agnostic: bool) -
     index = matched_index.clamp(min=0)
     image = torch.arange(index.shape[1], device=index.device)[None, :, None]
     labels = torch.zeros_like(index) if class_agnostic else targets.labels[image, index]
-    return Known(labels.masked_fill(matched_index < 0, -1), targets.boxes[image, index])
+    return Known(labels.masked_fill(matched_index < 0, -1), targets.boxes[image, index], index)

@@ -1,7 +1,7 @@
 """Detectors of the `transformers` library: its parameters' names, as its files have them, and ours.
 
 Conditional DETR, DAB-DETR and Deformable DETR, plain, with box refinement and with two stages; on ResNets of timm or
-of the library itself.
+of the library itself. Mask2Former: `codetr.convert.mask2former`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from codetr.convert import recognise, resnet
+from codetr.convert import mask2former, recognise, resnet
 from codetr.convert.names import NameTable
 from codetr.convert.official import Weights
 from codetr.convert.weights import shapes, translate
@@ -27,6 +27,8 @@ PATTERNS = "queries.main.content.weight"  # of DAB-DETR, by our name
 
 def model(weights: Weights) -> str | None:
     """The model of conf/model that these are weights of; None: none of this library's."""
+    if mask2former.is_one(weights):
+        return mask2former.NAME
     if "class_labels_classifier.weight" in weights and any(".sa_qcontent_proj." in name for name in weights):
         return CONDITIONAL
     if "model.query_refpoint_embeddings.weight" in weights:
@@ -48,13 +50,16 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
     two-stage queries; empty: as in our conf/. Raises UserError for a variant that is not ours.
     """
     _refuse(about)
+    if name == mask2former.NAME:
+        given = mask2former.settings(weights)
+        return [f"experiment={name}_r50", f"model={name}"] + [f"{key}={value}" for key, value in given.items()]
     own = _table(name, _count(weights, "decoder")).rename(_cut(weights, name))
     backbone = recognise.resnet(own)
     experiment = name if name in (CONDITIONAL, DAB) else DEFORMABLE
     given = {
-        "model.num_classes": _rows(own, "decoder.class_heads.0.bias"),
-        "model.width": _rows(own, "decoder.layers.0.norm1.weight"),
-        "model.ffn_width": _rows(own, "decoder.layers.0.ffn.linear1.weight"),
+        "model.num_classes": recognise.rows(own, "decoder.class_heads.0.bias"),
+        "model.width": recognise.rows(own, "decoder.layers.0.norm1.weight"),
+        "model.ffn_width": recognise.rows(own, "decoder.layers.0.ffn.linear1.weight"),
         "model.num_heads": _number(about, "decoder_attention_heads"),
         "model.eps": 1e-5,
         "model.detector.encoder.num_layers": _count(weights, "encoder"),
@@ -71,7 +76,7 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
         prelu = "decoder.layers.0.ffn.activation.weight" in own
         given["model.activation"] = "prelu" if prelu else "relu"
     else:
-        given["model.num_levels"] = levels = _rows(own, "encoder.level_embedding")
+        given["model.num_levels"] = levels = recognise.rows(own, "encoder.level_embedding")
         given["model.num_points"] = _number(about, "decoder_n_points")
         if levels == 1:
             given["model/backbone"] = "resnet50_c5"
@@ -81,6 +86,8 @@ def settings(weights: Weights, name: str, about: Mapping[str, Any]) -> list[str]
 
 def to_ours(weights: Weights, name: str, detector: Detector) -> tuple[Weights, TensorReport]:
     """Their weights under our names, and what became of each; name: what `model` calls them."""
+    if name == mask2former.NAME:
+        return translate(mask2former.cut(weights), mask2former.table(), shapes(detector))
     return translate(_cut(weights, name), _table(name, _count(weights, "decoder")), shapes(detector))
 
 
@@ -96,12 +103,12 @@ def class_names(about: Mapping[str, Any]) -> tuple[str | None, ...]:
 
 def without_gaps(weights: Weights, names: Sequence[str | None]) -> Weights:
     """Our weights without the rows of classes that have no name. The first stage tells objects by its first row, whose
-    number is no class; it keeps its first rows."""
+    number is no class; it keeps its first rows. A row of "no object" behind those of the classes stays."""
     kept = torch.tensor([label for label, name in enumerate(names) if name is not None])
     out = dict(weights)
     for name, tensor in weights.items():
         if name.startswith("decoder.class_heads."):
-            out[name] = tensor[kept]
+            out[name] = torch.cat([tensor[kept], tensor[len(names) :]])
         elif name.startswith("queries.main.class_head."):
             out[name] = tensor[: len(kept)]
     return out
@@ -122,6 +129,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "sine_position_embedding_scale": (None,),
     "temperature_height": (20,),
     "temperature_width": (20,),
+    "pre_norm": (False,),
+    "common_stride": (4,),
 }
 
 
@@ -141,18 +150,12 @@ def _number(about: Mapping[str, Any], key: str) -> int | None:
     return value
 
 
-def _rows(own: Weights, name: str) -> int:
-    if name not in own:
-        raise UserError(f"a tensor is missing, and with it the size of the model: {name} by our name")
-    return len(own[name])
-
-
 def _queries(own: Weights, name: str, about: Mapping[str, Any]) -> int | None:
     if name == TWO_STAGE:
         return _number(about, "two_stage_num_proposals")
     if name == DAB:
-        return _rows(own, "queries.main.anchors.weight") * max(len(own.get(PATTERNS, ())), 1)
-    return _rows(own, "queries.main.position.weight")
+        return recognise.rows(own, "queries.main.anchors.weight") * max(len(own.get(PATTERNS, ())), 1)
+    return recognise.rows(own, "queries.main.position.weight")
 
 
 def _cut(weights: Weights, name: str) -> Weights:
@@ -238,27 +241,7 @@ _TIMM = NameTable(
     [(theirs.replace("backbone.", _BODY, 1), ours) for theirs, ours in resnet.RULES],
     [(theirs.replace("backbone.", _BODY, 1), reason) for theirs, reason in resnet.IGNORED],
 )
-_CONV_AND_NORM = (("convolution", "conv", "0"), ("normalization", "bn", "1"))
-_RESNET = NameTable(  # of the library itself
-    [
-        rule
-        for theirs, ours, number in _CONV_AND_NORM
-        for rule in (
-            (f"{_BODY}embedder.embedder.{theirs}.*", f"backbone.body.{ours}1.*"),
-            *(
-                (
-                    f"{_BODY}encoder.stages.{i}.layers.*.{their_part}.{theirs}.*",
-                    f"backbone.body.layer{i + 1}.*.{part}.*",
-                )
-                for i in range(4)
-                for their_part, part in (
-                    ("shortcut", f"downsample.{number}"),
-                    *((f"layer.{j}", f"{ours}{j + 1}") for j in range(3)),
-                )
-            ),
-        )
-    ]
-)
+_RESNET = NameTable(resnet.of_transformers(_BODY))
 _DENSE = [
     ("model.input_projection.*", "neck.lateral.0.0.*"),
     *_layers(

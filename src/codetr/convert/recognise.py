@@ -24,7 +24,8 @@ _IMAGES = {7: 224, 12: 384}  # pixels per side, by window
 LVIS = 1203
 UNKNOWN = (
     "what this is could not be recognised; read are Co-DETR in the names of mmdet 2.x and 3.x, Conditional DETR, "
-    "DAB-DETR and Deformable DETR as transformers saves them, and ResNets and Swins as timm and torchvision save them"
+    "DAB-DETR, Deformable DETR and Mask2Former as transformers saves them, and ResNets and Swins as timm and "
+    "torchvision save them"
 )
 
 
@@ -121,6 +122,13 @@ def _backbone(weights: Weights) -> str:
         width = len(weights["backbone.patch_embed.norm.weight"])
         return _SWIN.get((width, count(weights, r"backbone\.layers\.2\.blocks\.(\d+)\.")), "an unknown Swin")
     return "vit_large"
+
+
+def rows(own: Weights, name: str) -> int:
+    """Of a tensor by our name. Raises UserError where it is missing."""
+    if name not in own:
+        raise UserError(f"a tensor is missing, and with it the size of the model: {name} by our name")
+    return len(own[name])
 
 
 def count(weights: Weights, pattern: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from codetr.convert import instance, official, resnet, swin, vit
+from codetr.convert import instance, mask2former, official, resnet, swin, vit
 from codetr.convert.names import NameTable
 from codetr.convert.official import Weights
 from codetr.models.detector import Detector
@@ -54,18 +54,21 @@ def shapes(module: nn.Module) -> Shapes:
 
 
 def to_official(weights: Weights, detector: Detector) -> tuple[Weights, TensorReport]:
-    """Our weights under official names, and what became of each.
+    """Our weights under official names, of Mask2Former under those of transformers, and what became of each.
 
     What the official code computes on its own (counters, index tables) is not among the result.
     """
-    names, result, report = table(detector), {}, TensorReport()
+    names, join = (
+        (mask2former.table(), mask2former.join) if detector.decoder.predicts_masks else (table(detector), official.join)
+    )
+    result, report = {}, TensorReport()
     for name, tensor in weights.items():
         if new := names.to_theirs(name):
             result[new] = tensor
             report.taken.append(name)
         else:
             report.unexpected.append(name)
-    return official.join(result), report
+    return join(result), report
 
 
 def table(detector: Detector) -> NameTable:

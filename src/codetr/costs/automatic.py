@@ -45,7 +45,8 @@ class _Trial:
     def __init__(
         self, config: DictConfig, classes: int, objects: int, size: tuple[int, int], device: torch.device
     ) -> None:
-        self._draw = lambda batch: draw(batch, size, objects, classes, device)
+        masks = bool(config.data.masks)
+        self._draw = lambda batch: draw(batch, size, objects, classes, device, masks)
         self._step = Step(without_pretrained(copy.deepcopy(config)), self._draw(1), classes, device)
 
     def runs(self, batch: int) -> bool:

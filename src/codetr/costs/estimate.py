@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from codetr.costs.pretended import CPU, Pretence, without_content
-from codetr.costs.step import Step, draw, without_pretrained
-from codetr.derived import read_needed_masks
+from codetr.costs.step import Inputs, Step, draw, without_pretrained
+from codetr.derived import learns_from_regions, read_needed_masks
 from codetr.errors import UserError
 
 LEAP = 8  # times as many images are asked for next, at most
@@ -47,20 +47,22 @@ class Estimator:
     """Of a configuration for training, which stays as it is. classes: that it detects. objects: of an image.
 
     Queries and objects fill all the places that they have with `static_shapes=true`, whatever images show.
-    Raises UserError for detectors that learn from masks, which are as many regions as the images show.
+    Raises UserError for detectors that learn from masks of regions, which are as many as the images show.
     """
 
     def __init__(self, config: DictConfig, classes: int, objects: int) -> None:
         config = copy.deepcopy(config)
         read_needed_masks(config)
-        if config.data.masks:
-            raise UserError("a detector that learns from masks cannot be estimated: measure it, codetr benchmark step")
+        if learns_from_regions(config):
+            raise UserError(
+                "a detector that learns from masks of regions cannot be estimated: measure it, codetr benchmark step"
+            )
         config.static_shapes, config.model.num_classes = True, classes
         self._pretence = Pretence()
-        self._classes, self._objects = classes, objects
+        self._classes, self._objects, self._masks = classes, objects, bool(config.data.masks)
         build = without_content(without_pretrained(config))
         with self._pretence() as ledger:
-            inputs = draw(1, (64, 64), 1, self._classes, CPU)
+            inputs = self._draw(1, (64, 64), 1)
             before = ledger.current
             self._step = Step(config, inputs, self._classes, CPU, build)
             built = ledger.current
@@ -80,6 +82,9 @@ class Estimator:
             average=average,
         )
 
+    def _draw(self, batch: int, size: tuple[int, int], objects: int) -> Inputs:
+        return draw(batch, size, objects, self._classes, CPU, self._masks)
+
     def _fill_optimizer(self) -> None:
         """The state that a first step makes, which every later one finds."""
         for parameter in self._step.detector.parameters():
@@ -91,7 +96,7 @@ class Estimator:
     def training(self, batch: int, size: tuple[int, int]) -> Cost:
         """Of a step with a batch of (height, width) `size`."""
         with self._pretence() as ledger:
-            self._step.inputs = draw(batch, size, self._objects, self._classes, CPU)
+            self._step.inputs = self._draw(batch, size, self._objects)
             start, flops = ledger.current, ledger.flops
             ledger.peak = start
             loss = self._step.loss()
@@ -105,7 +110,7 @@ class Estimator:
         """Of the detector, with all its parts in memory."""
         step = self._step
         with self._pretence() as ledger:
-            step.inputs = draw(batch, size, self._objects, self._classes, CPU)
+            step.inputs = self._draw(batch, size, self._objects)
             ledger.peak, flops = ledger.current, ledger.flops
             step.detector.eval()
             with torch.no_grad(), step.autocast():  # not in inference mode, which hides the operators within operators

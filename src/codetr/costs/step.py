@@ -29,8 +29,13 @@ class Inputs:
     targets: Targets
 
 
-def draw(batch: int, size: tuple[int, int], objects: int, classes: int, device: torch.device) -> Inputs:
-    """Random images and objects. All images but the first are an eighth less wide, and have three objects less."""
+def draw(
+    batch: int, size: tuple[int, int], objects: int, classes: int, device: torch.device, masks: bool = False
+) -> Inputs:
+    """Random images and objects. All images but the first are an eighth less wide, and have three objects less.
+
+    masks: the objects have some, which fill their boxes.
+    """
     height, width = size
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor([[height, width], *[[height, width - width // 8]] * (batch - 1)])
@@ -40,7 +45,16 @@ def draw(batch: int, size: tuple[int, int], objects: int, classes: int, device: 
     targets = Targets(torch.cat([places * 0.6 + 0.2, sides * 0.3 + 0.05], -1), labels, valid, Frames.unscaled(sizes))
     images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
     padding = torch.arange(width).expand(batch, height, -1) >= sizes[:, 1, None, None]
+    if masks:
+        targets.masks = _filled(targets, height, width)
     return Inputs(images.to(device), padding.to(device), targets.to(device))
+
+
+def _filled(targets: Targets, height: int, width: int) -> Tensor:
+    """[B, M, height, width] bool, the boxes; none in the places without an object."""
+    x1, y1, x2, y2 = targets.boxes_xyxy[..., None, None].unbind(2)
+    x, y = torch.arange(width) + 0.5, (torch.arange(height) + 0.5)[:, None]
+    return (x > x1) & (x < x2) & (y > y1) & (y < y2) & targets.valid[..., None, None]
 
 
 def built(config: DictConfig, device: torch.device) -> tuple[Detector, Criterion]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.tv_tensors import wrap
 
 from codetr.data.dataset import Sample
+from codetr.nn.boxes import tight_boxes
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,3 @@ class CopyPaste:
 
     def most_objects(self, own: int, other: int) -> int:
         return own + min(other, self.most)
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """[n, H, W] of 0 and 1 -> xyxy boxes of the ones [n, 4]; zero where there are none."""
-    lows, highs = [], []
-    for seen in (masks.amax(1), masks.amax(2)):  # columns, rows
-        index = torch.arange(seen.shape[1])
-        lows.append(index.where(seen > 0, seen.shape[1]).amin(1))
-        highs.append((index + 1).where(seen > 0, 0).amax(1))
-    return torch.stack([*lows, *highs], 1).where(highs[0][:, None] > 0, 0).float()

@@ -41,6 +41,7 @@ def assigned(candidates: Tensor, features: Tensor, matched_index: Tensor, target
         target_boxes_xyxy=assigned_boxes(targets.boxes_xyxy, matched_index),
         positive=matched_index >= 0,
         negative=matched_index == BACKGROUND,
+        objects=matched_index.clamp(min=0),
     )
 
 

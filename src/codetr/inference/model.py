@@ -48,7 +48,7 @@ class Model(Face):
 
     @property
     def finds_masks(self) -> bool:
-        return self.detector.mask_head is not None
+        return self.detector.finds_masks
 
     def to(self, device: str | torch.device) -> Model:
         """Move the detector, and return this model. device: as PyTorch names it, or "auto": a GPU if there is one.
@@ -74,7 +74,8 @@ class Model(Face):
             found = [one.above(score_threshold) for one in every]
             if not self.finds_masks:
                 return batch.frames.to_files(found)
-            return with_masks(self.detector, output.memory, found, batch.frames)
+            in_files = with_masks(self.detector, output.memory, found, batch.frames)
+            return [one.above(score_threshold) for one in in_files]  # where masks change the scores
 
 
 def load(

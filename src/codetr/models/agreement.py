@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from codetr.errors import UserError
+from codetr.models.pixel_decoder import PixelDecoder
 from codetr.queries.collaborative import CollaborativeQueries
 from codetr.queries.denoising import DenoisingQueries
 from codetr.queries.hybrid import HybridQueries
 from codetr.queries.two_stage import TwoStageQueries
-from codetr.types import MAIN, AuxiliaryHead, Encoder, QuerySource
+from codetr.types import MAIN, AuxiliaryHead, Encoder, MaskHead, QuerySource
 
 _RULE = "model.detector.decoder.query_position"
 
@@ -25,17 +26,59 @@ def check_names(heads: Mapping[str, AuxiliaryHead], queries: Mapping[str, Any]) 
             )
 
 
-def check_agreement(levels: int, encoder: Encoder, queries: Mapping[str, QuerySource], decoder: Any) -> None:
-    """levels: that the neck makes. Raises UserError for parts of which one wants what the others do not bring, or
-    brings what nothing takes: parameters without a gradient."""
-    if levels != encoder.num_levels:
+def check_agreement(
+    strides: tuple[int, ...],
+    encoder: Encoder,
+    queries: Mapping[str, QuerySource],
+    decoder: Any,
+    mask_head: MaskHead | None,
+) -> None:
+    """strides: of the levels that the neck makes. Raises UserError for parts of which one wants what the others do not
+    bring, or brings what nothing takes: parameters without a gradient."""
+    if len(strides) != encoder.num_levels:
+        takes = f"model.detector.encoder ({type(encoder).__name__}) takes {encoder.num_levels}"
         raise UserError(
-            f"model.num_levels={levels}: model.detector.encoder ({type(encoder).__name__}) takes {encoder.num_levels}; "
-            "set model.num_levels, or choose encoder@model.detector.encoder: dense (one level) or deformable"
+            f"model.num_levels={len(strides)}: {takes}; set model.num_levels, or choose "
+            "encoder@model.detector.encoder: dense (one level) or deformable"
         )
-    _check_references(queries, decoder)
+    _check_masks(strides, encoder, queries, decoder, mask_head)
+    if not decoder.predicts_masks:
+        _check_references(queries, decoder)
     _check_locations(decoder)
     _check_sources(queries)
+
+
+def _check_masks(
+    strides: tuple[int, ...],
+    encoder: Encoder,
+    queries: Mapping[str, QuerySource],
+    decoder: Any,
+    mask_head: MaskHead | None,
+) -> None:
+    masks = {
+        "decoder": decoder.predicts_masks,
+        "encoder": isinstance(encoder, PixelDecoder),
+        "decoder.layer.cross_attention": decoder.layers[0].cross_attention.wants_masks,
+    }
+    if len(set(masks.values())) > 1:
+        of_masks = ", ".join(f"model.detector.{part}" for part, own in masks.items() if own)
+        others = ", ".join(f"model.detector.{part}" for part, own in masks.items() if not own)
+        raise UserError(f"{of_masks}: for masks of queries, and {others}: for boxes; see conf/model/mask2former.yaml")
+    if not isinstance(encoder, PixelDecoder):
+        return
+    if encoder.stride != strides[0] or encoder.mask_width != decoder.mask_width:
+        raise UserError(
+            f"model.detector.encoder has stride={encoder.stride} and mask_width={encoder.mask_width}; the finest level "
+            f"of the neck has stride {strides[0]}, and model.detector.decoder has mask_width={decoder.mask_width}: set "
+            "them alike"
+        )
+    if mask_head is not None:
+        raise UserError("model/mask_head: finds the masks of boxes, and model.detector.decoder predicts masks itself")
+    if staged := [name for name, source in queries.items() if isinstance(source, (TwoStageQueries, HybridQueries))]:
+        raise UserError(
+            f"the query sources {', '.join(staged)} take boxes from a first stage, and model.detector.decoder predicts "
+            "masks: choose model/query=learned for them"
+        )
 
 
 def _check_references(queries: Mapping[str, QuerySource], decoder: Any) -> None:

@@ -15,7 +15,7 @@ from codetr.types import Memory
 class DeformableCrossAttention(nn.Module):
     """Deformable attention around the references (Deformable DETR, sec. 4.1)."""
 
-    wants_location = False
+    wants_location, wants_masks = False, False
 
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ConditionalCrossAttention(nn.Module):
     dropout: of the attention weights.
     """
 
-    wants_location = True
+    wants_location, wants_masks = True, False
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -70,5 +70,63 @@ class ConditionalCrossAttention(nn.Module):
         return query, torch.cat([self._heads(key), self._heads(key_position)], -1)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, n, C] -> [B, H, n, C / H]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return _heads(x, self.num_heads)
+
+
+class MaskedCrossAttention(nn.Module):
+    """Dense attention to the cells inside each query's mask, on the level of the placement (Mask2Former, sec. 3.2.1).
+
+    A query whose mask is empty there attends to the whole image.
+
+    dropout: of the attention weights.
+    """
+
+    wants_location, wants_masks = False, True
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        xavier(self)
+
+    def forward(self, content: Tensor, placement: Placement, reference: Tensor, memory: Memory) -> Tensor:
+        """content: [B, N, C]. reference: [B, N, E], embeddings of masks. Returns [B, N, C]."""
+        cells = _cells(memory, placement.level)
+        tokens = memory.tokens[:, cells]
+        query, key = self.query(content + placement.position), self.key(tokens + memory.position[:, cells])
+        out = F.scaled_dot_product_attention(
+            _heads(query, self.num_heads),
+            _heads(key, self.num_heads),
+            _heads(self.value(tokens), self.num_heads),
+            attn_mask=inside(reference, memory, cells)[:, None],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def inside(reference: Tensor, memory: Memory, cells: slice) -> Tensor:
+    """[B, N, cells] bool: inside the mask of each query, or in the image where none of the image's cells is.
+
+    reference: [B, N, E], embeddings of masks.
+    """
+    assert memory.pixels is not None, "MaskDecoder asks for them"
+    in_image = ~memory.padding[:, None, cells]
+    in_mask = (reference @ memory.pixels.tokens[:, cells].transpose(1, 2) >= 0) & in_image
+    return torch.where(in_mask.any(-1, keepdim=True), in_mask, in_image)
+
+
+def _cells(memory: Memory, level: int | None) -> slice:
+    """Of one level among the memory's tokens; None: all."""
+    if level is None:
+        return slice(None)
+    sizes = [height * width for height, width in memory.spatial_shapes]
+    return slice(sum(sizes[:level]), sum(sizes[: level + 1]))
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, n, C] -> [B, H, n, C / H]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

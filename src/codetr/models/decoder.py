@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ Update = Literal["keep", "refine", "look_forward_twice"]
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention per group, cross-attention, feed-forward; post-norm."""
+    """Self-attention per group, cross-attention, feed-forward; post-norm.
+
+    cross_first: cross-attention comes before self-attention (Mask2Former, sec. 3.2.2).
+    """
 
     def __init__(
         self,
@@ -30,8 +34,10 @@ class DecoderLayer(nn.Module):
         activation: Activation,
         separate_position: bool,
         cross_attention: Callable[[], nn.Module],
+        cross_first: bool = False,
     ) -> None:
         super().__init__()
+        self.cross_first = cross_first
         self.self_attention = GroupSelfAttention(width, num_heads, dropout, separate_position)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attention = cross_attention()
@@ -42,13 +48,66 @@ class DecoderLayer(nn.Module):
     def forward(
         self, content: Tensor, placement: Placement, reference: Tensor, memory: Memory, plan: AttentionPlan
     ) -> Tensor:
+        if self.cross_first:
+            content = self._cross(content, placement, reference, memory)
         content = self.norm1(content + self.dropout(self.self_attention(content, placement.position, plan)))
-        attended = self.cross_attention(content, placement, reference, memory)
-        return self.ffn(self.norm2(content + self.dropout(attended)))
+        if not self.cross_first:
+            content = self._cross(content, placement, reference, memory)
+        return self.ffn(content)
+
+    def _cross(self, content: Tensor, placement: Placement, reference: Tensor, memory: Memory) -> Tensor:
+        return self.norm2(content + self.dropout(self.cross_attention(content, placement, reference, memory)))
 
 
-class Decoder(nn.Module):
-    """Runs all query groups together.
+class Course(Protocol):
+    """The way of all queries through the layers. reference: where they look in the next one."""
+
+    reference: Tensor
+
+    def step(self, index: int, content: Tensor) -> None:
+        """Predict from what layer `index` gave, [B, N, C], and set the reference of the next one."""
+        ...
+
+    def prediction(self) -> Prediction:
+        """What was predicted, stacked: [layers, B, N, ...]."""
+        ...
+
+
+class GroupDecoder(nn.Module, ABC):
+    """One pass over the queries of all groups together. What is predicted, and where queries look, the course says."""
+
+    layers: nn.ModuleList
+    query_position: nn.Module
+    checkpointed_layers: int
+    predicts_masks: bool
+
+    @abstractmethod
+    def course(self, groups: dict[str, QueryGroup], content: Tensor, memory: Memory) -> Course:
+        """content: [B, N, C] of all groups, one after the other, as they are before the first layer."""
+
+    def forward(self, groups: dict[str, QueryGroup], memory: Memory) -> dict[str, Prediction]:
+        """Returns per group its stacked predictions, [layers, B, N, ...]."""
+        content = torch.cat([group.content for group in groups.values()], 1)
+        given = self._positions(groups)
+        course, plan = self.course(groups, content, memory), attention_plan(groups)
+        for index, layer in enumerate(self.layers):
+            placement = self.query_position(index, content, course.reference, given, memory)
+            when = index < self.checkpointed_layers
+            content = recomputed(layer, content, placement, course.reference, memory, plan, when=when)
+            course.step(index, content)
+        parts = course.prediction().split([group.content.shape[1] for group in groups.values()], 2)
+        return dict(zip(groups, parts, strict=True))
+
+    def _positions(self, groups: dict[str, QueryGroup]) -> Tensor | None:
+        positions = [group.position for group in groups.values() if group.position is not None]
+        if len(positions) not in (0, len(groups)):
+            silent = [name for name, group in groups.items() if group.position is None]
+            raise ValueError(f"query groups {silent} bring no position, but the others do")
+        return torch.cat(positions, 1) if positions else None
+
+
+class Decoder(GroupDecoder):
+    """Predicts classes and boxes. References are points for all groups if they are for the main one.
 
     layer: makes one decoder layer.
     query_position: the position rule.
@@ -63,6 +122,8 @@ class Decoder(nn.Module):
     eps: of the inverse sigmoid.
     checkpointed_layers: the first n layers recompute their activations in the backward pass.
     """
+
+    predicts_masks = False
 
     def __init__(
         self,
@@ -92,41 +153,12 @@ class Decoder(nn.Module):
         self.update, self.eps = update, eps
         self.checkpointed_layers = checkpointed_layers
 
-    def forward(self, groups: dict[str, QueryGroup], memory: Memory) -> dict[str, Prediction]:
-        """Returns per group its stacked predictions: logits [layers, B, N, K], boxes [layers, B, N, 4].
+    def course(self, groups: dict[str, QueryGroup], content: Tensor, memory: Memory) -> Course:
+        return _BoxCourse(self, self._references(groups))
 
-        References are points for all groups if they are for the main one.
-        """
-        content = torch.cat([group.content for group in groups.values()], 1)
-        given = self._positions(groups)
-        reference = self._references(groups)
-        plan = attention_plan(groups)
-        logits, boxes, previous = [], [], reference
-        for index, layer in enumerate(self.layers):
-            placement = self.query_position(index, content, reference, given, memory)
-            when = index < self.checkpointed_layers
-            content = recomputed(layer, content, placement, reference, memory, plan, when=when)
-            output = self.norm(content)
-            logits.append(self.class_heads[index % len(self.class_heads)](output))
-            delta = self._delta(index, output)
-            boxes.append(refine(previous, delta, self.eps))
-            if self.update == "look_forward_twice":
-                delta = delta if output is content else self._delta(index, content)
-                previous = refine(reference, delta, self.eps)
-                reference = previous.detach()
-            elif self.update == "refine":
-                previous = reference = boxes[-1].detach()
-        return _split(groups, Prediction(torch.stack(logits), torch.stack(boxes)))
-
-    def _delta(self, index: int, output: Tensor) -> Tensor:
+    def delta(self, index: int, output: Tensor) -> Tensor:
+        """Of the boxes, [B, N, 4], from what layer `index` gave."""
         return self.box_heads[index % len(self.box_heads)](output)
-
-    def _positions(self, groups: dict[str, QueryGroup]) -> Tensor | None:
-        positions = [group.position for group in groups.values() if group.position is not None]
-        if len(positions) not in (0, len(groups)):
-            silent = [name for name, group in groups.items() if group.position is None]
-            raise ValueError(f"query groups {silent} bring no position, but the others do")
-        return torch.cat(positions, 1) if positions else None
 
     def _references(self, groups: dict[str, QueryGroup]) -> Tensor:
         references = {name: self.reference(name, group) for name, group in groups.items()}
@@ -145,7 +177,25 @@ class Decoder(nn.Module):
         return self.reference_head(group.position).sigmoid()
 
 
-def _split(groups: dict[str, QueryGroup], prediction: Prediction) -> dict[str, Prediction]:
-    sizes = [group.content.shape[1] for group in groups.values()]
-    logits, boxes = prediction.logits.split(sizes, 2), prediction.boxes.split(sizes, 2)
-    return {name: Prediction(a, b) for name, a, b in zip(groups, logits, boxes, strict=True)}
+class _BoxCourse:
+    """Queries look around their boxes, which every layer moves."""
+
+    def __init__(self, decoder: Decoder, reference: Tensor) -> None:
+        self.decoder, self.reference, self.previous = decoder, reference, reference
+        self.logits: list[Tensor] = []
+        self.boxes: list[Tensor] = []
+
+    def step(self, index: int, content: Tensor) -> None:
+        decoder, output = self.decoder, self.decoder.norm(content)
+        self.logits.append(decoder.class_heads[index % len(decoder.class_heads)](output))
+        delta = decoder.delta(index, output)
+        self.boxes.append(refine(self.previous, delta, decoder.eps))
+        if decoder.update == "look_forward_twice":
+            delta = delta if output is content else decoder.delta(index, content)
+            self.previous = refine(self.reference, delta, decoder.eps)
+            self.reference = self.previous.detach()
+        elif decoder.update == "refine":
+            self.previous = self.reference = self.boxes[-1].detach()
+
+    def prediction(self) -> Prediction:
+        return Prediction(torch.stack(self.logits), torch.stack(self.boxes))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from codetr.errors import UserError
 from codetr.models.agreement import check_agreement, check_names
-from codetr.models.decoder import Decoder
+from codetr.models.decoder import GroupDecoder
 from codetr.models.freezing import named_parts
 from codetr.types import (
     MAIN,
@@ -54,7 +54,7 @@ class Detector(nn.Module):
         adapter: Adapter | None,
         heads: Mapping[str, AuxiliaryHead],
         queries: Mapping[str, QuerySource],
-        decoder: Decoder,
+        decoder: GroupDecoder,
         mask_head: MaskHead | None,
         mask_groups: tuple[str, ...],
     ) -> None:
@@ -68,6 +68,11 @@ class Detector(nn.Module):
         self.decoder = decoder
         self.mask_head, self.mask_groups = mask_head, mask_groups
         self._frozen: list[nn.Module] = []
+
+    @property
+    def finds_masks(self) -> bool:
+        """Whether it finds instance masks: of boxes, by a mask head, or of queries, by the decoder."""
+        return self.mask_head is not None or self.decoder.predicts_masks
 
     def freeze(self, names: Sequence[str]) -> None:
         """Let parts keep their weights and their running statistics, and drop nothing out, in training too.
@@ -111,8 +116,7 @@ class Detector(nn.Module):
 
     def _candidates(self, predictions: dict[str, Prediction]) -> Prediction:
         """The last layer's predictions from which the mask head learns."""
-        parts = [predictions[name].last for name in self.mask_groups if name in predictions]
-        return Prediction(torch.cat([part.logits for part in parts], 1), torch.cat([part.boxes for part in parts], 1))
+        return Prediction.joined([predictions[name].last for name in self.mask_groups if name in predictions], 1)
 
     def _ask_sources(self, context: QueryContext) -> None:
         for name, source in self.queries.items():
@@ -143,7 +147,7 @@ class Detector(nn.Module):
         self.queries[MAIN], self.queries[name] = self.queries[name], self.queries[MAIN]
 
     def detect(self, images: Tensor, padding: Tensor) -> Prediction:
-        """The last layer's predictions of the main group: logits [B, N, K], boxes [B, N, 4]."""
+        """The last layer's predictions of the main group, [B, N, ...]."""
         return self.forward(images, padding).predictions[MAIN].last
 
     @torch.no_grad()
@@ -214,12 +218,12 @@ def build_detector(
     strides = levels.strides(backbone.strides)
     main = partial(main, embed_position=embed_position, weight=1 / query_groups)
     sources = {MAIN if k == 1 else f"group_{k}": main() for k in range(1, query_groups + 1)} | sources
-    check_agreement(len(strides), encoder, sources, decoder)
+    check_agreement(strides, encoder, sources, decoder, mask_head)
     return Detector(
         backbone=backbone,
         neck=levels,
         encoder=encoder,
-        adapter=adapter(strides=strides) if heads or mask_head else None,
+        adapter=adapter(strides=strides[-encoder.memory_levels :]) if heads or mask_head else None,
         heads=heads,
         queries=sources,
         decoder=decoder,

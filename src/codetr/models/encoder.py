@@ -99,7 +99,7 @@ class DeformableEncoder(nn.Module):
         super().__init__()
         self.temperature, self.position_offset = temperature, position_offset
         self.checkpointed_layers = checkpointed_layers
-        self.num_levels = num_levels
+        self.num_levels = self.memory_levels = num_levels
         self.level_embedding = nn.Parameter(torch.randn(num_levels, width))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(width, num_heads, num_levels, num_points, ffn_width, dropout)
@@ -109,9 +109,7 @@ class DeformableEncoder(nn.Module):
     def flatten(self, levels: list[Tensor], padding: Tensor) -> Memory:
         """levels: [B, C, H_l, W_l]. padding: [B, H, W] of the images. Returns the encoder's input."""
         memory = flatten_levels(levels, padding, self.temperature, self.position_offset)
-        sizes = [h * w for h, w in memory.spatial_shapes]
-        embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, sizes, strict=True)])
-        return replace(memory, position=memory.position + embedding)
+        return replace(memory, position=memory.position + of_cells(self.level_embedding, memory.spatial_shapes))
 
     def forward(self, levels: list[Tensor], padding: Tensor) -> Memory:
         memory = self.flatten(levels, padding)
@@ -148,7 +146,7 @@ class DenseEncoder(nn.Module):
     position_offset, checkpointed_layers: as in DeformableEncoder.
     """
 
-    num_levels = 1
+    num_levels = memory_levels = 1
 
     def __init__(
         self,
@@ -200,6 +198,11 @@ class DenseEncoderLayer(nn.Module):
         place = tokens + position
         attended, _ = self.attention(place, place, tokens, key_padding_mask=padding, need_weights=False)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
+
+
+def of_cells(embedding: Tensor, shapes: Shapes) -> Tensor:
+    """[L, C] of levels -> [S, C] of all their cells. shapes: (height, width) per level."""
+    return torch.cat([own.expand(height * width, -1) for own, (height, width) in zip(embedding, shapes, strict=True)])
 
 
 def encoder_reference_points(memory: Memory) -> Tensor:

@@ -18,11 +18,13 @@ class Placement:
     position: for self-attention, and for the query of deformable cross-attention.
     location: the spatial half of the query of conditional cross-attention.
     added: joins its content half in the first layer, None in the others.
+    level: of the memory, to which masked cross-attention keeps; None: all.
     """
 
     position: Tensor
     location: Tensor | None = None
     added: Tensor | None = None
+    level: int | None = None
 
 
 class GivenPosition(nn.Module):
@@ -39,6 +41,17 @@ class GivenPosition(nn.Module):
         given: [B, N, C], the groups' own.
         """
         return Placement(_needed(given))
+
+
+class LevelsInTurn(GivenPosition):
+    """As GivenPosition; the layers look at one level each, the coarsest first, then finer ones, in turn (Mask2Former,
+    sec. 3.2.1)."""
+
+    def forward(
+        self, layer: int, content: Tensor, reference: Tensor, given: Tensor | None, memory: Memory
+    ) -> Placement:
+        levels = len(memory.spatial_shapes)
+        return Placement(_needed(given), level=levels - 1 - layer % levels)
 
 
 class ReferencePosition(nn.Module):

@@ -69,6 +69,16 @@ def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
     return ratio.prod(-1).sqrt()
 
 
+def tight_boxes(masks: Tensor) -> Tensor:
+    """[n, H, W] of 0 and 1 -> xyxy boxes of the ones [n, 4]; zero where there are none."""
+    lows, highs = [], []
+    for seen in (masks.amax(1), masks.amax(2)):  # columns, rows
+        index = torch.arange(seen.shape[1], device=masks.device)
+        lows.append(index.where(seen > 0, seen.shape[1]).amin(1))
+        highs.append((index + 1).where(seen > 0, 0).amax(1))
+    return torch.stack([*lows, *highs], 1).where(highs[0][:, None] > 0, 0).float()
+
+
 def best_pairs(prediction: Prediction, sizes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` best (query, class) pairs of each image, best first; a query may appear with several classes.
 

@@ -1,13 +1,13 @@
 """Layers that give memory for time (gradient checkpointing)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(layer: nn.Module, *inputs: Any, when: bool) -> Any:
+def recomputed(layer: Callable[..., Any], *inputs: Any, when: bool) -> Any:
     """What `layer(*inputs)` yields; its activations are not kept for the backward pass, but computed there again.
 
     when: whether to do so; without gradients nothing is kept in any case.

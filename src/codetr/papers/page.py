@@ -155,7 +155,7 @@ def measured(row: Row, results: Path) -> float | None:
     if not path.is_file():
         return None
     numbers = json.loads(path.read_text())
-    numbers = numbers["branches"][row.branch] if row.branch else numbers
+    numbers = numbers["branches"][row.branch] if row.branch else numbers["segm"] if row.masks else numbers
     return 100 * float(numbers["map"])
 
 

@@ -142,13 +142,16 @@ def _positives(config: DictConfig) -> str:
 
 def _losses(config: DictConfig) -> str:
     criterion = config.criterion
+    if "no_object" in criterion:
+        masks = f"masks {criterion.mask_weight:g}, Dice {criterion.dice_weight:g}, at {criterion.points.count} points"
+        return f"cross entropy {criterion.class_weight:g}, no object {criterion.no_object:g}, {masks}"
     kind = criterion.class_loss._target_.rsplit(".", 1)[-1]
     fed = " with FedLoss" if criterion.get("fed_loss") else ""
     return f"{kind}{fed} {criterion.focal:g}, L1 {criterion.l1:g}, GIoU {criterion.giou:g}"
 
 
 def _detections(config: DictConfig) -> str:
-    suppression = config.postprocess.suppression
+    suppression = config.postprocess.get("suppression")
     how = f"{suppression._target_.rsplit('.', 1)[-1]} {suppression.iou:g}" if suppression else "no suppression"
     return f"{config.postprocess.max_detections} per image, {how}"
 
@@ -157,7 +160,9 @@ def _images(config: DictConfig) -> str:
     train, test = config.data.train_transform, config.data.val_transform
     if "canvas" in train:
         paste = ", copy-paste" if config.data.get("copy_paste") else ""
-        return f"large-scale jitter on {train.canvas} pixels{paste}; evaluated at {test.canvas}"
+        return (
+            f"large-scale jitter on {train.canvas} pixels{paste}; evaluated at {test.get('canvas', test.get('size'))}"
+        )
     short = train.short_sides
     return f"short side {short[0]} to {short[-1]}, long at most {train.long_side}; evaluated at {test.size}"
 

@@ -37,6 +37,7 @@ class Row:
     hours: the paper's GPU hours, if it gives them.
     needs: what is missing here for the row to run; empty: nothing.
     branch: the auxiliary head that is scored; empty: the decoder.
+    masks: the scores are those of masks.
     sources: who says a value of the recipe, by subject (see `codetr.papers.recipe`), where it is not the experiment's.
     departs: where the recipe is not what the paper says, by subject: what it says, and why ours is another.
     note: what else a reader must know.
@@ -55,6 +56,7 @@ class Row:
     hours: int | None = None
     needs: str = ""
     branch: str = ""
+    masks: bool = False
     note: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     departs: Mapping[str, str] = field(default_factory=dict)

@@ -61,7 +61,9 @@ class CollaborativeQueries(nn.Module):
         target_boxes = box_convert(take(positives.target_boxes_xyxy, chosen) / scale, "xyxy", "cxcywh")
         labels = positives.labels.gather(1, chosen).masked_fill(~valid, -1)
         content, position = self._embed(boxes, take(positives.features, chosen))
-        return QueryGroup(content, boxes, Known(labels, target_boxes), position, valid, weight=self.weight)
+        objects = None if positives.objects is None else positives.objects.gather(1, chosen)
+        targets = Known(labels, target_boxes, objects)
+        return QueryGroup(content, boxes, targets, position, valid, weight=self.weight)
 
     def _choose(self, positives: Positives) -> tuple[Tensor, Tensor]:
         """Indices [B, n] of the candidates that become queries, and which of them are real."""

@@ -58,9 +58,11 @@ def measure(config: DictConfig) -> dict[str, Any]:
     from codetr.benchmark.timing import arithmetic, device_of, in_turns, medians
     from codetr.benchmark.waits import host_waits
     from codetr.costs.step import Step, draw, with_classes, without_pretrained
+    from codetr.derived import read_needed_masks
 
     device, classes = device_of(config.trainer.accelerator), with_classes(config)
-    inputs = draw(config.batch, tuple(config.size), config.objects, classes, device)
+    read_needed_masks(config)
+    inputs = draw(config.batch, tuple(config.size), config.objects, classes, device, config.data.masks)
     step = Step(without_pretrained(config), inputs, classes, device)
     cases: dict[str, Measured] = {"ours": step}
     for name in config.against:
