@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from codetr.assign.hungarian import MatchingCost, matched_objects
+from codetr.errors import UserError
+from codetr.models.decoder import Decoder
 from codetr.models.detector import Detector
 from codetr.types import Output, Prediction, Targets
 
@@ -24,6 +26,9 @@ def objects_of_queries(output: Output, name: str, targets: Targets, cost: Matchi
 def places(detector: Detector, output: Output, name: str) -> Tensor:
     """Where the queries of a group start, (x, y) as shares of the image: [B, N, 2].
 
-    The reference points of Conditional DETR, the centres of DAB-DETR's anchors and of two-stage proposals.
+    The reference points of Conditional DETR, the centres of DAB-DETR's anchors and of two-stage proposals. Raises
+    UserError for a decoder of masks, whose queries start nowhere.
     """
+    if not isinstance(detector.decoder, Decoder):
+        raise UserError("queries of masks start nowhere: this figure is for decoders of boxes")
     return detector.decoder.reference(name, output.groups[name])[..., :2]

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from codetr.errors import UserError
 from codetr.kernels.msda.reference import sampling_locations
 from codetr.models.cross_attention import ConditionalCrossAttention, DeformableCrossAttention
-from codetr.models.decoder import Decoder
+from codetr.models.decoder import GroupDecoder
 from codetr.models.query_position import Placement
 from codetr.nn.deformable_attention import DeformableAttention
 from codetr.types import Memory, Shapes
 
 
 @contextmanager
-def recorded(decoder: Decoder, layer: int) -> Iterator[list[Tensor]]:
+def recorded(decoder: GroupDecoder, layer: int) -> Iterator[list[Tensor]]:
     """Within the block every pass adds what its queries attend to: [B, N, S] over the tokens of the memory, the mean of
     all heads.
 

@@ -106,7 +106,9 @@ class _Drawn:
             raise cannot_write(path, error) from error
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         rate = Fraction(film.rate).limit_denominator(1001)
-        self._stream = self._output.add_stream(codec, rate=rate, options=_QUALITY if codec == "libx264" else {})
+        stream = self._output.add_stream(codec, rate=rate, options=_QUALITY if codec == "libx264" else {})
+        assert isinstance(stream, av.VideoStream), "its codec is one of pictures"
+        self._stream = stream
         self._stream.width, self._stream.height = (side - side % 2 or 2 for side in size)
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = Fraction(1, _TICKS)

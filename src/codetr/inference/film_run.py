@@ -80,6 +80,7 @@ class Tracks:
         found.mask = None
         tracked = self._tracker.update(found, timestamp=time)
         tracks = [-1] * len(result)
-        for place, track in zip(tracked.data.get("place", ()), tracked.tracker_id, strict=True):
+        numbers = () if tracked.tracker_id is None else tracked.tracker_id
+        for place, track in zip(tracked.data.get("place", ()), numbers, strict=True):
             tracks[int(place)] = int(track)
         return tracks

@@ -106,7 +106,7 @@ def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
     @app.post(
         "/predict",
         dependencies=dependencies,
-        responses={200: {"model": Answer}} | _PROBLEMS,
+        responses={200: {"model": Answer}, **_PROBLEMS},
         openapi_extra={"requestBody": _BODY},
     )
     async def predict(
