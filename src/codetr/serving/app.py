@@ -40,18 +40,21 @@ _BODY = {
     "description": "an image: as a file of a form, or as the whole body",
     "content": {"multipart/form-data": {"schema": _FORM}, "image/*": {"schema": _BINARY}},
 }
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text}
-    for status, text in {
-        400: "no image in it",
-        401: "the token is missing or another one",
-        403: "asked by a page of another site",
-        408: "it took too long to arrive",
-        413: "too many bytes or pixels",
-        422: "the image cannot be read, or a value is none",
-        429: "too many at a time; see Retry-After",
-        503: "no answer in time; see Retry-After",
-    }.items()
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": Answer},
+    **{
+        status: {"model": Problem, "description": text}
+        for status, text in {
+            400: "no image in it",
+            401: "the token is missing or another one",
+            403: "asked by a page of another site",
+            408: "it took too long to arrive",
+            413: "too many bytes or pixels",
+            422: "the image cannot be read, or a value is none",
+            429: "too many at a time; see Retry-After",
+            503: "no answer in time; see Retry-After",
+        }.items()
+    },
 }
 
 
@@ -106,7 +109,7 @@ def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
     @app.post(
         "/predict",
         dependencies=dependencies,
-        responses={200: {"model": Answer}, **_PROBLEMS},
+        responses=_RESPONSES,
         openapi_extra={"requestBody": _BODY},
     )
     async def predict(
