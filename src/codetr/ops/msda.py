@@ -36,11 +36,12 @@ def deformable_attention(
     zero. Returns [B, Q, H * D] in value's dtype.
 
     The environment variable CODETR_MSDA=reference|numba|triton overrides the choice; a UserError where that cannot be.
-    What is exported are forms that other runtimes do well: that with gathers where `with_gathers` says so.
+    What is exported are forms that other runtimes do well: that with gathers where `with_gathers` says so. Half
+    precision is exported as the reference, whose places autocast leaves in float32.
     """
     if gathers():
         run = deformable_attention_gathered
-    elif torch.compiler.is_exporting():
+    elif torch.compiler.is_exporting() and not torch.is_autocast_enabled(value.device.type):
         run = deformable_attention_sampled
     else:
         takes = MSDA.takes_kernel(value, reference, offsets, logits)
