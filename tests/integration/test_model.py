@@ -172,6 +172,7 @@ def test_a_notebook_shows_the_picture(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "best.ckpt").symlink_to(trained.checkpoint)
     (tmp_path / "photo.jpg").symlink_to(photos / "photo.jpg")
+    Image.open(photos / "photo.jpg").resize((700, 660)).save("map.tif")
     shell = InteractiveShell()
     for block in re.findall(r"```python\n(.*?)```", PYTHON_MD.read_text(), re.DOTALL)[:2]:
         shell.run_cell(block, silent=True).raise_error()
