@@ -23,9 +23,10 @@ from toy import environment
 @contextmanager
 def served(model: Model | Exported, *overrides: str) -> Iterator[httpx.Client]:
     """A client of the server that `codetr serve` would start with these overrides."""
-    settings = settings_of(application.compose("serve", ["checkpoint=unread", *overrides]))
+    config = application.compose("serve", ["checkpoint=unread", *overrides])
+    settings, views = settings_of(config), application.named_views(config)
     with bound(settings.host, 0) as listener:
-        server = server_of(create_app(model, settings), settings)
+        server = server_of(create_app(model, settings, views), settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread.start()

@@ -271,12 +271,15 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def views(config: DictConfig, otherwise: Sequence[Views]) -> tuple[Views, ...]:
     """Those of the group `views`; `otherwise`, those of a checkpoint, where it is null. Raises UserError for others."""
+    return tuple(otherwise) if config.get("views") is None else tuple(named_views(config).values())
+
+
+def named_views(config: DictConfig) -> dict[str, Views]:
+    """Those of the group `views`, each by its name. Raises UserError for others."""
     from hydra.utils import instantiate
 
     from codetr.views import made
 
-    if config.get("views") is None:
-        return tuple(otherwise)
     return made(config.views, partial(instantiate, _convert_="all"))
 
 

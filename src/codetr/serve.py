@@ -40,7 +40,7 @@ def serve(config: DictConfig) -> None:
     with bound(settings.host, config.port) as listener:
         trust = application.as_names(config.trust)
         model = load(config.checkpoint, device=config.device, weights=config.weights, trust=trust)
-        app = create_app(model, settings)
+        app = create_app(model, settings, application.named_views(config))
         host, port = settings.host, listener.getsockname()[1]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{model.path}, {len(model.class_names)} classes: {address} (Ctrl+C ends it)", flush=True)

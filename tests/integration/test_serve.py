@@ -29,6 +29,7 @@ from codetr.application import compose
 from codetr.errors import UserError
 from codetr.inference import Model, Result, load
 from codetr.serve import bound, serve, settings_of
+from codetr.views import TTA, Tiles
 from served import process, served
 
 if TYPE_CHECKING:
@@ -120,6 +121,21 @@ def numbers(server: httpx.Client) -> dict[str, float]:
     return {
         sample.name + sample.labels.get("status", ""): sample.value for sample in samples if "le" not in sample.labels
     }
+
+
+def test_views_are_chosen(server: httpx.Client, files: list[Path], sure: Model) -> None:
+    """By name, as `predict` has them; a request without any is looked at as before."""
+    content, chosen = files[0].read_bytes(), (Tiles(size=96), TTA(scales=[1.0, 1.25]))
+    with served(sure, "views.tiles.size=96", "views.tta.scales=[1,1.25]") as client:
+        for names, views in (["tta"], chosen[1:]), (["tiles", "tta"], chosen), ([], ()):
+            answer = client.post("/predict", params={"threshold": 0.2, "views": names}, content=content)
+            same(answer.json(), sure.predict(files[0], score_threshold=0.2, views=views)[0])
+    assert server.get("/model").json()["views"] == ["tiles", "tta"]
+    refused = server.post("/predict", params={"views": "tile"}, content=content)
+    assert (refused.status_code, refused.json()["detail"]) == (
+        422,
+        "views: there is no 'tile' here: did you mean tiles?",
+    )
 
 
 def test_classes_are_chosen(server: httpx.Client, files: list[Path], expected: list[Result]) -> None:
@@ -271,7 +287,8 @@ def test_what_is_said_of_model_and_interface(server: httpx.Client, sure: Model) 
     schema = server.get("/openapi.json").json()
     assert set(schema["paths"]) == {"/health", "/model", "/metrics", "/predict"}
     post = schema["paths"]["/predict"]["post"]
-    assert {p["name"]: p["schema"].get("default") for p in post["parameters"]} == {"threshold": 0.3, "classes": []}
+    defaults = {p["name"]: p["schema"].get("default") for p in post["parameters"]}
+    assert defaults == {"threshold": 0.3, "classes": [], "views": []}
     assert set(post["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
     assert set(post["responses"]) == {"200", "400", "401", "403", "408", "413", "422", "429", "503"}
     docs = server.get("/docs").text

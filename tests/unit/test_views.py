@@ -173,7 +173,7 @@ class Halves(Views):
 def test_views_of_ones_own() -> None:
     image, _ = painted(40, 60, 4, largest=16, seed=3)
     own = {"halves": {"_target_": "test_views.Halves"}, "tiles": None}
-    (halves,) = made(own, lambda part: Halves())
+    (halves,) = made(own, lambda part: Halves()).values()
     (found,) = halves(see, [Pixels(image)])
     (plain,) = see([Pixels(image)])
     expected = {tuple(row) for row in plain["main"].boxes_xyxy.tolist() if row[2] <= 29 or row[0] >= 31}

@@ -130,7 +130,7 @@ def load_exported(path: Path, device: str | torch.device, trust: Sequence[str] =
         size_divisor=size_divisor(about.size_divisor, path),
         config=config,
         step=about.step,
-        views=made(config.get("views", {}), partial(build, source=path)),
+        views=tuple(made(config.get("views", {}), partial(build, source=path)).values()),
         about=about,
         postprocess=postprocess,
         session=session,

@@ -127,7 +127,7 @@ def load_checkpoint(
         postprocess=build(config["postprocess"], path),
         config=config,
         step=checkpoint.step,
-        views=made(config.get("views", {}), partial(build, source=path)),
+        views=tuple(made(config.get("views", {}), partial(build, source=path)).values()),
     )
     return model.to(device)
 

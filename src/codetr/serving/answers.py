@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -50,6 +51,7 @@ class About(BaseModel):
     file: str
     classes: list[Class]
     finds_masks: bool
+    views: list[str] = Field(description="from which requests choose")
     score_threshold: float = Field(description="of requests that name none")
     max_bytes: int
     max_pixels: int
@@ -59,7 +61,7 @@ class Problem(BaseModel):
     detail: str
 
 
-def about(model: Model | Exported, settings: Settings) -> About:
+def about(model: Model | Exported, settings: Settings, views: Iterable[str]) -> About:
     ids = model.category_ids or range(len(model.class_names))
     known = enumerate(zip(model.class_names, ids, strict=True))
     return About(
@@ -68,6 +70,7 @@ def about(model: Model | Exported, settings: Settings) -> About:
             Class(name=n, category_id=i, color="#{:02x}{:02x}{:02x}".format(*class_color(k))) for k, (n, i) in known
         ],
         finds_masks=model.finds_masks,
+        views=list(views),
         score_threshold=settings.score_threshold,
         max_bytes=settings.max_bytes,
         max_pixels=settings.max_pixels,

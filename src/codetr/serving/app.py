@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -26,11 +26,15 @@ from codetr.serving.metrics import KIND
 from codetr.serving.pages import page
 from codetr.serving.service import Service
 from codetr.serving.settings import Settings
+from codetr.views import Views
 
 _log = logging.getLogger(__name__)
 
 Threshold = Annotated[float, Query(ge=0, le=1, description="objects of a lower score are left out")]
 Classes = Annotated[list[str], Query(description="names of the classes that are wanted; none: all")]
+Chosen = Annotated[
+    list[str], Query(description="names of views of the image, each through the next; none: as the model itself looks")
+]
 Given = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -58,9 +62,12 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(model: Model | Exported, settings: Settings) -> FastAPI:
-    """What a server of ASGI runs. It is ready when its lifespan has begun; whoever ends that, waits for the answers."""
-    service = Service(model, settings)
+def create_app(model: Model | Exported, settings: Settings, views: Mapping[str, Views]) -> FastAPI:
+    """What a server of ASGI runs. It is ready when its lifespan has begun; whoever ends that, waits for the answers.
+
+    views: from which requests choose, by their names.
+    """
+    service = Service(model, settings, views)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -99,7 +106,7 @@ def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
     @app.get("/model", dependencies=dependencies)
     async def describe() -> About:
         """The model that answers, and what a request may cost."""
-        return about(model, settings)
+        return about(model, settings, service.views)
 
     @app.get("/metrics", dependencies=dependencies, response_class=Response)
     async def measure() -> Response:
@@ -116,12 +123,14 @@ def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
         request: Request,
         threshold: Threshold = settings.score_threshold,
         classes: Classes = [],  # noqa: B006
+        views: Chosen = [],  # noqa: B006
     ) -> Response:
         """The objects in an image."""
         start, status = time.perf_counter(), 500
         try:
-            _check_names(classes, model.class_names)
-            content = answer(await service.answer(request, threshold), classes)
+            _check_names("classes", classes, model.class_names)
+            _check_names("views", views, service.views)
+            content = answer(await service.answer(request, threshold, tuple(views)), classes)
             status = 200
             metrics.seconds.observe(time.perf_counter() - start)
         except (Refused, UserError) as error:
@@ -135,12 +144,12 @@ def _private(app: FastAPI, service: Service, dependencies: list[Any]) -> None:
         return Response(content, media_type="application/json")
 
 
-def _check_names(wanted: list[str], known: tuple[str, ...]) -> None:
+def _check_names(of: str, wanted: list[str], known: Collection[str]) -> None:
     for name in wanted:
         if name not in known:
             near = get_close_matches(name, known, n=3)
             meant = f"did you mean {' or '.join(near)}?" if near else "GET /model lists them"
-            raise Refused(422, f"classes: the model knows no {name!a}: {meant}")
+            raise Refused(422, f"{of}: there is no {name!a} here: {meant}")
 
 
 def _checked(token: str) -> Callable[[HTTPAuthorizationCredentials | None], None]:

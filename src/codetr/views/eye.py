@@ -65,16 +65,16 @@ def through(views: Sequence[Views], see: See, track: Track = untracked) -> See:
     return see
 
 
-def made(config: Mapping[str, Any], build: Callable[[Any], Any]) -> tuple[Views, ...]:
-    """The views of a configuration's group `views`: by any names, those that are null left out. build: makes an object
-    of each. Raises UserError for what is none."""
+def made(config: Mapping[str, Any], build: Callable[[Any], Any]) -> dict[str, Views]:
+    """The views of a configuration's group `views`, by their names; those that are null are left out. build: makes an
+    object of each. Raises UserError for what is none."""
     if not isinstance(config, Mapping):
         raise UserError(f"views={config!r:.40}: give names of the group, views=tiles or views=[tiles,tta]")
     found = {name: build(part) for name, part in config.items() if part is not None}
     for name, one in found.items():
         if not isinstance(one, Views):
             raise UserError(f"views.{name} is a {type(one).__name__}, which is no codetr.views.Views")
-    return tuple(found.values())
+    return found
 
 
 def listed(views: Views | Sequence[Views]) -> tuple[Views, ...]:
