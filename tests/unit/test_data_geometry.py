@@ -73,6 +73,11 @@ def recipe(name: str, kind: str, interpolate: bool) -> tuple[Any, Any]:
     return _exact(transform, interpolate), instantiate(config.get("copy_paste")) if kind == "train" else None
 
 
+def fill(name: str) -> int | None:
+    """The grey of a recipe's canvas."""
+    return _augment(name).train_transform.get("fill")
+
+
 @cache
 def _augment(name: str) -> DictConfig:
     return compose("train", ["data=shapes_demo", f"augment@data={name}"]).data
@@ -167,8 +172,8 @@ def test_recipes_as_they_interpolate(by_channel: DetectionDataset, name: str, ki
             shown = sample.masks.new_zeros(height, width) if not objects else None
             for channel in range(3):
                 bright = sample.image[channel].as_subclass(Tensor) > 127
-                if name.startswith("lsj"):  # the canvas is grey, and has no objects
-                    bright &= ~(sample.image == 114).all(0)
+                if (grey := fill(name)) is not None:  # of the canvas, which has no objects
+                    bright &= ~(sample.image == grey).all(0)
                 where = extent(bright)
                 if channel not in objects:
                     assert where is None or min(where[2] - where[0], where[3] - where[1]) <= 2

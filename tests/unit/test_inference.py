@@ -41,7 +41,7 @@ class Brightest(nn.Module):
     """A detector whose only layer finds the bounding box of what is bright, as class 1 of 2, normalised by the image
     without its padding."""
 
-    mask_head = None
+    mask_head, finds_masks = None, False
 
     def __init__(self) -> None:
         super().__init__()
