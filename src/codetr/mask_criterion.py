@@ -13,6 +13,7 @@ from codetr.assign.mask_cost import in_pixels, masks_of
 from codetr.criterion import GroupCriterion, Stage, positives, valid
 from codetr.errors import UserError
 from codetr.losses import dice_loss
+from codetr.nn.half import without_autocast
 from codetr.nn.points import at_points, objects_at_points
 from codetr.nn.recompute import recomputed
 from codetr.ops.gather import largest
@@ -59,8 +60,7 @@ class MaskCriterion(GroupCriterion):
         pairs = list(zip(stages, stage_targets, strict=True))
         sums, totals = (torch.cat(parts) for parts in zip(*(self._classes(*pair) for pair in pairs), strict=True))
         classes = sums / normaliser(totals).clamp(min=1e-6)
-        device = weights.device.type
-        with torch.autocast(device, enabled=False):
+        with without_autocast(weights.device.type):
             mask, dice = torch.cat([self._masks(*pair, targets) for pair in pairs], 1) / positives(stage_targets)
         return {
             "class": classes * (self.class_weight * weights),

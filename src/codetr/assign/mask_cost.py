@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from codetr.errors import UserError
+from codetr.nn.half import without_autocast
 from codetr.nn.points import at_points, objects_at_points
 from codetr.types import Prediction, Problem, Targets
 
@@ -34,7 +35,7 @@ class MaskCost:
         assert prediction.masks is not None, "DetectionTask compares the losses with the detector"
         pixels, device = prediction.masks.pixels, prediction.logits.device
         points = torch.rand(len(targets.labels), self.num_points, 2, device=device)
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device.type):
             found = at_points(pixels.maps.float(), points)
             truth = truth_at(points, pixels.maps, pixels.stride, targets)
             block = max(1, PER_PASS // (prediction.logits[0, ..., 0].numel() * self.num_points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -26,3 +27,9 @@ def halve(module: Module, dtype: torch.dtype) -> Module:
         return tensor if keep else tensor.to(dtype)
 
     return module._apply(halved)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """In which nothing is cast to half precision. device: its type, also one that autocast does not know."""
+    halved = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if halved else nullcontext()

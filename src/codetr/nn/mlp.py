@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from codetr.nn.class_rows import by_class
+from codetr.nn.half import without_autocast
 
 Activation = Literal["relu", "prelu"]
 
@@ -23,9 +23,7 @@ class CoordinateLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        device = x.device.type
-        halved = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if halved else nullcontext():
+        with without_autocast(x.device.type):
             return linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
