@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.training.compare import STUDIES, run_name
+from benchmarks.training.compare import STUDIES, result_of, run_name
 from codetr import analyse
 
 Numbers = dict[str, Any]
 
 
-FINISHED = "curves.png"  # written at the end of a training; metrics.json after every validation
 Wanted = Callable[[Path, list[str]], bool]
 
 
@@ -77,7 +76,7 @@ def runs_of(out: Path, study: str, wanted: Wanted) -> list[tuple[Path, str]]:
     found = []
     for variant, overrides in STUDIES[study].rows.items():
         for run in sorted(out.glob(f"{run_name(overrides, 0)[:-1]}[0-9]*")):
-            if (run / FINISHED).is_file() and wanted(run, overrides):
+            if run.is_dir() and result_of(run).is_file() and wanted(run, overrides):
                 found.append((run, variant))
     return found
 

@@ -135,10 +135,15 @@ def run_name(overrides: list[str], seed: int) -> str:
     return "_".join([*parts, f"seed{seed}"])
 
 
+def result_of(run_dir: Path) -> Path:
+    """Of a finished run: a copy of its metrics.json, which it writes again and again until then."""
+    return run_dir.with_name(f"{run_dir.name}.json")
+
+
 def train(out: Path, study: Study, variant: str, seed: int, overrides: list[str]) -> dict:
-    """One run, or the result of a finished one: a copy of its metrics.json, which a run writes again and again."""
+    """One run, or the result of a finished one."""
     name = run_name(study.rows[variant], seed)
-    run_dir, result = out / name, out / f"{name}.json"
+    run_dir, result = out / name, result_of(out / name)
     if not result.exists():
         command = [sys.executable, "-m", "codetr.train", f"experiment={study.experiment}", f"seed={seed}"]
         command += [f"run_dir={run_dir}", "resume=auto", *study.rows[variant], *overrides]

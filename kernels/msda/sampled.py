@@ -19,16 +19,15 @@ def deformable_attention_sampled(
     logits: Tensor,
     valid_sizes: Tensor,
 ) -> Tensor:
-    """As `deformable_attention_reference`, for locations that are finite.
+    """As `deformable_attention_reference`, for locations that are finite, and without autocast, which would make the
+    products of places too coarse.
 
     Runtimes repeat numbers over short inner axes slowly (the two coordinates of a point, its four points), and sum
     over them slowly: places are made in rows of all heads, levels and points, and the sum runs over whole rows.
     """
     value = value.masked_fill(padding_of(valid_sizes, spatial_shapes)[..., None, None], 0)
     weights = logits.flatten(3).float().softmax(-1).unflatten(-1, logits.shape[3:])
-    with torch.autocast(value.device.type, enabled=False):  # half precision is too coarse for places
-        grid = grids(reference, offsets, spatial_shapes)
-    return sampled(value, spatial_shapes, grid, weights)
+    return sampled(value, spatial_shapes, grids(reference, offsets, spatial_shapes), weights)
 
 
 def grids(reference: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:

@@ -6,6 +6,7 @@ somebody else's: here it is looked through, all of it, before anything is built 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
@@ -21,6 +22,7 @@ from codetr.names import shown
 
 CONFIG_MODULE = "codetr.conf"
 # Parts of a checkpoint's configuration that are built from it, and the folders of conf/ that they are made of.
+_log = logging.getLogger(__name__)
 PARTS = ("model", "criterion", "postprocess", "optimizer", "schedule", "data")
 OPTIONAL = ("views",)  # null in most
 _OF_MODEL, _OF_DATA = (*PARTS[:-1], *OPTIONAL), ("data", "augment")
@@ -77,6 +79,13 @@ def parts(config: Any, source: Path | str, trust: Sequence[str] = (), names: Seq
         raise UserError(f"{source}: its configuration is no mapping; give a checkpoint of codetr.train")
     if missing := [name for name in names if type(config.get(name)) is not dict]:
         raise UserError(f"{source}: its configuration has no {missing[0]}; give a checkpoint of codetr.train")
+    if type(config.get("tiles")) is dict:
+        _log.warning(
+            "%s was trained with `tiles`, which are views now, and looks at whole images unless you say: views=tiles "
+            "views.tiles.size=%s, in pixels of the image",
+            source,
+            _short(config["tiles"].get("size")),
+        )
     found = {name: config[name] for name in (*names, *OPTIONAL) if config.get(name) is not None}
     found["data"] = found["data"] | {_PREPARE: None, "cache": None}
     for name, part in found.items():

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from codetr.data.geometry import PadTo, Window, draw
 from codetr.data.segmentations import encode, placed
 from codetr.errors import UserError
+from codetr.trust import parts
 from codetr.types import Batch, Detections
 from codetr.views import NMS, TTA, WBF, Eye, Found, Picture, Pixels, Tiles, View, Views, listed, made, through
 from codetr.views.kinds import boundaries, starts
@@ -269,3 +270,9 @@ def test_a_zoomed_transform_makes_larger_pictures_of_the_same(transform: v2.Tran
     same = plain.zoomed(1)
     assert same.size == plain.size
     assert torch.equal(same.image(image), plain.image(image))
+
+
+def test_a_checkpoint_of_former_tiles_says_what_to_give_instead(caplog: pytest.LogCaptureFixture) -> None:
+    parts({"postprocess": {}, "data": {}, "tiles": {"size": 256}}, "old.ckpt", names=("postprocess", "data"))
+    assert "old.ckpt was trained with `tiles`" in caplog.text
+    assert "views=tiles views.tiles.size=256" in caplog.text
